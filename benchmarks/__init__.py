@@ -1,0 +1,1 @@
+"""Benchmarks: what the pipeline costs, as ratios within one run. ``python -m benchmarks`` runs them all."""

@@ -1,0 +1,70 @@
+"""Sustained throughput, end to end, beside the ceiling: nothing but publishing the same messages to one R3 stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+
+from benchmarks.load import IN_FLIGHT, Message, Pipeline, closed_loop, make_messages
+from stages.runtime.writer import decode_pub_answer
+
+MESSAGES = {1: 20_000, 16: 4_000}
+"""Events a message → messages published in one repetition."""
+CEILING_STREAM = "BENCH_CEILING"
+
+
+async def measure_throughput(pipeline: Pipeline, repetitions: int) -> list[dict[str, Any]]:
+    """Rows of ``{"batch", "events_per_s", "ceiling_events_per_s"}``; pipeline and ceiling interleaved."""
+    rows = []
+    for repetition in range(repetitions):
+        for batch, count in MESSAGES.items():
+            messages = make_messages(5000 + 100 * repetition + batch, count, batch)
+            async with pipeline.tracked() as tracker:
+                await closed_loop(pipeline, tracker, messages)
+                settled = tracker.totals().settled
+                if settled != count * batch:
+                    raise RuntimeError(f"{settled} of {count * batch} events came out")
+                rate = settled / tracker.span_s()
+            ceiling = await _ceiling(pipeline, messages)
+            rows.append({"batch": batch, "events_per_s": round(rate), "ceiling_events_per_s": round(ceiling)})
+    return rows
+
+
+async def _ceiling(pipeline: Pipeline, messages: Sequence[Message]) -> float:
+    """Events a second when one R3 file stream is all there is: same messages, same connection count and depth."""
+    jetstream = pipeline.observer.jetstream(timeout=10)
+    await jetstream.add_stream(
+        StreamConfig(
+            name=CEILING_STREAM,
+            subjects=["bench.ceiling.*"],
+            num_replicas=pipeline.supervisor.settings.replicas,
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.NEW,
+        )
+    )
+    queue = iter(messages)
+
+    async def worker() -> None:
+        for message in queue:
+            client = pipeline.gateway(message).client
+            reply = await client.request(
+                f"bench.ceiling.{message.consultation}",
+                message.data,
+                timeout=10,
+                headers={"Nats-Msg-Id": message.message_id},
+            )
+            answer = decode_pub_answer(reply.data)
+            if answer.error is not None:
+                raise RuntimeError(f"the ceiling stream refused: {answer.error}")
+
+    start_s = time.perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(IN_FLIGHT):
+            tasks.create_task(worker())
+    elapsed_s = time.perf_counter() - start_s
+    await jetstream.delete_stream(CEILING_STREAM)
+    return sum(message.events for message in messages) / elapsed_s

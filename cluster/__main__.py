@@ -1,0 +1,6 @@
+"""``python -m cluster``: the same as the console script ``fi``."""
+
+from cluster.cli import main
+
+if __name__ == "__main__":
+    main()

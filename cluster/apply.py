@@ -1,0 +1,308 @@
+"""Makes the cluster's streams what `cluster.topology` says, without ever losing data or counting origins anew.
+
+Always true: applying twice changes nothing the second time; a refused change changes nothing at all; and a
+`FI_EVENTS` that has to be made again goes on counting above every origin that has been committed or framed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal, TypeVar
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import ConnectionClosedError, NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js import JetStreamContext
+from nats.js.api import StreamConfig, StreamInfo
+from nats.js.errors import APIError
+
+from cluster.topology import Drift, data_held, diff, merge, refusals, streams
+from contracts import subjects
+from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.frames import decode_frame_head
+from contracts.receipts import decode_receipt
+from contracts.settings import Settings
+from stages.runtime.api import NO_STREAM, Api
+from stages.runtime.facts import META_CLUSTER_ID
+
+T = TypeVar("T")
+
+WAIT_S = 60.0
+_API_TIMEOUT_S = 3.0
+_RETRY_S_MIN, _RETRY_S_MAX = 0.05, 0.2
+_NAME_TAKEN: Final = 10058
+_NO_PEERS: Final = 10005
+_NO_ROOM: Final = frozenset({10023, 10028, 10047})
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream to create or update.
+
+    Attributes:
+        stream: its name.
+        action: what is to be done.
+        drifts: for an update, what differs.
+        first_seq: for a new `FI_EVENTS`, where its sequences begin.
+    """
+
+    stream: str
+    action: Literal["create", "update"]
+    drifts: tuple[Drift, ...] = ()
+    first_seq: int = 1
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What `apply` would do now.
+
+    Attributes:
+        cluster_id: the cluster's id, or the one it would be given.
+        changes: in the order they would be made. Empty: the cluster is as it should be.
+        refused: why nothing will be done, when it must not. Empty: the plan can be applied.
+    """
+
+    cluster_id: str
+    changes: tuple[Change, ...]
+    refused: tuple[str, ...] = ()
+
+
+async def plan(client: Client, settings: Settings, *, wait_s: float = WAIT_S) -> Plan:
+    """What differs between the cluster and `settings`. Changes nothing.
+
+    Args:
+        client: connected.
+        settings: the topology part of it counts.
+        wait_s: how long to try while the cluster elects leaders.
+
+    Raises:
+        ClusterUnavailableError: it had no leader for `wait_s`.
+        WireFormatError: `FI_EVENTS` is gone and a receipt or frame of this cluster cannot be read.
+    """
+    return await _Applier(client, settings, wait_s).plan()
+
+
+async def apply(client: Client, settings: Settings, *, wait_s: float = WAIT_S) -> Plan:
+    """Creates what is missing, updates what may be updated, and waits until every replica of every stream is current.
+
+    Safe to repeat, and to run in two places at once.
+
+    Args:
+        client: connected.
+        settings: the topology part of it counts.
+        wait_s: how long to try while the cluster elects leaders or replicas catch up.
+
+    Returns:
+        What it did.
+
+    Raises:
+        TopologyError: a change must not or cannot be made (nothing was changed), or the servers lack the room.
+        ClusterUnavailableError: no leader, or a replica that was not current, for `wait_s`.
+        WireFormatError: as `plan`.
+    """
+    applier = _Applier(client, settings, wait_s)
+    done: list[Change] = []
+    while True:
+        todo = await applier.plan()
+        if todo.refused:
+            raise TopologyError("; ".join(todo.refused))
+        if not todo.changes:
+            await applier.settle()
+            return Plan(cluster_id=todo.cluster_id, changes=tuple(done))
+        done += await applier.execute(todo)
+        await applier.pause_between_rounds()
+
+
+class _Applier:
+    """One plan or apply: a connection, a deadline, and the retries both need."""
+
+    def __init__(self, client: Client, settings: Settings, wait_s: float) -> None:
+        self._settings = settings
+        self._jetstream: JetStreamContext = client.jetstream(timeout=_API_TIMEOUT_S)
+        self._api = Api(client, settings)
+        self._wait_s = wait_s
+        self._deadline = time.monotonic() + wait_s
+        self._new_id = uuid.uuid4().hex
+
+    async def plan(self) -> Plan:
+        found = await self._found()
+        cluster_id = _known_id(found) or await self._receipts_id(found) or self._new_id
+        wanted = streams(self._settings, cluster_id)
+        drifts = diff(wanted, {name: info.config for name, info in found.items()})
+        changes = []
+        for config in wanted:
+            name = str(config.name)
+            own = tuple(drift for drift in drifts if drift.stream == name)
+            if name not in found:
+                first_seq = await self._origin_next(found) if name == subjects.EVENTS else 1
+                changes.append(Change(stream=name, action="create", first_seq=first_seq))
+            elif own:
+                changes.append(Change(stream=name, action="update", drifts=own))
+        refused = [*_lost_receipts(found), *refusals(drifts, data_held(found))]
+        return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused))
+
+    async def execute(self, todo: Plan) -> list[Change]:
+        """Makes the changes of a plan; stops early, without an error, where somebody else was faster."""
+        wanted = {str(config.name): config for config in streams(self._settings, todo.cluster_id)}
+        done: list[Change] = []
+        for change in todo.changes:
+            config = wanted[change.stream]
+            try:
+                if change.action == "create":
+                    await self._create(config, change.first_seq)
+                else:
+                    await self._update(config)
+            except APIError as error:
+                if error.err_code in (_NAME_TAKEN, NO_STREAM):
+                    return done
+                raise _refusal(change.stream, error) from error
+            done.append(change)
+        return done
+
+    async def _create(self, config: StreamConfig, first_seq: int) -> None:
+        if first_seq > 1:
+            config = config.evolve(first_seq=first_seq)
+        await self._retry(lambda: self._jetstream.add_stream(config))
+
+    async def _update(self, config: StreamConfig) -> None:
+        async def update() -> StreamInfo:
+            found = await self._jetstream.stream_info(str(config.name))
+            return await self._jetstream.update_stream(merge(found.config, config))
+
+        await self._retry(update)
+
+    async def pause_between_rounds(self) -> None:
+        """Before planning again. A creation lost to another `apply` costs a round, and so does a name that is taken
+        before the servers show its stream: time bounds the rounds, not their number."""
+        if time.monotonic() > self._deadline:
+            raise TopologyError("the streams change while they are being changed: does another `fi cluster apply` run?")
+        await self._pause()
+
+    async def settle(self) -> None:
+        """Waits until every stream has a leader and all its replicas are current."""
+        while True:
+            behind = [name for name, info in (await self._found()).items() if not _current(info, self._settings)]
+            if not behind:
+                return
+            if time.monotonic() > self._deadline:
+                raise ClusterUnavailableError(
+                    f"not every replica of {', '.join(behind)} is current after {self._wait_s:.0f} s; "
+                    "is a server down? See `fi cluster status`"
+                )
+            await self._pause()
+
+    async def _found(self) -> dict[str, StreamInfo]:
+        found = {}
+        for name in subjects.STREAMS:
+            info = await self._info(name)
+            if info is not None:
+                found[name] = info
+        return found
+
+    async def _info(self, name: str, subjects_filter: str | None = None) -> StreamInfo | None:
+        try:
+            return await self._retry(lambda: self._jetstream.stream_info(name, subjects_filter))
+        except APIError as error:
+            if error.err_code == NO_STREAM:
+                return None
+            raise _refusal(name, error) from error
+
+    async def _receipts_id(self, found: dict[str, StreamInfo]) -> str | None:
+        for data in await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*"):
+            return decode_receipt(data).cluster
+        return None
+
+    async def _origin_next(self, found: dict[str, StreamInfo]) -> int:
+        """The first sequence of a new `FI_EVENTS`: above all origins that the other streams speak of."""
+        receipts = await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*")
+        origins = [decode_receipt(data).origin for data in receipts]
+        for stage, hop in subjects.INPUT_STREAM.items():
+            if hop in subjects.HOPS:
+                frames = await self._last_messages(found, hop, f"fi.{stage}.*")
+                origins += [decode_frame_head(data).last for data in frames]
+        return max(origins, default=0) + 1
+
+    async def _last_messages(self, found: dict[str, StreamInfo], stream: str, pattern: str) -> list[bytes]:
+        """The last message of every subject that matches `pattern`."""
+        info = await self._info(stream, pattern) if stream in found else None
+        if info is None:
+            return []
+        messages = []
+        for subject in sorted(info.state.subjects or {}):
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    message = await self._api.last_message(stream, subject)
+            except TimeoutError:
+                raise ClusterUnavailableError(f"{stream} has no leader; see `fi cluster status`") from None
+            if message is not None:
+                messages.append(message.data)
+        return messages
+
+    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        """`call` until the cluster answers: elections show as time-outs, 503 and "no suitable peers"."""
+        while True:
+            try:
+                return await call()
+            except ConnectionClosedError as error:
+                raise ClusterUnavailableError("the connection was closed") from error
+            except (NatsTimeoutError, NoRespondersError, APIError) as error:
+                if isinstance(error, APIError) and not _passing(error):
+                    raise
+                if time.monotonic() > self._deadline:
+                    raise ClusterUnavailableError(
+                        f"the cluster could not do it within {self._wait_s:.0f} s ({error}); see `fi cluster status`"
+                    ) from error
+            await self._pause()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(random.uniform(_RETRY_S_MIN, _RETRY_S_MAX))
+
+
+def _passing(error: APIError) -> bool:
+    if _lacks_room(error):
+        return False
+    return error.code == 503 or error.err_code == _NO_PEERS
+
+
+def _lacks_room(error: APIError) -> bool:
+    # With replicas the servers say so only in the text of "no suitable peers".
+    return error.err_code in _NO_ROOM or (error.err_code == _NO_PEERS and "insufficient" in (error.description or ""))
+
+
+def _refusal(stream: str, error: APIError) -> TopologyError:
+    hint = ""
+    if _lacks_room(error):
+        hint = "; the servers lack the disk or memory for the stream's limit: lower it (FI_…_BYTES_MAX) or make room"
+    return TopologyError(f"{stream}: the server refuses it: {error.description} ({error.err_code}){hint}")
+
+
+def _known_id(found: dict[str, StreamInfo]) -> str | None:
+    for name in (subjects.EVENTS, subjects.RECEIPTS):
+        metadata = found[name].config.metadata if name in found else None
+        if metadata and META_CLUSTER_ID in metadata:
+            return metadata[META_CLUSTER_ID]
+    return None
+
+
+def _lost_receipts(found: dict[str, StreamInfo]) -> list[str]:
+    """`FI_RECEIPTS` is created before anything can be accepted: when it is missing after that, it was lost."""
+    events = found.get(subjects.EVENTS)
+    if events is None or subjects.RECEIPTS in found or events.state.last_seq == 0:
+        return []
+    return [
+        f"{subjects.RECEIPTS} is gone while {subjects.EVENTS} has counted to {events.state.last_seq}: with an empty "
+        "one, persist would take everything it has stored for uncommitted; restore the stream from a backup"
+    ]
+
+
+def _current(info: StreamInfo, settings: Settings) -> bool:
+    if settings.replicas == 1:
+        return True
+    cluster = info.cluster
+    if cluster is None or not cluster.leader:
+        return False
+    replicas = cluster.replicas or []
+    return len(replicas) == settings.replicas - 1 and all(peer.current and not peer.offline for peer in replicas)

@@ -1,0 +1,171 @@
+"""Reads receipts and seal records out of the cluster, and holds a store against them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from contracts.errors import ShardError
+from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
+from contracts.settings import Settings
+from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
+from stages.persist.audit import Witnesses, audit_partition
+from stages.persist.store import EventStore, find_store
+from stages.persist.storedir import read_store
+from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
+from stages.runtime.api import Api, StoredMessage
+from stages.runtime.connection import connect
+from stages.runtime.facts import read_cluster
+
+_CONNECT_WAIT_S = 5.0
+
+
+class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `audit_store` found.
+
+    Attributes:
+        store: what `verify_store` found, and in its problems what the receipts and seal records contradict.
+        receipts, seals: how many the shards were held against.
+        signed: how many of these are signed.
+    """
+
+    store: VerifyReport
+    receipts: int
+    seals: int
+    signed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRecords:
+    """Everything that the cluster retains of its commits.
+
+    Attributes:
+        cluster_id: whose.
+        receipts, seals: by partition, in stream order.
+        last_seqs: by partition, the stream sequence of the last receipt; 0 without any.
+    """
+
+    cluster_id: str
+    receipts: dict[int, list[Receipt]]
+    seals: dict[int, list[SealRecord]]
+    last_seqs: dict[int, int]
+
+
+async def read_records(
+    urls: Collection[str], *, partition: int | None = None, after: ClusterRecords | None = None
+) -> ClusterRecords:
+    """Receipts and seal records of one partition, or of all.
+
+    Args:
+        urls: client URLs of the servers.
+        partition: which; None for all.
+        after: read no receipts up to the last of these.
+
+    Raises:
+        ClusterUnavailableError: no server answers.
+        TopologyError: it is not a cluster of ours.
+        WireFormatError: a record of a version this build does not know.
+    """
+    client = await connect(tuple(urls), "fi-audit", wait_s=_CONNECT_WAIT_S)
+    try:
+        facts = await read_cluster(client, wait_s=_CONNECT_WAIT_S)
+        api = Api(client, Settings())
+        lanes = range(facts.partitions) if partition is None else [partition]
+        starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
+        found = await asyncio.gather(*(_read_partition(api, lane, start) for lane, start in starts.items()))
+    finally:
+        await client.close()
+    lanes_found = list(zip(lanes, found, strict=True))
+    return ClusterRecords(
+        facts.cluster_id,
+        {lane: receipts for lane, (receipts, _, _) in lanes_found},
+        {lane: seals for lane, (_, seals, _) in lanes_found},
+        {lane: last_seq for lane, (_, _, last_seq) in lanes_found},
+    )
+
+
+async def audit_store(
+    path: Path,
+    urls: Collection[str],
+    *,
+    trusted: Collection[str] = (),
+    shard_timeout_s: float = 120.0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AuditReport:
+    """Verifies the store at `path` and holds it against the cluster, also while the pipeline runs.
+
+    Receipts are read before the shards and again after: the shards must reach the last of the former, and must not go
+    beyond the last of the latter.
+
+    Args:
+        path: as for `verify_store`.
+        urls: client URLs of the servers.
+        trusted: public keys (64 hex digits); see `audit_partition`.
+        shard_timeout_s, on_progress: as for `verify_store`.
+
+    Raises:
+        ShardError: there is no store, or it belongs to another cluster.
+        OSError: the store cannot be read.
+    As `read_records` besides.
+    """
+    store = read_store(find_store(path))
+    before = await read_records(urls)
+    if before.cluster_id != store.cluster_id:
+        raise ShardError(f"{path}: belongs to cluster {store.cluster_id}, but the servers are of {before.cluster_id}")
+    shards: dict[int, list[ShardContents]] = {}
+    report = await asyncio.to_thread(
+        verify_store,
+        path,
+        shard_timeout_s=shard_timeout_s,
+        on_progress=on_progress,
+        on_shard=lambda contents: shards.setdefault(contents.shard.partition, []).append(contents),
+    )
+    shown = await asyncio.to_thread(_shown_origins, path) if report.ok else {}
+    newer = await read_records(urls, after=before)
+    problems: list[Problem] = list(report.problems)
+    for lane in sorted({*before.receipts, *shards}):
+        witnesses = Witnesses(before.receipts.get(lane, ()), newer.receipts.get(lane, ()), before.seals.get(lane, ()))
+        problems += audit_partition(
+            lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted
+        )
+    records = [
+        record for part in (before.receipts, newer.receipts, before.seals) for lane in part.values() for record in lane
+    ]
+    return AuditReport(
+        store=replace(report, ok=not problems, problems=problems),
+        receipts=sum(isinstance(record, Receipt) for record in records),
+        seals=sum(isinstance(record, SealRecord) for record in records),
+        signed=sum(isinstance(record.signature, msgspec.Struct) for record in records),
+    )
+
+
+async def _read_partition(api: Api, partition: int, from_seq: int) -> tuple[list[Receipt], list[SealRecord], int]:
+    receipts: list[Receipt] = []
+    last_seq = from_seq - 1
+    async for message in _messages(api, receipt_subject(partition), from_seq):
+        receipts.append(decode_receipt(message.data))
+        last_seq = message.seq
+    seals = [decode_seal(message.data) async for message in _messages(api, seal_subject(partition), 1)]
+    return receipts, seals, last_seq
+
+
+async def _messages(api: Api, subject: str, from_seq: int) -> AsyncIterator[StoredMessage]:
+    """The messages on `subject` from a stream sequence up to what is now the last."""
+    last = await api.last_message(RECEIPTS, subject)
+    seq = from_seq
+    while last is not None and seq <= last.seq:
+        message = await api.first_message(RECEIPTS, subject, from_seq=seq)
+        if message is None:
+            return
+        yield message
+        seq = message.seq + 1
+
+
+def _shown_origins(path: Path) -> dict[int, int]:
+    """How far readers see in each partition."""
+    with EventStore(path) as store:
+        return {info.partition: info.last_origin for info in store.shards() if info.last_origin is not None}

@@ -1,0 +1,66 @@
+"""The command line `fi`: one module for each group of verbs, registered here by name.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 failed, 2 usage, 3 not ready, 4 corruption found.
+A verb imports what is heavy when it runs, so that ``fi --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli import keys, proof, store, topology
+from cluster.cli.common import FAILED, exit_code, say
+from cluster.cli.demo import demo
+from cluster.cli.export import export
+from cluster.cli.publish import publish
+from cluster.cli.run import run
+from cluster.cli.schema import schema
+from cluster.cli.up import down, up
+from contracts.errors import FiError
+
+app = typer.Typer(
+    name="fi",
+    help="Carries medical-consultation events through NATS JetStream into HDF5 shards, each exactly once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
+cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Options of every verb."""
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="fi: %(message)s", force=True)
+
+
+for verb in (demo, up, down, run, publish, store.events, export, store.verify, store.shards, schema):
+    app.command()(verb)
+for proving in (proof.prove, proof.check_proof, proof.consistency):
+    app.command()(proving)
+key_app.command("new")(keys.new)
+key_app.command("public")(keys.public)
+for verb in (topology.plan, topology.apply, topology.status):
+    cluster_app.command()(verb)
+app.add_typer(cluster_app, name="cluster")
+app.add_typer(key_app, name="key")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the verb that `arguments` (the process's own when None) name, and exits with its code."""
+    try:
+        app(arguments)
+    except FiError as error:
+        say(f"fi: {error}")
+        sys.exit(exit_code(error))
+    except OSError as error:
+        say(f"fi: {error.filename}: {error.strerror}" if error.filename else f"fi: {error}")
+        sys.exit(FAILED)

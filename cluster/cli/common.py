@@ -1,0 +1,190 @@
+"""What the verbs share: where the cluster is, data on stdout, words for people on stderr, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import msgspec
+import typer
+
+from cluster.state import NotRunningError, read_state
+from contracts.errors import (
+    ClusterUnavailableError,
+    DefiniteError,
+    FiError,
+    ProofError,
+    SettingsError,
+    ShardCorruptError,
+)
+from contracts.settings import ENV_PREFIX, Settings, load_settings
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from rich.console import Console
+
+T = TypeVar("T")
+
+FAILED: Final = 1
+USAGE: Final = 2
+NOT_READY: Final = 3
+CORRUPT: Final = 4
+
+DEFAULT_DIRECTORY = Path(".fi")
+CONNECT_WAIT_S = 5.0
+REDIRECTED_WIDTH: Final = 160
+
+PROGRESS_AFTER_S: Final = 2.0
+
+DirectoryOption = Annotated[Path, typer.Option("--dir", help="Use what `fi up --dir DIR` started.")]
+NatsOption = Annotated[
+    list[str] | None, typer.Option("--nats", metavar="URL", help="Server URL; repeatable. Instead of --dir.")
+]
+StoreArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A shards directory, or the directory of `fi up`.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+PublicKeyOption = Annotated[
+    list[str] | None,
+    typer.Option("--public-key", metavar="FILE|HEX", help="Key that signatures must be by; repeatable."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, e.g. replicas=1; repeatable. Stronger than FI_NAME."),
+]
+
+
+class NotReadyError(DefiniteError):
+    """The cluster is there but cannot be used yet."""
+
+
+def exit_code(error: FiError) -> int:
+    """The exit code that stands for `error`."""
+    if isinstance(error, SettingsError):
+        return USAGE
+    if isinstance(error, (ClusterUnavailableError, NotReadyError, NotRunningError)):
+        return NOT_READY
+    return CORRUPT if isinstance(error, (ShardCorruptError, ProofError)) else FAILED
+
+
+def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
+    """Client URLs: `nats` when given, else those of the run in `directory`.
+
+    Raises:
+        SettingsError: a URL that is none.
+        NotRunningError: nothing runs in `directory`.
+        NotReadyError: what runs there has no servers yet.
+    """
+    if nats:
+        for url in nats:
+            if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
+                raise SettingsError(f"--nats {url}: a server URL looks like nats://127.0.0.1:4222")
+        return tuple(nats)
+    urls = read_state(directory).urls
+    if not urls:
+        raise NotReadyError(f"what runs in {directory} is still starting; try again in a few seconds")
+    return urls
+
+
+def find_settings(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> Settings:
+    """Settings from `chosen` (``NAME=VALUE``), else the environment, else the run in `directory`, else the defaults.
+
+    Raises:
+        SettingsError: an unknown name or a value out of range.
+        NotRunningError: neither `nats` nor a run in `directory`.
+    """
+    values: dict[str, Any] = {} if nats else msgspec.structs.asdict(read_state(directory).settings)
+    given = load_settings(os.environ)
+    for key in os.environ:
+        if key.startswith(ENV_PREFIX):
+            name = key[len(ENV_PREFIX) :].lower()
+            values[name] = getattr(given, name)
+    for text in chosen or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {text}: write NAME=VALUE, e.g. --set replicas=1")
+        values[name] = value
+    return load_settings({}, values)
+
+
+@asynccontextmanager
+async def connected(urls: tuple[str, ...]) -> AsyncIterator[Client]:
+    """A connection to any of `urls`, closed at the end.
+
+    Raises:
+        ClusterUnavailableError: none answered within `CONNECT_WAIT_S`.
+    """
+    from stages.runtime.connection import connect
+
+    client = await connect(urls, "fi", wait_s=CONNECT_WAIT_S)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:
+    """The public keys that were chosen, as 64 hex digits each. Raises `SettingsError` for what is none."""
+    from stages.persist.keys import read_public_key
+
+    return tuple(read_public_key(text) for text in chosen or ())
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
+    """Gives what to tell (done, total) to; a terminal's stderr shows it as a bar after `PROGRESS_AFTER_S`."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import Progress
+
+    bar = Progress(console=screen, transient=True)
+    task = bar.add_task(title, total=None)
+    begun_s = time.monotonic()
+
+    def tell(done: float, total: float) -> None:
+        if time.monotonic() - begun_s >= PROGRESS_AFTER_S:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end in an event loop of its own; Ctrl-C cancels it and raises `KeyboardInterrupt`."""
+    make_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform != "win32":
+        import uvloop
+
+        make_loop = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        return runner.run(work)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout."""
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; on stderr for what is not data. A file or pipe gets wide lines, so that nothing is cut off."""
+    from rich.console import Console
+
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, width=None if terminal else REDIRECTED_WIDTH)

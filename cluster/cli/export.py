@@ -1,0 +1,129 @@
+"""`fi export`: a store's events for other programs; and `fi verify` of what it wrote."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID, uuid4
+
+import typer
+
+from cluster.cli.common import CORRUPT, StoreArgument, print_json, progress_bar, say
+from contracts.errors import SettingsError
+from contracts.events import parse_rfc3339
+from contracts.policy import EVENT_TYPES
+from contracts.subjects import is_token
+from stages.persist.export.formats import ExportFormat
+
+if TYPE_CHECKING:
+    from stages.persist.sealed import Selection
+
+
+def export(
+    directory: StoreArgument,
+    format: Annotated[
+        ExportFormat, typer.Option(help="A JSON object or a CSV row an event, or HDF5 with a group a consultation.")
+    ] = ExportFormat.NDJSON,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write to this file, which appears when it is whole, with a manifest. Default: stdout."),
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Only events from this site.")] = None,
+    event_type: Annotated[str | None, typer.Option("--type", help="Only events of this type.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="RFC3339", help="Only events at this time or later.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="RFC3339", help="Only events before this time.")] = None,
+    consultation: Annotated[str | None, typer.Option(metavar="UUID", help="Only events of this one.")] = None,
+    purpose: Annotated[str | None, typer.Option(help="What the export is for, for the manifest.")] = None,
+    who: Annotated[str | None, typer.Option(help="Who exports, for the manifest. Default: the login name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest on stdout; with --output.")] = False,
+) -> None:
+    """Writes the events that are stored now in order of origin, also while the pipeline writes.
+
+    With --output a manifest is written beside the file: what was exported, when, by whom and what for, how far each
+    partition reached, and the file's SHA-256. `fi verify FILE` checks it.
+
+    Example: fi export .fi --format csv --type SOAP_GENERATION_COMPLETED --output notes.csv --purpose "audit 12"
+    """
+    from stages.persist.export.write import export_file, export_stream
+    from stages.persist.store import EventStore
+
+    wanted = _selection(site, event_type, since, until, consultation)
+    if output is None:
+        for name, given in (("--purpose", purpose), ("--who", who), ("--json", as_json)):
+            if given:
+                raise SettingsError(f"{name} is for the manifest, which only a file has: give --output too")
+        if format is ExportFormat.HDF5_CONSULTATIONS:
+            raise SettingsError(f"--format {format} cannot be written to stdout: give --output too")
+        with EventStore(directory) as store:
+            export_stream(store, sys.stdout.buffer, file_format=format, wanted=wanted)
+        return
+    with EventStore(directory) as store, progress_bar("exporting") as progress:
+        manifest = export_file(
+            store,
+            output,
+            file_format=format,
+            wanted=wanted,
+            who=_login_name() if who is None else who,
+            purpose=purpose or "",
+            export_id=uuid4(),
+            now_ns=time.time_ns(),
+            on_progress=lambda done: progress(done, 1.0),
+        )
+    say(f"{manifest.events} events written to {output}")
+    if as_json:
+        print_json(manifest)
+
+
+def verify_export(manifest: Path, as_json: bool) -> None:
+    """Holds an exported file against its manifest, prints what is wrong, and exits 4 if anything is."""
+    from stages.persist.export.manifest import check_export
+
+    check = check_export(manifest)
+    if as_json:
+        print_json({"path": str(manifest), "ok": check.ok, "problems": check.findings, "manifest": check.manifest})
+    else:
+        for finding in check.findings:
+            print(f"{manifest.name}: {finding.where}: {finding.what}")
+        if check.ok and check.manifest is not None:
+            of = check.manifest
+            print(f"{of.file}: {of.events} events, exported {of.created} by {of.who or 'nobody named'}: all is well")
+    if not check.ok:
+        raise typer.Exit(CORRUPT)
+
+
+def _selection(
+    site: str | None, event_type: str | None, since: str | None, until: str | None, consultation: str | None
+) -> Selection:
+    from stages.persist.sealed import Selection
+
+    if site is not None and not is_token(site):
+        raise SettingsError(f"--site {site}: a site is 1 to 64 of A-Z a-z 0-9 _ -")
+    if event_type is not None and event_type not in EVENT_TYPES:
+        raise SettingsError(f"--type {event_type}: there is no such type; `fi schema` shows them")
+    since_ns, until_ns = _time("--since", since), _time("--until", until)
+    if since_ns is not None and until_ns is not None and since_ns >= until_ns:
+        raise SettingsError(f"--since {since} --until {until}: no time is in between; --until must be later")
+    try:
+        consultation_id = None if consultation is None else UUID(consultation).bytes
+    except ValueError:
+        raise SettingsError(f"--consultation {consultation}: is not a UUID; `fi export` shows those stored") from None
+    return Selection(site, event_type, since_ns, until_ns, consultation_id)
+
+
+def _time(option: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_rfc3339(text)
+    except ValueError as error:
+        raise SettingsError(f"{option} {text}: {error}; write e.g. 2026-01-31T08:00:00Z") from None
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a user id that has no name.
+        return f"uid {os.getuid()}"

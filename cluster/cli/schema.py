@@ -1,0 +1,50 @@
+"""`fi schema`: the contract for gateways written in other languages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.cli.common import JsonOption, console, print_json
+from contracts.events import gateway_schema
+
+
+def schema(as_json: JsonOption = False) -> None:
+    """Shows what an edge gateway may publish, and where.
+
+    With --json: JSON Schema (2020-12) of one event, with the subject rules under x-subject and limits under x-limits.
+
+    Example: fi schema --json > event.schema.json
+    """
+    contract = gateway_schema()
+    if as_json:
+        print_json(contract)
+    else:
+        _show(contract)
+
+
+def _show(contract: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    screen = console()
+    for name, heading in (("EventSchema", "event"), ("MetadataSchema", "event.metadata")):
+        definition = contract["$defs"][name]
+        table = Table("field", "required", "type", title=heading, title_justify="left")
+        for field, rule in definition["properties"].items():
+            table.add_row(field, "yes" if field in definition.get("required", ()) else "", _describe(rule))
+        screen.print(table)
+    subject = contract["x-subject"]
+    screen.print(f"subject: {subject['pattern']}   tokens: {subject['token']}", markup=False)
+    for rule in subject["rules"]:
+        screen.print(f"  - {rule}", markup=False)
+    for name, value in contract["x-limits"].items():
+        screen.print(f"limit {name}: {value}", markup=False)
+
+
+def _describe(rule: dict[str, Any]) -> str:
+    if "enum" in rule:
+        return f"one of {', '.join(rule['enum'])}"
+    if "$ref" in rule:
+        return "object"
+    kinds = [kind.get("format", kind.get("type", "")) for kind in rule.get("anyOf", [rule])]
+    default = rule.get("default")
+    return " or ".join(kinds) + (f", default {default}" if default is not None else "")

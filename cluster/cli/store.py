@@ -1,0 +1,188 @@
+"""`fi events`, `fi shards`, `fi verify`: what is in a store.
+
+None of them needs a running cluster, but for `fi verify --receipts`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
+
+import typer
+
+from cluster.cli.common import (
+    CORRUPT,
+    DEFAULT_DIRECTORY,
+    FAILED,
+    JsonOption,
+    NatsOption,
+    PublicKeyOption,
+    StoreArgument,
+    console,
+    find_servers,
+    print_json,
+    progress_bar,
+    run_async,
+    say,
+    trusted_keys,
+)
+from cluster.cli.export import verify_export
+from contracts.errors import SettingsError, ShardError
+
+if TYPE_CHECKING:
+    from cluster.audit import AuditReport
+    from stages.persist.store import StoredEvent
+    from stages.persist.verify import VerifyReport
+
+_TEXT_CHARS_MAX = 100
+
+VerifyArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR|FILE",
+        help="A shards directory, the directory of `fi up`, or an exported file or its manifest.",
+        show_default=False,
+    ),
+]
+StoreOption = Annotated[Path, typer.Option("--dir", help="A shards directory, or the directory of `fi up`.")]
+
+
+def events(
+    consultation_id: Annotated[str, typer.Argument(help="UUID of the consultation.", show_default=False)],
+    directory: StoreOption = DEFAULT_DIRECTORY,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows the stored events of one consultation in order, also while the pipeline writes.
+
+    On a terminal a table; with --json, or when redirected, one JSON object a line. Exits 1 when none is stored.
+
+    Example: fi events aac18039-54dd-5c5d-a12f-d0aaa1882a18 --dir .fi --json
+    """
+    from stages.persist.export.formats import write_ndjson
+    from stages.persist.store import EventStore
+
+    try:
+        wanted = UUID(consultation_id)
+    except ValueError:
+        raise SettingsError(f"{consultation_id!r} is not a UUID; `fi export` shows the ids that are stored") from None
+    with EventStore(directory) as store:
+        found = store.consultation(wanted)
+    if not found:
+        say(f"fi: no event of consultation {wanted} is stored in {directory}; was it published to this cluster?")
+        raise typer.Exit(FAILED)
+    if as_json or not sys.stdout.isatty():
+        write_ndjson(found, sys.stdout.buffer)
+    else:
+        _show_events(found)
+
+
+def shards(directory: StoreArgument, as_json: JsonOption = False) -> None:
+    """Lists the shard files of a store.
+
+    Example: fi shards .fi
+    """
+    from stages.persist.store import EventStore
+
+    with EventStore(directory) as store:
+        found = store.shards()
+    if as_json:
+        print_json([{**asdict(info), "path": str(info.path)} for info in found])
+        return
+    from rich.table import Table
+
+    table = Table("file", "state", "partition", "origins", "commits", "events", "bytes")
+    for info in found:
+        origins = "" if info.first_origin is None else f"{info.first_origin} to {info.last_origin}"
+        state = "sealed" if info.sealed else "live"
+        counts = (str(number) for number in (info.commits, info.events, info.bytes))
+        table.add_row(info.path.name, state, str(info.partition), origins, *counts)
+    console().print(table)
+
+
+def verify(
+    path: VerifyArgument,
+    receipts: Annotated[
+        bool, typer.Option("--receipts", help="Hold the shards against the receipts and seal records in the cluster.")
+    ] = False,
+    cluster: Annotated[
+        Path | None, typer.Option("--dir", help="With --receipts: what `fi up --dir DIR` started. Default: DIR itself.")
+    ] = None,
+    nats: NatsOption = None,
+    public_key: PublicKeyOption = None,
+    shard_timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Longest a shard may take.")] = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Reads every shard, recomputes every audit hash and checksum, and checks order and continuity.
+
+    With --receipts every receipt and seal record that the cluster retains must agree too: totals, origins, Merkle
+    roots and files. That finds what a store cannot know of itself, such as events removed from its end. With
+    --public-key the last receipt, and everything after the first signed record, must be signed by that key.
+
+    A file that `fi export --output` wrote is held against its manifest; so are those that lie in DIR.
+
+    Works while the pipeline writes. Exits 4 if anything is wrong.
+
+    Example: fi verify .fi --receipts --public-key fi.pub
+    """
+    from stages.persist.export.manifest import find_manifest
+    from stages.persist.verify import verify_store
+
+    if public_key and not receipts:
+        raise SettingsError("--public-key is for the signatures of receipts: give --receipts too")
+    if (manifest := find_manifest(path)) is not None:
+        if receipts:
+            raise SettingsError("--receipts is for a store; an exported file is held against its manifest")
+        verify_export(manifest, as_json)
+        return
+    if path.is_file():
+        raise ShardError(f"{path}: has no manifest beside it to be held against; `fi export --output` writes both")
+    trusted = trusted_keys(public_key)
+    urls = find_servers(cluster or path, nats) if receipts else ()
+    with progress_bar("verifying") as progress:
+        audit: AuditReport | None = None
+        if receipts:
+            from cluster.audit import audit_store
+
+            audit = run_async(
+                audit_store(path, urls, trusted=trusted, shard_timeout_s=shard_timeout, on_progress=progress)
+            )
+            report = audit.store
+        else:
+            report = verify_store(path, shard_timeout_s=shard_timeout, on_progress=progress)
+    if as_json:
+        print_json(report if audit is None else audit)
+    else:
+        _show_report(report)
+        if audit is not None:
+            print(
+                f"held against {audit.receipts} receipts and {audit.seals} seal records, {audit.signed} of them signed"
+            )
+    if not report.ok:
+        raise typer.Exit(CORRUPT)
+
+
+def _show_events(found: list[StoredEvent]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from contracts.events import format_rfc3339
+
+    table = Table("time", "type", "payload", "audit hash", "origin")
+    for stored in found:
+        event = stored.event
+        payload = event.payload.decode()
+        short = payload if len(payload) <= _TEXT_CHARS_MAX else f"{payload[:_TEXT_CHARS_MAX]}…"
+        time, digest = format_rfc3339(event.timestamp_ns), event.audit_hash.hex()[:12]
+        table.add_row(time, event.event_type, Text(short), digest, str(event.origin))
+    console().print(table)
+
+
+def _show_report(report: VerifyReport) -> None:
+    for problem in report.problems:
+        print(f"{problem.shard}: {problem.where}: {problem.what}")
+    verdict = "all is well" if report.ok else f"{len(report.problems)} problems"
+    exports = f", {report.exports} exports" if report.exports else ""
+    print(f"{report.shards} shards, {report.events} events{exports}: {verdict}")

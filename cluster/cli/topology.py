@@ -1,0 +1,154 @@
+"""`fi cluster plan|apply|status`: streams as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    FAILED,
+    NOT_READY,
+    DirectoryOption,
+    JsonOption,
+    NatsOption,
+    SetOption,
+    connected,
+    console,
+    find_servers,
+    find_settings,
+    print_json,
+    run_async,
+    say,
+)
+
+if TYPE_CHECKING:
+    from cluster.apply import Change, Plan
+    from cluster.status import ClusterStatus
+
+PLAN_WAIT_S = 10.0
+
+
+def plan(
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    nats: NatsOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows what `fi cluster apply` would create or change, field by field. Changes nothing.
+
+    Exits 1 when a change must not be made, such as another P under data.
+
+    Example: fi cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
+    """
+    urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
+
+    async def work() -> Plan:
+        from cluster.apply import plan as make_plan
+
+        async with connected(urls) as client:
+            return await make_plan(client, wanted, wait_s=PLAN_WAIT_S)
+
+    found = run_async(work())
+    if as_json:
+        print_json(found)
+    else:
+        _show_changes("to do", found.changes, "nothing to do: the streams are as they should be")
+    for reason in found.refused:
+        say(f"refused: {reason}")
+    if found.refused:
+        raise typer.Exit(FAILED)
+
+
+def apply(
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    nats: NatsOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Creates missing streams and changes what may be changed; waits until every replica is current. Safe to repeat.
+
+    Example: fi cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
+    """
+    urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
+
+    async def work() -> Plan:
+        from cluster.apply import apply as apply_plan
+
+        async with connected(urls) as client:
+            return await apply_plan(client, wanted)
+
+    done = run_async(work())
+    if as_json:
+        print_json(done)
+    else:
+        _show_changes("done", done.changes, "nothing to do: the streams were as they should be")
+
+
+def status(
+    directory: DirectoryOption = DEFAULT_DIRECTORY, nats: NatsOption = None, as_json: JsonOption = False
+) -> None:
+    """Shows servers and streams as they are now. Exits 3 unless all servers answer and all replicas are current.
+
+    Example: fi cluster status --dir .fi --json
+    """
+    urls = find_servers(directory, nats)
+
+    async def work() -> ClusterStatus:
+        from cluster.status import status as look
+
+        async with connected(urls) as client:
+            return await look(client, urls)
+
+    found = run_async(work())
+    if as_json:
+        print_json({"healthy": found.healthy, **_fields(found)})
+    else:
+        _show_status(found)
+    if not found.healthy:
+        raise typer.Exit(NOT_READY)
+
+
+def _fields(found: ClusterStatus) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in found.__struct_fields__}
+
+
+def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None:
+    from rich.table import Table
+
+    if not changes:
+        console().print(nothing)
+        return
+    table = Table("stream", "action", "field", "found", "wanted", title=title, title_justify="left")
+    for change in changes:
+        if not change.drifts:
+            table.add_row(change.stream, change.action, "", "", "")
+        for drift in change.drifts:
+            table.add_row(change.stream, change.action, drift.field, str(drift.found), str(drift.wanted))
+    console().print(table)
+
+
+def _show_status(found: ClusterStatus) -> None:
+    from rich.table import Table
+
+    screen = console()
+    servers = Table("server", "name", "answers", title_justify="left")
+    for server in found.servers:
+        servers.add_row(server.url, server.name, "yes" if server.reachable else "NO")
+    streams = Table("stream", "messages", "bytes", "full", "leader", "followers", title_justify="left")
+    for stream in found.streams:
+        followers = ", ".join(
+            f"{replica.name}{'' if replica.current else ' OFFLINE' if replica.offline else ' behind'}"
+            for replica in stream.replicas
+        )
+        state = stream.problem or followers
+        full = f"{stream.used:.0%}"
+        streams.add_row(stream.name, str(stream.messages), str(stream.bytes), full, stream.leader, state)
+    screen.print(servers)
+    screen.print(streams)
+    if found.facts is not None:
+        facts = found.facts
+        screen.print(f"cluster {facts.cluster_id}: {facts.partitions} partitions by {facts.partition_by}")
+    if not found.healthy:
+        say(f"not ready{f': {found.problem}' if found.problem else ''}; see the table, or `fi cluster apply`")

@@ -1,0 +1,138 @@
+"""`fi up` and `fi down`: a whole pipeline on this machine, kept running."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.common import DEFAULT_DIRECTORY, DirectoryOption, run_async, say
+from contracts.errors import FiError, SettingsError
+from contracts.settings import load_settings
+from contracts.subjects import STAGES, Stage
+
+START_LIMIT_S = 180.0
+STOP_LIMIT_S = 180.0
+
+
+def up(
+    directory: Annotated[Path, typer.Option("--dir", help="State, logs, stores, shards.")] = DEFAULT_DIRECTORY,
+    scale: Annotated[
+        str | None, typer.Option(help="Processes of each stage, e.g. ingest=1,segment=2. Default: one each.")
+    ] = None,
+    servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes.")] = 3,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready and leave it running.")] = False,
+) -> None:
+    """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fi down`.
+
+    A process that dies is started again. A second Ctrl-C kills at once. Settings come from FI_ environment
+    variables, e.g. FI_PARTITIONS=4.
+
+    Example: fi up --dir /var/lib/fi --scale segment=2,hash=2 --detach
+    """
+    counts = parse_scale(scale)
+    settings = load_settings(os.environ)
+    if detach:
+        _detach(directory, scale, servers)
+        return
+
+    from cluster.supervisor import Supervisor
+    from stages.runtime.logs import configure_logging
+
+    configure_logging("supervisor")
+
+    async def serve() -> None:
+        supervisor = Supervisor(directory, settings, counts, servers)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, supervisor.request_stop)
+        try:
+            await supervisor.start()
+            typer.echo(
+                f"ready: {' '.join(supervisor.urls)}  (stop with Ctrl-C or `fi down --dir {directory}`)", err=True
+            )
+            await supervisor.wait_stop_requested()
+        finally:
+            await supervisor.stop()
+
+    run_async(serve())
+
+
+def parse_scale(text: str | None) -> dict[Stage, int]:
+    """``ingest=1,segment=2`` → counts by stage.
+
+    Raises:
+        SettingsError: an unknown stage, or not a count.
+    """
+    counts: dict[Stage, int] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, count = part.partition("=")
+        stage = next((stage for stage in STAGES if stage == name.strip()), None)
+        if stage is None or not count.strip().isdecimal():
+            raise SettingsError(f"--scale {part!r}: write STAGE=COUNT with a stage of {', '.join(STAGES)}")
+        counts[stage] = int(count)
+    return counts
+
+
+def _detach(directory: Path, scale: str | None, servers: int) -> None:
+    from cluster.state import NotRunningError, read_state
+
+    directory.mkdir(parents=True, exist_ok=True)
+    log_path = directory / "supervisor.log"
+    command = [sys.executable, "-m", "cluster", "up", "--dir", str(directory), "--servers", str(servers)]
+    with log_path.open("ab") as log:
+        child = subprocess.Popen(
+            [*command, *(["--scale", scale] if scale else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline_s = time.monotonic() + START_LIMIT_S
+    try:
+        while time.monotonic() < deadline_s:
+            if child.poll() is not None:
+                raise FiError(f"it did not start (exit code {child.returncode}); see {log_path}")
+            try:
+                state = read_state(directory)
+            except NotRunningError:
+                state = None
+            if state is not None and state.status == "ready" and state.supervisor_pid == child.pid:
+                say(f"ready: {' '.join(state.urls)}  (stop with `fi down --dir {directory}`)")
+                return
+            time.sleep(0.1)
+        raise FiError(f"not ready after {START_LIMIT_S:.0f} s; see {log_path}")
+    except BaseException:
+        if child.poll() is None:
+            child.terminate()
+            child.wait(STOP_LIMIT_S)
+        raise
+
+
+def down(
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+) -> None:
+    """Stops what `fi up` started in DIR: stages in flow order, then the servers. Exits 0 when nothing is left.
+
+    Example: fi down --dir /var/lib/fi
+    """
+    from cluster.state import NotRunningError, read_state
+
+    pid = read_state(directory).supervisor_pid
+    os.kill(pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + STOP_LIMIT_S
+    while time.monotonic() < deadline_s:
+        try:
+            read_state(directory)
+        except NotRunningError:
+            say(f"stopped what ran in {directory}")
+            return
+        time.sleep(0.1)
+    raise FiError(f"process {pid} still runs after {STOP_LIMIT_S:.0f} s; kill -9 {pid} loses nothing that was accepted")

@@ -1,0 +1,250 @@
+"""What an edge gateway does: publishes events so that none is lost, doubled or reordered, and waits when told to.
+
+Always true: a message is retried with the same `Nats-Msg-Id` until the cluster has said yes or no; of one consultation,
+at most one message is in flight. Two in flight cannot be kept in order: when the first is refused by a full stream or
+lost with a leader, the second may already be stored. Throughput comes from many consultations at once, and from several
+events of a consultation in one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from enum import Enum, auto
+from typing import NamedTuple
+from uuid import UUID, uuid5
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import ConnectionClosedError, MaxPayloadError, NoRespondersError
+from nats.errors import Error as NatsError
+
+from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
+from contracts.events import MESSAGE_BYTES_MAX
+from contracts.subjects import EVENTS, publish_subject
+from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_MSG_ID, HEADER_TRACEPARENT
+from stages.runtime.api import ApiError
+from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 256
+TIMEOUT_S = 2.0
+RETRY_S_MIN, RETRY_S_MAX = 0.05, 0.2
+FULL_DOUBLINGS_MAX = 3
+"""A full stream is asked again after the retry interval, doubled each time up to this often."""
+
+_BATCH_NAMESPACE = UUID("0d7a3d9e-5a0f-5c1b-8a55-6d2a2f6d7c10")
+_WRONG_STREAM = 10060
+_BAD_REQUEST = 400
+_HEADER_BYTES = 512
+
+
+class Accepted(NamedTuple):
+    """`FI_EVENTS` has the message on a majority of its servers' disks.
+
+    Attributes:
+        origin: its stream sequence.
+        duplicate: the servers had it before this call; False when an earlier try of this same call may have stored it.
+        latency_ns: from the first try to the acceptance.
+        sent_ns: wall clock at the first try.
+    """
+
+    origin: int
+    duplicate: bool
+    latency_ns: int
+    sent_ns: int
+
+
+class RefusedError(DefiniteError):
+    """The cluster will never take this message."""
+
+
+class _Failure(Enum):
+    """Why a try was not accepted, when another may be."""
+
+    NOT_STORED = auto()
+    FULL = auto()
+    UNKNOWN = auto()
+
+
+class _Lane:
+    """The turn-taking of one consultation. `users` counts those who hold or await it."""
+
+    __slots__ = ("lock", "users")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+def batch_id(event_ids: Sequence[str]) -> str:
+    """The message id of several events sent as one: the same events in the same order give the same id."""
+    return event_ids[0] if len(event_ids) == 1 else str(uuid5(_BATCH_NAMESPACE, "/".join(event_ids)))
+
+
+class Gateway:
+    """Publishes over one connection.
+
+    Attributes:
+        in_flight: how many messages may be on their way at once.
+        retries: tries beyond the first, in all.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        in_flight: int = IN_FLIGHT,
+        timeout_s: float = TIMEOUT_S,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """
+        Args:
+            client: connected (`stages.runtime.connection.connect`); stays the caller's to close.
+            in_flight: at least 1.
+            timeout_s: how long one try waits for the answer before its outcome counts as unknown.
+            jitter: gives a number in [0, 1).
+        """
+        self.in_flight = in_flight
+        self.retries = 0
+        self.client = client
+        self._timeout_s = timeout_s
+        self._jitter = jitter
+        self._permits = asyncio.Semaphore(in_flight)
+        self._lanes: dict[str, _Lane] = {}
+        self._held_s = 0.0
+        self._held_since = 0.0
+        self._holding = 0
+
+    @property
+    def held_s(self) -> float:
+        """Seconds during which back-pressure held at least one message."""
+        return self._held_s + (time.monotonic() - self._held_since if self._holding else 0.0)
+
+    @property
+    def message_bytes_max(self) -> int:
+        """Largest body the connected server and `FI_EVENTS` take."""
+        return min(MESSAGE_BYTES_MAX, self.client.max_payload - _HEADER_BYTES)
+
+    async def publish(
+        self,
+        event_bytes: bytes,
+        site: str,
+        consultation: str,
+        event_id: str,
+        *,
+        traceparent: str = "",
+        deadline_s: float | None = None,
+    ) -> Accepted:
+        """Publishes one message and returns once it is accepted. Calls for one consultation take effect in call order.
+
+        Args:
+            event_bytes: one event as JSON, or several of the consultation as NDJSON.
+            site, consultation: the subject's tokens; both must be tokens (`contracts.subjects.is_token`).
+            event_id: what makes it this message and no other; for several events see `batch_id`.
+            traceparent: W3C trace context to send along.
+            deadline_s: give up this long after the first try; None: never.
+
+        Raises:
+            RefusedError: it can never be stored, e.g. it is too large.
+            TopologyError: the subject is another stream's.
+            ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
+                Publish it again with the same id before anything else of its consultation.
+        """
+        if len(event_bytes) > self.message_bytes_max:
+            raise RefusedError(f"{len(event_bytes)} bytes are too large for one message of {self.message_bytes_max}")
+        subject = publish_subject(site, consultation)
+        headers = {HEADER_MSG_ID: event_id, HEADER_EXPECTED_STREAM: EVENTS}
+        if traceparent:
+            headers[HEADER_TRACEPARENT] = traceparent
+        async with self._turn(consultation), self._permits:
+            return await self._send(subject, event_bytes, headers, deadline_s)
+
+    @asynccontextmanager
+    async def _turn(self, consultation: str) -> AsyncIterator[None]:
+        lane = self._lanes.setdefault(consultation, _Lane())
+        lane.users += 1
+        try:
+            async with lane.lock:
+                yield
+        finally:
+            lane.users -= 1
+            if not lane.users:
+                del self._lanes[consultation]
+
+    async def _send(self, subject: str, body: bytes, headers: dict[str, str], deadline_s: float | None) -> Accepted:
+        sent_ns, start_ns = time.time_ns(), time.perf_counter_ns()
+        maybe_stored = False
+        times_full = 0
+        try:
+            while True:
+                answer = await self._attempt(subject, body, headers)
+                elapsed_ns = time.perf_counter_ns() - start_ns
+                if isinstance(answer, PubAnswer):
+                    return Accepted(answer.seq, answer.duplicate and not maybe_stored, elapsed_ns, sent_ns)
+                if deadline_s is not None and elapsed_ns > deadline_s * 1e9:
+                    raise ClusterUnavailableError(
+                        f"{subject}: not accepted within {deadline_s:g} s; publish it again, nothing will be doubled"
+                    )
+                maybe_stored |= answer is _Failure.UNKNOWN
+                if answer is _Failure.FULL:
+                    times_full += 1
+                    if times_full == 1:
+                        self._hold()
+                self.retries += 1
+                await self._pause(2 ** min(times_full, FULL_DOUBLINGS_MAX))
+        finally:
+            if times_full:
+                self._release()
+
+    async def _attempt(self, subject: str, body: bytes, headers: dict[str, str]) -> PubAnswer | _Failure:
+        """One try. Raises when no further one can help."""
+        try:
+            reply = await self.client.request(subject, body, timeout=self._timeout_s, headers=dict(headers))
+        except ConnectionClosedError as error:
+            raise ClusterUnavailableError("the connection was closed; publish again to be sure") from error
+        except MaxPayloadError as error:
+            raise RefusedError(f"{len(body)} bytes are more than the server's max_payload takes") from error
+        except NoRespondersError:
+            return _Failure.NOT_STORED
+        except NatsError as error:
+            log.debug("%s: to be published again: %r", subject, error)
+            return _Failure.UNKNOWN
+        try:
+            answer = decode_pub_answer(reply.data)
+        except msgspec.MsgspecError:
+            raise TopologyError(f"{subject}: something else than a stream answers; see `fi cluster plan`") from None
+        return answer if answer.error is None else self._judge(subject, answer.error)
+
+    def _judge(self, subject: str, error: ApiError) -> _Failure:
+        if error.err_code in STREAM_FULL:
+            return _Failure.FULL
+        if error.err_code == _WRONG_STREAM:
+            raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fi cluster plan`")
+        if error.err_code in NEVER or error.code == _BAD_REQUEST:
+            raise RefusedError(f"{error.description} ({error.err_code})")
+        log.debug("%s: to be published again: %s (%d)", subject, error.description, error.err_code)
+        return _Failure.UNKNOWN
+
+    def _hold(self) -> None:
+        if not self._holding:
+            self._held_since = time.monotonic()
+            log.warning("%s is full; holding what is to be published", EVENTS)
+        self._holding += 1
+
+    def _release(self) -> None:
+        self._holding -= 1
+        if not self._holding:
+            self._held_s += time.monotonic() - self._held_since
+
+    async def _pause(self, times: int) -> None:
+        # While the client reconnects, requests would pile up in its buffer.
+        while True:
+            await asyncio.sleep(times * (RETRY_S_MIN + (RETRY_S_MAX - RETRY_S_MIN) * self._jitter()))
+            if self.client.is_connected or self.client.is_closed:
+                return

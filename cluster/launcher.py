@@ -1,0 +1,44 @@
+"""Becomes another program that cannot outlive the process that started it.
+
+Run as ``python -I -S launcher.py PARENT_PID COMMAND ARGS…``; it imports nothing of ours so that it costs only a few
+milliseconds. On Linux the kernel kills the program (SIGKILL) the moment its parent is gone, however the parent went;
+elsewhere this is a plain exec and only an orderly stop cleans up. The kernel's "parent" is the thread that
+started the child: start children from a thread that lives as long as they may.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+EXIT_ORPHAN = 125
+EXIT_NOT_FOUND = 127
+
+
+def main(arguments: list[str]) -> int:
+    """Ties this process to its parent, then execs the command; returns only when that is impossible.
+
+    Args:
+        arguments: pid of the expected parent, then the command and its arguments.
+
+    Returns:
+        `EXIT_ORPHAN` if the parent had died already, `EXIT_NOT_FOUND` if the command cannot be executed.
+    """
+    parent, command = int(arguments[0]), arguments[1:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have died before the line above: then nobody would ever send the signal.
+    if os.getppid() != parent:
+        return EXIT_ORPHAN
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"cannot execute {command[0]}: {error}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

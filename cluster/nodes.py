@@ -1,0 +1,321 @@
+"""Real nats-server processes on this machine: one replicated JetStream cluster with a store for each server.
+
+Always true: loopback only, every write synced before it is acknowledged, and nothing left running when `stop` returns,
+when `start` fails or is cancelled, or (on Linux) when this process is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+from nats.errors import Error as NatsError
+
+from cluster.lock import DirectoryLock
+from cluster.ports import LOOPBACK, free_ports, is_free
+from cluster.process import ManagedProcess, ProcessError
+from contracts.errors import ClusterUnavailableError, DefiniteError
+from stages.runtime.connection import connect
+
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 15.0
+LOCK_WAIT_S = 20.0
+_POLL_S = 0.05
+_PORT_ATTEMPTS = 5
+_PORT_TAKEN = "address already in use"
+
+
+class ServerMissingError(DefiniteError):
+    """There is no nats-server to run."""
+
+
+class PortTakenError(ProcessError):
+    """Another process listens on a port chosen for a server."""
+
+
+def find_nats_server() -> Path:
+    """The nats-server to run: the one on ``PATH``, else the one the ``embedded`` extra installed beside this Python.
+
+    Raises:
+        ServerMissingError: there is neither; the message says what to install.
+    """
+    found = shutil.which("nats-server") or shutil.which("nats-server", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise ServerMissingError(
+            "nats-server was not found; install it with `pip install 'fi-pipeline[embedded]'` or put one on PATH"
+        )
+    return Path(found)
+
+
+class NodePorts(msgspec.Struct, frozen=True):
+    """Loopback ports of one server: clients, monitoring (HTTP), routes to the other servers."""
+
+    client: int
+    monitor: int
+    route: int
+
+
+class Node(ManagedProcess):
+    """One nats-server. Killed and started again it keeps its ports and its store.
+
+    Attributes:
+        client_url: ``nats://127.0.0.1:<port>``.
+        monitor_url: ``http://127.0.0.1:<port>``.
+        ports: see `NodePorts`.
+    """
+
+    def __init__(
+        self, name: str, binary: Path, home: Path, ports: NodePorts, inherited_fds: Sequence[int] = ()
+    ) -> None:
+        """Args: `home` holds the configuration ``<name>.conf``, the log and the store of this and other servers."""
+        super().__init__(name, home / f"{name}.log", inherited_fds=inherited_fds)
+        self.ports = ports
+        self.client_url = f"nats://{LOOPBACK}:{ports.client}"
+        self.monitor_url = f"http://{LOOPBACK}:{ports.monitor}"
+        self._binary = binary
+        self._config = home / f"{name}.conf"
+        self._listening = listening_directory(home / name)
+
+    def command(self) -> list[str]:
+        """``nats-server -c <generated file>``."""
+        return [str(self._binary), "-c", str(self._config)]
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> bool:
+        """See `ManagedProcess.stop`. An orderly stop hands the server's leaderships to others first."""
+        return await super().stop(limit_s)
+
+    async def healthy(self, check: str) -> bool:
+        """True when ``/healthz?<check>=true`` answers 200 now.
+
+        Args:
+            check: ``js-enabled-only`` (JetStream runs) or ``js-server-only`` (and it is in touch with the cluster).
+        """
+        try:
+            async with asyncio.timeout(2):
+                return await _http_status(self.ports.monitor, f"/healthz?{check}=true") == 200
+        except (OSError, TimeoutError, ValueError):
+            return False
+
+    async def _spawn(self) -> None:
+        self._listening.mkdir(parents=True, exist_ok=True)
+        for left_by_killed_run in self._listening.glob("*.ports"):
+            left_by_killed_run.unlink()
+        await super()._spawn()
+
+    def _listens(self) -> bool:
+        # Until our server has written this file, whoever answers on its ports may be somebody else's.
+        return any(self._listening.glob(f"*_{self.pid}.ports"))
+
+    async def _wait_serving(self) -> None:
+        await self._wait_healthy("js-enabled-only")
+
+    async def wait_joined(self) -> None:
+        """Waits until this server is in touch with the cluster's meta leader.
+
+        Raises:
+            PortTakenError: another process holds one of its ports.
+            ProcessError: it ended, or took longer than `START_LIMIT_S`.
+        """
+        await self._wait_healthy("js-server-only")
+
+    async def _wait_healthy(self, check: str) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not (self._listens() and await self.healthy(check)):
+            if not self.running:
+                code = await self.wait()
+                if _PORT_TAKEN in self.log_tail():
+                    raise PortTakenError(f"{self.name}: {self.last_log_line()}")
+                raise self.died(code)
+            if time.monotonic() > deadline:
+                raise ProcessError(
+                    f"{self.name} is not healthy ({check}) after {START_LIMIT_S:.0f} s; "
+                    f"end of {self.log}:\n{self.log_tail()}"
+                )
+            await asyncio.sleep(_POLL_S)
+
+
+class EmbeddedCluster:
+    """Servers ``n1`` … under ``directory/nats``, each with its store, its configuration and its log there.
+
+    Attributes:
+        directory: where everything is kept; a later run on the same directory finds the same data.
+        nodes: the servers, once `start` was called.
+    """
+
+    def __init__(self, directory: Path, servers: int = 3) -> None:
+        """Args: `servers` is 1 (no replication), 3 or 5."""
+        self.directory = directory
+        self.nodes: tuple[Node, ...] = ()
+        self._home = directory.absolute() / "nats"
+        self._servers = servers
+        self._lock = DirectoryLock(self._home / "lock")
+        self._rng = random.Random()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Client URLs of all servers, running or not."""
+        return tuple(node.client_url for node in self.nodes)
+
+    def node(self, name: str) -> Node:
+        """The server of that name. Raises `KeyError`."""
+        return {node.name: node for node in self.nodes}[name]
+
+    async def __aenter__(self) -> EmbeddedCluster:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Starts all servers and waits until each is healthy and JetStream has a leader. Does nothing when started.
+
+        Raises:
+            ServerMissingError: no nats-server is installed.
+            DirectoryBusyError: another run uses the directory.
+            ProcessError: a server did not come up; holds the end of its log.
+            ClusterUnavailableError: no leader was elected within `START_LIMIT_S`.
+        """
+        if self._lock.fds:
+            return
+        binary = find_nats_server()
+        await self._lock.acquire(LOCK_WAIT_S)
+        try:
+            ports = self._remembered_ports()
+            for _ in range(_PORT_ATTEMPTS):
+                self.nodes = self._prepare(binary, ports or self._new_ports())
+                try:
+                    await self._start_nodes()
+                    return
+                except PortTakenError:
+                    await self._stop_nodes()
+                    ports = None
+            raise PortTakenError(f"other processes took the servers' ports {_PORT_ATTEMPTS} times; try again")
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stops all servers (SIGTERM, then SIGKILL after `STOP_LIMIT_S`). Does nothing when none runs."""
+        await self._stop_nodes()
+        self._lock.release()
+
+    async def _start_nodes(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for node in self.nodes:
+                    group.create_task(node.start())
+            async with asyncio.TaskGroup() as group:
+                for node in self.nodes:
+                    group.create_task(node.wait_joined())
+        except ExceptionGroup as failures:
+            taken = failures.subgroup(PortTakenError)
+            raise (taken or failures).exceptions[0] from None
+        await self._wait_leader()
+
+    async def _stop_nodes(self) -> None:
+        try:
+            await asyncio.gather(*(node.stop() for node in self.nodes))
+        except BaseException:
+            await asyncio.gather(*(node.kill() for node in self.nodes))
+            raise
+
+    async def _wait_leader(self) -> None:
+        client = await connect(self.urls, "fi-cluster-start", wait_s=START_LIMIT_S)
+        try:
+            jetstream = client.jetstream(timeout=2)
+            deadline = time.monotonic() + START_LIMIT_S
+            while True:
+                try:
+                    await jetstream.account_info()
+                    return
+                except NatsError as error:
+                    if time.monotonic() > deadline:
+                        raise ClusterUnavailableError(
+                            f"JetStream has no leader after {START_LIMIT_S:.0f} s ({error!r}); "
+                            f"see the logs in {self._home}"
+                        ) from error
+                await asyncio.sleep(_POLL_S)
+        finally:
+            await client.close()
+
+    def _new_ports(self) -> list[NodePorts]:
+        free = free_ports(3 * self._servers, self._rng)
+        return [NodePorts(*free[3 * i : 3 * i + 3]) for i in range(self._servers)]
+
+    def _remembered_ports(self) -> list[NodePorts] | None:
+        """The ports of the previous run, if all of them are free: clients that were told them find us again."""
+        try:
+            ports = msgspec.json.decode((self._home / "ports.json").read_bytes(), type=list[NodePorts])
+        except (OSError, msgspec.MsgspecError):
+            return None
+        every = [port for node in ports for port in msgspec.structs.astuple(node)]
+        return ports if len(ports) == self._servers and all(map(is_free, every)) else None
+
+    def _prepare(self, binary: Path, ports: list[NodePorts]) -> tuple[Node, ...]:
+        self._home.mkdir(parents=True, exist_ok=True)
+        (self._home / "ports.json").write_bytes(msgspec.json.encode(ports))
+        nodes = []
+        for number, own in enumerate(ports, start=1):
+            name = f"n{number}"
+            text = server_config(name, self._home / name, own, [each.route for each in ports])
+            (self._home / f"{name}.conf").write_text(text, encoding="utf-8")
+            nodes.append(Node(name, binary, self._home, own, self._lock.fds))
+        return tuple(nodes)
+
+
+def listening_directory(store: Path) -> Path:
+    """Where a server with this store says on which ports it listens."""
+    return store / "listening"
+
+
+def server_config(name: str, store: Path, ports: NodePorts, routes: Sequence[int]) -> str:
+    """The configuration file of one server.
+
+    Args:
+        name: server name; replicas are known by it.
+        store: its directory.
+        ports: its own.
+        routes: route ports of all servers; a single one makes a server that is no cluster.
+    """
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    lines = [
+        f"server_name: {name}",
+        f"host: {quoted(LOOPBACK)}",
+        f"port: {ports.client}",
+        f"http: {quoted(f'{LOOPBACK}:{ports.monitor}')}",
+        f"max_payload: {MAX_PAYLOAD_BYTES}",
+        f"ports_file_dir: {quoted(os.fspath(listening_directory(store)))}",
+        f"jetstream {{ store_dir: {quoted(os.fspath(store))}, sync_interval: always }}",
+    ]
+    if len(routes) > 1:
+        peers = ", ".join(quoted(f"nats://{LOOPBACK}:{port}") for port in routes)
+        listen = f"host: {quoted(LOOPBACK)}, port: {ports.route}, no_advertise: true"
+        lines.append(f"cluster {{ name: fi, {listen}, routes: [{peers}] }}")
+    return "\n".join(lines) + "\n"
+
+
+async def _http_status(port: int, path: str) -> int:
+    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    try:
+        writer.write(f"GET {path} HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode())
+        return int((await reader.readline()).split()[1])
+    except IndexError:
+        raise ValueError("the answer is not HTTP") from None
+    finally:
+        writer.close()

@@ -1,0 +1,145 @@
+"""What a cluster looks like now, as one JSON-encodable value. Reads only, and reports what it cannot read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.api import StreamInfo
+
+from contracts import subjects
+from contracts.errors import TopologyError
+from stages.runtime.connection import server_name
+from stages.runtime.facts import ClusterFacts, facts_from_metadata
+
+_ANSWER_LIMIT_S = 2.0
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One server. `name` is empty when it does not answer."""
+
+    url: str
+    reachable: bool
+    name: str = ""
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One follower of a stream. `lag` counts Raft entries it has not applied."""
+
+    name: str
+    current: bool
+    offline: bool
+    lag: int
+
+
+class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream.
+
+    Attributes:
+        name: its name.
+        problem: why nothing is known about it, else empty; all numbers are 0 then.
+        messages, bytes, first_seq, last_seq: what it holds.
+        bytes_max: its limit; a stream that reaches it refuses.
+        used: bytes / bytes_max, 0 to 1.
+        leader: name of the server that leads it; empty when none does, or without replication.
+        replicas: the followers.
+    """
+
+    name: str
+    problem: str = ""
+    messages: int = 0
+    bytes: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    bytes_max: int = 0
+    used: float = 0.0
+    leader: str = ""
+    replicas: tuple[ReplicaStatus, ...] = ()
+
+
+class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster. `facts` is None, and `problem` says why, while `FI_EVENTS` cannot be read or is not ours."""
+
+    servers: tuple[ServerStatus, ...]
+    streams: tuple[StreamStatus, ...]
+    facts: ClusterFacts | None
+    problem: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        """True when every server answers and every stream has a leader and only current replicas."""
+        streams_well = all(
+            not stream.problem and all(replica.current and not replica.offline for replica in stream.replicas)
+            for stream in self.streams
+        )
+        return self.facts is not None and streams_well and all(server.reachable for server in self.servers)
+
+
+async def status(client: Client, urls: Sequence[str]) -> ClusterStatus:
+    """Looks at every server and stream once, for about two seconds at most.
+
+    Args:
+        client: connected.
+        urls: ``nats://host:port`` of the servers to look at.
+    """
+    jetstream = client.jetstream(timeout=_ANSWER_LIMIT_S)
+    servers, found = await asyncio.gather(
+        asyncio.gather(*(_server(url) for url in urls)),
+        asyncio.gather(*(_info(jetstream, name) for name in subjects.STREAMS)),
+    )
+    infos = dict(zip(subjects.STREAMS, found, strict=True))
+    facts, problem = None, ""
+    events = infos[subjects.EVENTS]
+    if isinstance(events, StreamInfo):
+        try:
+            facts = facts_from_metadata(events.config.metadata)
+        except TopologyError as error:
+            problem = str(error)
+    else:
+        problem = f"{subjects.EVENTS}: {events}"
+    return ClusterStatus(
+        servers=tuple(servers),
+        streams=tuple(_stream(name, info) for name, info in infos.items()),
+        facts=facts,
+        problem=problem,
+    )
+
+
+async def _info(jetstream: JetStreamContext, name: str) -> StreamInfo | str:
+    try:
+        return await jetstream.stream_info(name)
+    except NatsError as error:
+        return str(error)
+
+
+def _stream(name: str, info: StreamInfo | str) -> StreamStatus:
+    if isinstance(info, str):
+        return StreamStatus(name=name, problem=info)
+    limit = info.config.max_bytes or 0
+    cluster = info.cluster
+    return StreamStatus(
+        name=name,
+        messages=info.state.messages,
+        bytes=info.state.bytes,
+        first_seq=info.state.first_seq,
+        last_seq=info.state.last_seq,
+        bytes_max=limit,
+        used=info.state.bytes / limit if limit > 0 else 0.0,
+        leader=(cluster.leader or "") if cluster else "",
+        replicas=tuple(
+            ReplicaStatus(
+                name=peer.name or "", current=bool(peer.current), offline=bool(peer.offline), lag=peer.lag or 0
+            )
+            for peer in (cluster.replicas if cluster else None) or []
+        ),
+    )
+
+
+async def _server(url: str) -> ServerStatus:
+    """A server is reachable when it greets: it does so before any login."""
+    name = await server_name(url)
+    return ServerStatus(url=url, reachable=False) if name is None else ServerStatus(url=url, reachable=True, name=name)

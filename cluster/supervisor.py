@@ -1,0 +1,318 @@
+"""Starts a whole pipeline on this machine, keeps it running, and stops it in flow order.
+
+Always true: one supervisor for each directory; a process that dies is started again until it is stopped on purpose;
+stopping goes ingest → segment → hash → persist → servers, so that what was accepted can flow out; and nothing is left
+running when `stop` returns, when `start` fails, or (on Linux) when the supervisor itself is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+
+from cluster.apply import apply
+from cluster.keeper import Keeper, OnEvent, ProcessEvent
+from cluster.lock import DirectoryLock
+from cluster.nodes import STOP_LIMIT_S, EmbeddedCluster
+from cluster.process import ManagedProcess
+from cluster.stageprocess import StageCommand, StageProcess, partitions_of
+from cluster.state import ProcessState, State, process_started, write_state
+from contracts.errors import SettingsError
+from contracts.settings import Settings
+from contracts.subjects import STAGES, Stage
+from stages.runtime.connection import connect
+from stages.runtime.tasks import end_tasks
+
+log = logging.getLogger(__name__)
+
+_LOCK_WAIT_S = 20.0
+
+
+class RunningProcess(msgspec.Struct, frozen=True):
+    """A process as tests and commands see it. `kind` is ``server`` or the stage; `pid` is None while it is down."""
+
+    name: str
+    kind: str
+    pid: int | None
+
+
+def run_command(directory: Path) -> StageCommand:
+    """How a stage is run from `directory`: ``python -m cluster run STAGE …``."""
+
+    def command(stage: Stage, name: str, partitions: Sequence[int]) -> list[str]:
+        lanes = ",".join(map(str, partitions))
+        return [
+            *(sys.executable, "-m", "cluster", "run", stage),
+            *("--dir", str(directory), "--partitions", lanes, "--name", name),
+        ]
+
+    return command
+
+
+class Supervisor:
+    """Embedded servers and stage processes of one directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        scale: Mapping[Stage, int] | None = None,
+        servers: int = 3,
+        on_event: OnEvent = lambda event: None,
+        command: StageCommand | None = None,
+    ) -> None:
+        """Describes a run; `start` begins it.
+
+        Args:
+            directory: state, logs, stores and shards live here.
+            settings: for the topology and, as environment, for every stage process.
+            scale: processes of each stage; 1 where nothing is said. 0 runs none.
+            servers: nats-server processes; must be at least `settings.replicas`.
+            on_event: told of every start, death and stop.
+            command: what to run for a stage process; the default is ``python -m cluster run``.
+
+        Raises:
+            SettingsError: more replicas than servers, or more processes of a stage than partitions.
+        """
+        if settings.replicas > servers:
+            raise SettingsError(f"replicas = {settings.replicas} needs as many servers; there are {servers}")
+        self.directory = directory.absolute()
+        self.settings = settings
+        self.cluster = EmbeddedCluster(self.directory, servers)
+        self._scale: dict[Stage, int] = dict.fromkeys(STAGES, 1)
+        for stage, count in (scale or {}).items():
+            self._scale[stage] = self._checked(stage, count)
+        self._on_event = on_event
+        self._command = command or run_command(self.directory)
+        self._lock = DirectoryLock(self.directory / "lock")
+        self._servers: list[Keeper] = []
+        self._stages: dict[Stage, list[Keeper]] = {stage: [] for stage in STAGES}
+        self._status: Literal["starting", "ready", "stopping", "stopped"] = "stopped"
+        self._stop_requested = asyncio.Event()
+        self._force = asyncio.Event()
+        self._stopped = asyncio.Event()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Client URLs of the servers."""
+        return self.cluster.urls
+
+    @property
+    def processes(self) -> tuple[RunningProcess, ...]:
+        """Everything looked after: servers, then stages in flow order."""
+        return tuple(RunningProcess(keeper.process.name, kind, keeper.process.pid) for kind, keeper in self._keepers())
+
+    async def __aenter__(self) -> Supervisor:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Starts servers, applies the topology, starts all stages, and returns once every stage process is ready.
+
+        Raises:
+            FiError: something did not come up; says what, with the end of its log. Nothing is left running.
+        """
+        await self._lock.acquire(_LOCK_WAIT_S)
+        self._stop_requested.clear()
+        self._force.clear()
+        self._stopped.clear()
+        try:
+            self._set_status("starting")
+            await self.cluster.start()
+            self._servers = [Keeper(node, self._told) for node in self.cluster.nodes]
+            await asyncio.gather(*(keeper.start() for keeper in self._servers))
+            client = await connect(self.urls, "fi-supervisor")
+            try:
+                await apply(client, self.settings)
+            finally:
+                await client.close()
+            await _all([self.start_stage(stage) for stage in STAGES])
+            self._set_status("ready")
+        except BaseException:
+            self._force.set()
+            await self.stop()
+            raise
+
+    def request_stop(self) -> None:
+        """For signal handlers: the first call ends `wait_stop_requested`, a second one makes `stop` kill at once."""
+        if self._stop_requested.is_set():
+            self._force.set()
+        self._stop_requested.set()
+
+    async def wait_stop_requested(self) -> None:
+        """Returns when `request_stop` was called."""
+        await self._stop_requested.wait()
+
+    async def stop(self) -> None:
+        """Stops stages in flow order, then servers: SIGTERM, and SIGKILL after `settings.drain_s` for each stage.
+
+        Does nothing when nothing runs. Called again while it works, or after a second `request_stop`, it kills what
+        is left.
+        """
+        if not self._lock.fds:
+            return
+        if self._status == "stopping":
+            self._force.set()
+            await self._stopped.wait()
+            return
+        try:
+            self._set_status("stopping")
+            for stage in STAGES:
+                await self.stop_stage(stage)
+            await self._stop_keepers(self._servers, STOP_LIMIT_S)
+        except BaseException:
+            await asyncio.gather(*(keeper.stop(0) for _, keeper in self._keepers()))
+            raise
+        finally:
+            await self.cluster.stop()
+            self._set_status("stopped")
+            self._lock.release()
+            self._stopped.set()
+
+    async def stop_stage(self, stage: Stage) -> None:
+        """Stops all processes of a stage, which drain first; they stay down until `start_stage`."""
+        await self._stop_keepers(self._stages[stage], self.settings.drain_s)
+        self._write_state()
+
+    async def start_stage(self, stage: Stage) -> None:
+        """Starts the processes of a stage and waits until all are ready. Does nothing to those that run.
+
+        Raises:
+            ProcessError: one of them did not come up; holds the end of its log.
+        """
+        if len(self._stages[stage]) != self._scale[stage]:
+            self._stages[stage] = [self._new_keeper(stage, index) for index in range(self._scale[stage])]
+        await _all([keeper.start() for keeper in self._stages[stage]])
+        self._write_state()
+
+    async def scale(self, stage: Stage, count: int) -> None:
+        """Runs a stage with `count` processes from now on: stops the present ones, which drain, and starts the new.
+
+        Raises:
+            SettingsError: more processes than partitions.
+            ProcessError: as `start_stage`.
+        """
+        self._scale[stage] = self._checked(stage, count)
+        await self.stop_stage(stage)
+        await self.start_stage(stage)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL to a process, which is then started again like after any death. Raises `KeyError`."""
+        await self._process(name).kill()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP to a process. Raises `KeyError`."""
+        self._process(name).freeze()
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT to a process. Raises `KeyError`."""
+        self._process(name).thaw()
+
+    async def hold_down(self, name: str) -> None:
+        """SIGKILL to a process that is not started again until `bring_back`. Raises `KeyError`."""
+        await self._keeper(name).stop(0)
+        self._write_state()
+
+    async def bring_back(self, name: str) -> None:
+        """Starts a process after `hold_down` and waits until it serves. Raises `KeyError`, `ProcessError`."""
+        await self._keeper(name).start()
+        self._write_state()
+
+    def _new_keeper(self, stage: Stage, index: int) -> Keeper:
+        name = f"{stage}-{index}"
+        process = StageProcess(
+            stage,
+            name,
+            partitions_of(index, self._scale[stage], self.settings.partitions),
+            log=self.directory / "logs" / f"{name}.log",
+            settings=self.settings,
+            command=self._command,
+            inherited_fds=self._lock.fds,
+        )
+        return Keeper(process, self._told)
+
+    def _checked(self, stage: Stage, count: int) -> int:
+        if not 0 <= count <= self.settings.partitions:
+            raise SettingsError(
+                f"{count} processes of {stage}: 0 to {self.settings.partitions} can share the partitions"
+            )
+        return count
+
+    async def _stop_keepers(self, keepers: Sequence[Keeper], limit_s: float) -> None:
+        """Stops them side by side; once `_force` is set, what is left is killed."""
+        if self._force.is_set():
+            limit_s = 0
+        stopping = asyncio.gather(*(keeper.stop(limit_s) for keeper in keepers))
+        forced = asyncio.create_task(self._force.wait())
+        ends: set[asyncio.Future[Any]] = {stopping, forced}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                await asyncio.gather(*(keeper.process.kill() for keeper in keepers))
+            await stopping
+        finally:
+            await end_tasks(forced)
+
+    def _keepers(self) -> list[tuple[str, Keeper]]:
+        staged = [(str(stage), keeper) for stage in STAGES for keeper in self._stages[stage]]
+        return [("server", keeper) for keeper in self._servers] + staged
+
+    def _keeper(self, name: str) -> Keeper:
+        return {keeper.process.name: keeper for _, keeper in self._keepers()}[name]
+
+    def _process(self, name: str) -> ManagedProcess:
+        return self._keeper(name).process
+
+    def _told(self, event: ProcessEvent) -> None:
+        try:
+            self._write_state()
+        except OSError as error:
+            # A full disk must not end the watch over the processes that will free it.
+            log.error("the state file cannot be written: %s", error)
+        self._on_event(event)
+
+    def _set_status(self, status: Literal["starting", "ready", "stopping", "stopped"]) -> None:
+        self._status = status
+        self._write_state()
+
+    def _write_state(self) -> None:
+        processes = []
+        for kind, keeper in self._keepers():
+            process = keeper.process
+            partitions = process.partitions if isinstance(process, StageProcess) else ()
+            processes.append(ProcessState(name=process.name, kind=kind, pid=process.pid, partitions=partitions))
+        pid = os.getpid()
+        write_state(
+            self.directory,
+            State(
+                status=self._status,
+                supervisor_pid=pid,
+                supervisor_started=process_started(pid),
+                urls=self.urls,
+                processes=tuple(processes),
+                settings=self.settings,
+            ),
+        )
+
+
+async def _all(jobs: Sequence[Coroutine[None, None, None]]) -> None:
+    """Runs `jobs` side by side; the first failure cancels the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None

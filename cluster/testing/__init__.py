@@ -1,0 +1,1 @@
+"""For tests of the pipeline and of gateways: what to believe, and why."""

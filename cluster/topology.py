@@ -1,0 +1,212 @@
+"""The cluster's streams as data, and what differs from them. Pure: no I/O here (`cluster.apply` does it).
+
+Always true: nothing is ever dropped for its age or to make room (`discard: new`, no `max_age`), and the number of
+partitions never changes while any stream holds data that was partitioned by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, StrEnum
+from typing import Any
+
+import msgspec
+from nats.js.api import (
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+    StreamInfo,
+    SubjectTransform,
+)
+
+from contracts import subjects
+from contracts.events import MESSAGE_BYTES_MAX
+from contracts.settings import Settings
+from stages.runtime.facts import META_CLUSTER_ID, META_PARTITION_BY, META_PARTITIONS
+
+DEDUP_WINDOW_S = 120.0
+"""Of streams only stages write to: a retry comes within seconds, and the fence holds after that."""
+
+_COMPARED = (
+    "subjects",
+    "subject_transform",
+    "storage",
+    "retention",
+    "discard",
+    "max_bytes",
+    "max_msgs",
+    "max_msgs_per_subject",
+    "max_msg_size",
+    "max_age",
+    "duplicate_window",
+    "num_replicas",
+    "allow_direct",
+    "metadata",
+)
+"""Fields we set, in the order they are shown. All others are left as they are found."""
+_IDENTITY = frozenset({"subject_transform", META_PARTITIONS, META_PARTITION_BY, META_CLUSTER_ID})
+_FIXED = frozenset({"storage", "retention"})
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """One field of one stream that is not as it should be.
+
+    Attributes:
+        stream: its name.
+        field: field of the stream's configuration, or ``metadata.<key>``.
+        wanted, found: both values, as JSON values.
+    """
+
+    stream: str
+    field: str
+    wanted: Any
+    found: Any
+
+
+class Remedy(StrEnum):
+    """What can be done about a drift."""
+
+    UPDATE = "update"
+    """The server changes it in place."""
+    EMPTY_ONLY = "empty_only"
+    """It decides which partition data belongs to: only while the cluster holds none."""
+    NEVER = "never"
+    """The server cannot change it: the stream would have to be deleted."""
+
+
+def streams(settings: Settings, cluster_id: str) -> tuple[StreamConfig, ...]:
+    """Every stream, in the order they are created: `FI_EVENTS` comes last, so nothing is accepted before all are there.
+
+    Args:
+        settings: the topology part of it counts.
+        cluster_id: id that origins are told apart by; kept in the metadata of `FI_EVENTS` and `FI_RECEIPTS`.
+    """
+    identity = {
+        META_PARTITIONS: str(settings.partitions),
+        META_PARTITION_BY: settings.partition_by,
+        META_CLUSTER_ID: cluster_id,
+    }
+    source, destination = subjects.partition_transform(settings.partitions, settings.partition_by)
+    receipts = _stream(settings, subjects.RECEIPTS, ["fi.receipts.*", "fi.seals.*"], settings.receipts_bytes_max)
+    dead = _stream(settings, subjects.DLQ, ["fi.dlq.*.*"], settings.dlq_bytes_max)
+    hops = [
+        _stream(settings, name, [f"fi.{stage}.*"], settings.hop_bytes_max).evolve(
+            storage=StorageType(settings.hop_storage)
+        )
+        for stage, name in subjects.INPUT_STREAM.items()
+        if name in subjects.HOPS
+    ]
+    events = _stream(settings, subjects.EVENTS, [subjects.EVENTS_PUBLISH_PATTERN], settings.events_bytes_max)
+    return (
+        receipts.evolve(metadata=identity),
+        dead,
+        *hops,
+        events.evolve(
+            metadata=identity,
+            subject_transform=SubjectTransform(src=source, dest=destination),
+            max_msg_size=MESSAGE_BYTES_MAX,
+            duplicate_window=settings.dedup_window_s,
+        ),
+    )
+
+
+def _stream(settings: Settings, name: str, listens_on: list[str], bytes_max: int) -> StreamConfig:
+    return StreamConfig(
+        name=name,
+        subjects=listens_on,
+        storage=StorageType.FILE,
+        retention=RetentionPolicy.LIMITS,
+        discard=DiscardPolicy.NEW,
+        max_bytes=bytes_max,
+        max_msgs=-1,
+        max_msgs_per_subject=-1,
+        max_msg_size=-1,
+        max_age=0,
+        duplicate_window=DEDUP_WINDOW_S,
+        num_replicas=settings.replicas,
+        # A follower may answer a direct get with stale data; checkpoints must come from the leader.
+        allow_direct=False,
+    )
+
+
+def diff(wanted: Sequence[StreamConfig], found: Mapping[str, StreamConfig]) -> list[Drift]:
+    """What differs, field by field, in the streams that exist. Missing streams are not drift.
+
+    Args:
+        wanted: from `streams`.
+        found: stream name → its configuration on the cluster. Fields and metadata keys we do not set are not looked at.
+    """
+    drifts = []
+    for config in wanted:
+        name = str(config.name)
+        if name not in found:
+            continue
+        theirs = _comparable(found[name])
+        for field, value in _comparable(config).items():
+            other = theirs.get(field)
+            if value != other:
+                drifts.append(Drift(name, field, value, other))
+    return drifts
+
+
+def _comparable(config: StreamConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in _COMPARED:
+        value = getattr(config, field)
+        if field == "metadata":
+            values.update({f"metadata.{key}": text for key, text in (value or {}).items()})
+        elif isinstance(value, SubjectTransform):
+            values[field] = f"{value.src} -> {value.dest}"
+        elif isinstance(value, Enum):
+            values[field] = value.value
+        else:
+            values[field] = value
+    return values
+
+
+def remedy(drift: Drift) -> Remedy:
+    """What can be done about `drift`."""
+    if drift.field in _FIXED:
+        return Remedy.NEVER
+    if drift.field.removeprefix("metadata.") in _IDENTITY:
+        return Remedy.EMPTY_ONLY
+    return Remedy.UPDATE
+
+
+def data_held(found: Mapping[str, StreamInfo]) -> list[str]:
+    """Names of the streams that hold messages partitioned by the present P: `FI_EVENTS`, the hops and `FI_RECEIPTS`."""
+    partitioned = (subjects.EVENTS, *subjects.HOPS, subjects.RECEIPTS)
+    return [name for name in partitioned if name in found and found[name].state.messages > 0]
+
+
+def refusals(drifts: Sequence[Drift], holding: Sequence[str]) -> list[str]:
+    """Why the drifts that must not, or cannot, be removed are refused: one sentence for each reason.
+
+    Args:
+        drifts: from `diff`.
+        holding: from `data_held`.
+    """
+    reasons = []
+    fixed = [drift for drift in drifts if remedy(drift) is Remedy.NEVER]
+    identity = [drift for drift in drifts if remedy(drift) is Remedy.EMPTY_ONLY]
+    if fixed:
+        reasons.append(f"{_changes(fixed)}: the server cannot change this on a stream that exists; keep the setting")
+    if identity and holding:
+        reasons.append(
+            f"{_changes(identity)}: {', '.join(holding)} hold data of the present partitions, and later events of a "
+            "consultation would land in another one, out of order; keep the setting, or use a new cluster"
+        )
+    return reasons
+
+
+def _changes(drifts: Sequence[Drift]) -> str:
+    return ", ".join(f"{d.stream} {d.field} from {d.found!r} to {d.wanted!r}" for d in drifts)
+
+
+def merge(found: StreamConfig, wanted: StreamConfig) -> StreamConfig:
+    """The configuration to send as an update: ours for the fields we set, theirs for all others."""
+    ours = {field: getattr(wanted, field) for field in _COMPARED}
+    # The server adds keys of its own under this prefix, and refuses to be told them.
+    kept = {key: text for key, text in (found.metadata or {}).items() if not key.startswith("_nats.")}
+    return found.evolve(**ours | {"metadata": kept | (wanted.metadata or {})})

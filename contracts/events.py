@@ -1,0 +1,267 @@
+"""The event: as a gateway sends it, as it travels, and as it is stored and given back.
+
+`Event` is the one wire and storage record. It is an array-like msgpack struct with a version tag; new fields are only
+ever appended, with a default. The bytes the hash stage encodes are the bytes that are stored and that the Merkle tree
+covers.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from uuid import UUID, uuid5
+
+import msgspec
+
+from contracts.errors import WireFormatError
+from contracts.policy import CRITICALITIES, EVENT_TYPES, GROUPS
+from contracts.subjects import TOKEN_PATTERN
+
+PAYLOAD_BYTES_MAX = 1024 * 1024
+MESSAGE_BYTES_MAX = 2 * 1024 * 1024
+"""Largest message `FI_EVENTS` takes: several events of one consultation may share one."""
+PAYLOAD_DEPTH_MAX = 64
+DEFAULT_SOURCE = "fi_consultation_service"
+JSON_SPACE = b" \t\r\n"
+DEFAULT_TIMEZONE = "America/Mexico_City"
+
+_ID_NAMESPACE = UUID("6f4b1d0e-6a52-5d0b-9f6b-3b0c8f7a2d11")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """One event on its way through the pipeline and in the store (wire version 1).
+
+    Ids are 16 raw bytes, times are nanoseconds since the Unix epoch, UTC. A time of 0 means "not there yet".
+
+    Attributes:
+        origin: sequence in `FI_EVENTS` of the message the event came in.
+        index: position within that message.
+        event_id: 16 bytes.
+        consultation_id: 16 bytes.
+        site: subject token.
+        event_type: one of `contracts.policy.EVENT_TYPES`.
+        timestamp_ns: when it happened, as the gateway said, else when the stream stored it.
+        stamped: the gateway gave the timestamp itself.
+        payload: JSON object, the gateway's bytes.
+        metadata: JSON object with defaults filled in.
+        accepted_ns: when `FI_EVENTS` stored it.
+        traceparent: W3C trace context of the gateway, or empty.
+        ingest_ns, segment_ns, hash_ns: when each stage finished with it.
+        group, criticality: index into `GROUPS`, `CRITICALITIES`; -1 before segment.
+        policy_version: the policy it passed under.
+        audit_hash: 32 bytes after the hash stage.
+    """
+
+    origin: int
+    index: int
+    event_id: bytes
+    consultation_id: bytes
+    site: str
+    event_type: str
+    timestamp_ns: int
+    stamped: bool
+    payload: bytes
+    metadata: bytes
+    accepted_ns: int
+    traceparent: str = ""
+    ingest_ns: int = 0
+    segment_ns: int = 0
+    hash_ns: int = 0
+    group: int = -1
+    criticality: int = -1
+    policy_version: int = 0
+    audit_hash: bytes = b""
+
+
+class EventKey(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """The leading fields of an encoded `Event`: what persist needs to place it without decoding the rest."""
+
+    origin: int
+    index: int
+    event_id: bytes
+
+
+def derive_event_id(origin: int, accepted_ns: int, index: int) -> bytes:
+    """The id of an event whose gateway gave none: the same message gives the same id, 16 bytes.
+
+    The storage time is part of it, so that a recreated stream that counts from 1 again cannot repeat an id.
+    """
+    return uuid5(_ID_NAMESPACE, f"{origin}/{accepted_ns}/{index}").bytes
+
+
+def parse_rfc3339(text: str) -> int:
+    """RFC 3339 date-time with a zone → nanoseconds since the epoch, UTC, exactly.
+
+    Raises:
+        ValueError: not RFC 3339, without a zone, more than nine fractional digits, or no such time.
+    """
+    match = _RFC3339.fullmatch(text)
+    if match is None:
+        raise ValueError("not an RFC 3339 date-time with a zone")
+    date, time, fraction, zone = match.groups()
+    moment = datetime.fromisoformat(f"{date}T{time}{'+00:00' if zone in 'Zz' else zone}")
+    return (moment - _EPOCH) // _MICROSECOND * 1000 + (int(fraction.ljust(9, "0")) if fraction else 0)
+
+
+def format_rfc3339(time_ns: int) -> str:
+    """Nanoseconds since the epoch → RFC 3339 in UTC with 3, 6 or 9 fractional digits, the fewest that are exact."""
+    seconds, fraction_ns = divmod(time_ns, 1_000_000_000)
+    moment = (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
+    digits = f"{fraction_ns:09d}"
+    if digits.endswith("000000"):
+        digits = digits[:3]
+    elif digits.endswith("000"):
+        digits = digits[:6]
+    # strftime("%Y") does not pad years before 1000 on every platform.
+    return f"{moment.rjust(19, '0')}.{digits}Z"
+
+
+_event_encoder = msgspec.msgpack.Encoder()
+_event_decoder = msgspec.msgpack.Decoder(Event)
+_key_decoder = msgspec.msgpack.Decoder(EventKey)
+
+
+def encode_event(event: Event) -> bytes:
+    """The event's wire and storage bytes."""
+    return _event_encoder.encode(event)
+
+
+def decode_event(data: bytes | memoryview) -> Event:
+    """Inverse of `encode_event`. Raises as `decode_event_key`."""
+    try:
+        return _event_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireFormatError(f"not an event: {error}") from error
+
+
+def decode_event_key(data: bytes | memoryview) -> EventKey:
+    """The leading fields of `encode_event`'s bytes.
+
+    Raises:
+        WireFormatError: not an event of a version this build reads.
+    """
+    try:
+        return _key_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireFormatError(f"not an event: {error}") from error
+
+
+_syntax_decoder = msgspec.json.Decoder(msgspec.Raw)
+
+
+def split_body(body: bytes) -> list[bytes]:
+    """A gateway message's body → the text of each of its events, in order; an event's place is its `index`.
+
+    A body that is one JSON value is one event, however it is laid out. Any other body is taken line by line, blank
+    lines passed over. Whether the texts are events is not looked at.
+    """
+    text = body.strip(JSON_SPACE)
+    if b"\n" not in text or is_json(text):
+        return [text]
+    return [line for part in text.split(b"\n") if (line := part.strip(JSON_SPACE))]
+
+
+def is_json(text: bytes) -> bool:
+    """True when `text` is one well-formed JSON value (strings are not checked for UTF-8)."""
+    try:
+        _syntax_decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def event_to_dict(event: Event, *, partition: int, leaf: int | None = None) -> dict[str, Any]:
+    """The event as its readers get it: DOMAIN's fields with `payload` and `metadata` as raw JSON to be embedded.
+
+    Args:
+        event: a stored event.
+        partition: the partition whose shard holds it.
+        leaf: its index in the partition's Merkle tree, if known.
+
+    Returns:
+        a dict that `msgspec.json.encode` turns into one JSON object.
+    """
+    out: dict[str, Any] = {
+        "event_id": str(UUID(bytes=event.event_id)),
+        "consultation_id": str(UUID(bytes=event.consultation_id)),
+        "timestamp": format_rfc3339(event.timestamp_ns),
+        "event_type": event.event_type,
+        "payload": msgspec.Raw(event.payload),
+        "metadata": msgspec.Raw(event.metadata),
+        "audit_hash": event.audit_hash.hex(),
+        "partition": partition,
+        "origin": event.origin,
+        "index": event.index,
+        "site": event.site,
+        "group": GROUPS[event.group],
+        "criticality": CRITICALITIES[event.criticality],
+        "policy_version": event.policy_version,
+        "times": {
+            "accepted": format_rfc3339(event.accepted_ns),
+            "ingest": format_rfc3339(event.ingest_ns),
+            "segment": format_rfc3339(event.segment_ns),
+            "hash": format_rfc3339(event.hash_ns),
+        },
+    }
+    if event.traceparent:
+        out["traceparent"] = event.traceparent
+    if leaf is not None:
+        out["leaf"] = leaf
+    return out
+
+
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class MetadataSchema(msgspec.Struct):
+    """Who and where: part of every event. Further fields are kept."""
+
+    user_id: _Name
+    session_id: _Name
+    source: str = DEFAULT_SOURCE
+    site_id: str | None = None
+    timezone: str = DEFAULT_TIMEZONE
+
+
+class EventSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """One event, as an edge gateway publishes it."""
+
+    consultation_id: UUID
+    event_type: str
+    payload: dict[str, Any]
+    metadata: MetadataSchema
+    event_id: UUID | None = None
+    timestamp: Annotated[str, msgspec.Meta(pattern=f"^{_RFC3339.pattern}$")] | None = None
+
+
+def gateway_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of an event as a gateway publishes it, with the subject rules beside it."""
+    (schema,), components = msgspec.json.schema_components([EventSchema], ref_template="#/$defs/{name}")
+    components["EventSchema"]["properties"]["event_type"] = {"enum": list(EVENT_TYPES)}
+    for name in ("event_id", "consultation_id"):
+        components["EventSchema"]["properties"][name]["description"] = "UUID string"
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "$defs": components,
+        "x-subject": {
+            "pattern": "fi.events.<site>.<consultation_id>",
+            "token": f"^{TOKEN_PATTERN}$",
+            "rules": [
+                "consultation_id in the event equals the subject's last token; write it in lower case, always the same",
+                "metadata.site_id, when given, equals the subject's site token",
+                "header Nats-Msg-Id is the event_id; header traceparent (W3C) is kept",
+                "the body is one JSON object, or several of the same consultation, one a line (NDJSON)",
+            ],
+        },
+        "x-limits": {
+            "payload_bytes_max": PAYLOAD_BYTES_MAX,
+            "payload_depth_max": PAYLOAD_DEPTH_MAX,
+            "message_bytes_max": MESSAGE_BYTES_MAX,
+            "numbers": "no NaN or infinity",
+        },
+    }

@@ -1,0 +1,138 @@
+"""Persist's public words: the commit receipt and the seal record. JSON, so that an auditor can read them.
+
+A receipt is the commit: until one is accepted by the replicated stream, nothing it speaks of is committed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from contracts.errors import WireFormatError
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """An Ed25519 signature over a record's statement (`contracts.statements`).
+
+    Attributes:
+        key: the public key that it checks with, 64 hex digits.
+        value: 64 bytes, base64 on the wire.
+    """
+
+    key: str
+    value: bytes
+
+
+class StoreEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one store's files are committed for a partition.
+
+    Attributes:
+        shard: number of the live shard.
+        commits: how many of its index rows are committed; later rows are a tail to be cut.
+    """
+
+    shard: int
+    commits: int
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="receipt.1"):
+    """One commit of one partition (or, with `takeover`, the claim of a new owner; it commits nothing).
+
+    Attributes:
+        partition: lane.
+        cluster: id of the cluster the origins count in.
+        writer: nonce of the persister process.
+        node: its host name, for people.
+        store: id of the store (shards directory) that owns the partition.
+        ends: for every store that ever owned it, how far its files are committed.
+        origin: all events up to this origin are settled.
+        trail: sequences in `FI_SEGMENT`, `FI_HASH`, `FI_PERSIST` of the last frame this commit covers.
+        persisted, duplicates, dead_lettered: running totals of the partition, in events.
+        root: Merkle root over the `persisted` events so far, hex.
+        closed: segment's memory at `origin` (opaque, base64 on the wire).
+        committed_ns: when the data was durable on disk.
+        takeover: claims the partition; totals and origin repeat the previous receipt's.
+        signature: there when persist has a signing key.
+    """
+
+    partition: int
+    cluster: str
+    writer: str
+    node: str
+    store: str
+    ends: dict[str, StoreEnd]
+    origin: int
+    trail: tuple[int, ...]
+    persisted: int
+    duplicates: int
+    dead_lettered: int
+    root: str
+    closed: bytes
+    committed_ns: int
+    takeover: bool = False
+    signature: Signature | UnsetType = UNSET
+
+
+class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="seal.1"):
+    """A shard became immutable. Kept for ever: with the receipts it is the off-box witness.
+
+    Attributes:
+        partition: lane.
+        store: id of the store that holds the file.
+        shard: its number, growing by one in the store and partition.
+        file: its name.
+        sha256: of the file's bytes, hex.
+        first_origin, last_origin: what it covers.
+        events: events in it.
+        tree_size: events of the partition up to its end.
+        root: Merkle root at `tree_size`, hex.
+        sealed_ns: when.
+        bytes: file size.
+        cluster: id of the cluster the origins count in; not there in records of the first builds.
+        signature: there when persist has a signing key.
+    """
+
+    partition: int
+    store: str
+    shard: int
+    file: str
+    sha256: str
+    first_origin: int
+    last_origin: int
+    events: int
+    tree_size: int
+    root: str
+    sealed_ns: int
+    bytes: int
+    cluster: str | UnsetType = UNSET
+    signature: Signature | UnsetType = UNSET
+
+
+_encoder = msgspec.json.Encoder()
+_receipt_decoder = msgspec.json.Decoder(Receipt)
+_seal_decoder = msgspec.json.Decoder(SealRecord)
+
+
+def encode_receipt(receipt: Receipt | SealRecord) -> bytes:
+    """Wire bytes (JSON)."""
+    return _encoder.encode(receipt)
+
+
+def decode_receipt(data: bytes) -> Receipt:
+    """Inverse of `encode_receipt`.
+
+    Raises:
+        WireFormatError: not a receipt of a version this build reads.
+    """
+    try:
+        return _receipt_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireFormatError(f"not a receipt: {error}") from error
+
+
+def decode_seal(data: bytes) -> SealRecord:
+    """Inverse of `encode_receipt` for seal records. Raises `WireFormatError`."""
+    try:
+        return _seal_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireFormatError(f"not a seal record: {error}") from error

@@ -1,0 +1,54 @@
+"""The four kinds of actor, by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from contracts.subjects import Stage
+from stages.hash.core import HashCore
+from stages.ingest.actor import IngestCore
+from stages.runtime.api import Api
+from stages.runtime.facts import ClusterFacts
+from stages.runtime.lane import Lane
+from stages.runtime.process import LaneMaker, RunnableLane
+from stages.runtime.work import StageCore
+from stages.segment.core import SegmentCore
+
+_CORES: dict[Stage, Callable[[], StageCore]] = {"ingest": IngestCore, "segment": SegmentCore, "hash": HashCore}
+
+
+def lane_maker(stage: Stage, shards: Path) -> LaneMaker:
+    """How a process of `stage` makes its lanes.
+
+    Args:
+        stage: which.
+        shards: directory of this node's store; used by persist only.
+    """
+    if stage == "persist":
+        return _persist_maker(shards)
+    core = _CORES[stage]
+
+    def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
+        return Lane(api, core(), partition, nonce, on_open)
+
+    return make
+
+
+def _persist_maker(shards: Path) -> LaneMaker:
+    # h5py and numpy are loaded in persist processes only.
+    from stages.persist.actor import PersistLane
+    from stages.persist.keys import load_key
+    from stages.persist.storedir import open_store
+
+    load_once = cache(load_key)
+
+    def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
+        store = open_store(shards, facts.cluster_id, now_ns=time.time_ns())
+        key_file = api.settings.signing_key_file
+        signer = load_once(Path(key_file)) if key_file else None
+        return PersistLane(api, store, partition, nonce, on_open, signer=signer)
+
+    return make

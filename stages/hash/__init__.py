@@ -1,0 +1,1 @@
+"""Hash: gives every event its audit hash."""

@@ -1,0 +1,286 @@
+"""Holding a partition's shards against its receipts and seal records, which the cluster keeps: the off-box witness.
+
+A store that was changed with care, down to its last checksum, agrees with itself. It does not agree with the receipts:
+each says how many events there were up to which origin, and the Merkle root over them. Shards are those that
+`verify_store` found; what is wrong *within* one is reported there, and not again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from msgspec import UNSET
+
+from contracts.errors import ProofError
+from contracts.events import format_rfc3339
+from contracts.hashing import HASH_BYTES
+from contracts.receipts import Receipt, SealRecord
+from contracts.statements import check_signature, statement_of
+from stages.persist.idfilter import ID_BYTES
+from stages.persist.names import FIRST_SHARD
+from stages.persist.storedir import Store
+from stages.persist.verify import Problem, ShardContents
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+_SETTLED_COLUMNS = 4
+_IDS_NAMED_MAX = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Witnesses:
+    """What the cluster says of one partition.
+
+    Attributes:
+        receipts: those it kept when the reading of the shards began, in stream order.
+        newer: those accepted since.
+        seals: in stream order.
+    """
+
+    receipts: Sequence[Receipt] = ()
+    newer: Sequence[Receipt] = ()
+    seals: Sequence[SealRecord] = ()
+
+
+def audit_partition(
+    partition: int,
+    shards: Sequence[ShardContents],
+    witnesses: Witnesses,
+    store: Store,
+    *,
+    shown_origin: int = 0,
+    trusted: Collection[str] = (),
+) -> list[Problem]:
+    """Everything in which a partition's shards and its witnesses contradict each other.
+
+    Args:
+        partition: lane.
+        shards: all of the partition in `store`, by number.
+        witnesses: from the cluster that the store belongs to.
+        store: its identity; witnesses of other stores (the partition was moved) say nothing of its files.
+        shown_origin: how far readers see now, later than `shards` were read: a commit is shown just after its receipt.
+        trusted: public keys (64 hex digits). With any given, the last receipt must be signed by one, and so must
+            everything after the first signed record: what came before that is vouched for by the later roots.
+    """
+    audit = _Audit(f"partition {partition}", shards)
+    everything = [*witnesses.receipts, *witnesses.newer]
+    for records in (everything, witnesses.seals):
+        audit.check_signatures(records, trusted)
+    audit.check_identity(partition, [*everything, *witnesses.seals], store)
+    receipts = [receipt for receipt in everything if receipt.store == store.store_id]
+    seals = [seal for seal in witnesses.seals if seal.store == store.store_id]
+    last = next((receipt for receipt in reversed(witnesses.receipts) if receipt.store == store.store_id), None)
+    audit.check_ends(last, receipts, shown_origin, moved=bool(everything))
+    audit.check_totals(receipts)
+    for seal in seals:
+        audit.check_seal(seal)
+    audit.check_roots(receipts, seals)
+    return audit.problems
+
+
+def name_record(record: Receipt | SealRecord) -> str:
+    """A receipt or seal record in words."""
+    if isinstance(record, Receipt):
+        return f"receipt of {format_rfc3339(record.committed_ns)} at origin {record.origin}"
+    return f"seal record of shard {record.shard}"
+
+
+class _Audit:
+    def __init__(self, name: str, shards: Sequence[ShardContents]) -> None:
+        self._name = name
+        self._shards = shards
+        self.problems: list[Problem] = []
+
+    def _report(self, where: str, what: str) -> None:
+        self.problems.append(Problem(self._name, where, what))
+
+    def check_signatures(self, records: Sequence[Receipt | SealRecord], trusted: Collection[str]) -> None:
+        """Every signature that is there, and that none is missing where one must be."""
+        signed = False
+        for record in records:
+            if record.signature is not UNSET:
+                signed = True
+                try:
+                    check_signature(statement_of(record), record.signature, trusted)
+                except ProofError as error:
+                    self._report(name_record(record), str(error))
+            elif trusted and (signed or (isinstance(record, Receipt) and record is records[-1])):
+                self._report(name_record(record), "is not signed")
+
+    def check_identity(self, partition: int, records: Sequence[Receipt | SealRecord], store: Store) -> None:
+        """The witnesses are of this partition and cluster, and none takes back what an earlier one said."""
+        for record in records:
+            cluster = store.cluster_id if record.cluster is UNSET else record.cluster
+            if (record.partition, cluster) != (partition, store.cluster_id):
+                self._report(name_record(record), f"is of partition {record.partition} of cluster {cluster}")
+        receipts = [record for record in records if isinstance(record, Receipt)]
+        for before, after in pairwise(receipts):
+            if after.origin < before.origin or after.persisted < before.persisted:
+                self._report(
+                    name_record(after),
+                    f"commits {after.persisted} events up to origin {after.origin}, after one that committed "
+                    f"{before.persisted} up to {before.origin}",
+                )
+
+    def check_ends(self, last: Receipt | None, receipts: Sequence[Receipt], shown_origin: int, moved: bool) -> None:
+        """Nothing is missing after the shards' last commit, and no commit lies beyond every receipt."""
+        end = max((contents.check.last_origin or 0 for contents in self._shards), default=0)
+        events = sum(contents.check.events for contents in self._shards)
+        first = next((one.check.prev_origin for one in self._shards if one.check.prev_origin is not None), 0)
+        if last is not None and len(last.ends) == 1 and first:
+            self._report(f"origins up to {first}", "no other store ever held the partition, but they are not here")
+        if last is not None and max(end, shown_origin) < last.origin:
+            unseen = b"".join(contents.check.unseen_ids for contents in self._shards)
+            hidden = "; its live shard holds, and does not show, " + _name_ids(unseen) if unseen else ""
+            self._report(
+                f"events {events + 1} to {last.persisted}" if events < last.persisted else f"origins after {end}",
+                f"the {name_record(last)} commits {last.persisted} events up to origin {last.origin}, but the shards "
+                f"end at origin {end} with {events}: commits were removed from the end, or the watermark was lowered "
+                f"(or a power cut did so and persist was not started since){hidden}",
+            )
+        reached = max((receipt.origin for receipt in receipts), default=0)
+        # Without a receipt of this store among them, the partition was moved long ago.
+        if end > reached and (receipts or not moved):
+            added = [
+                _ids_between(contents, int(np.searchsorted(_settled(contents)[:, 0], reached, "right")))
+                for contents in self._shards
+                if (contents.check.last_origin or 0) > reached
+            ]
+            self._report(
+                _name_ids(b"".join(added)) or f"origins after {reached}",
+                f"the shards go on to origin {end}, but no receipt commits anything after {reached}: it was added",
+            )
+
+    def check_totals(self, receipts: Sequence[Receipt]) -> None:
+        """Each receipt's origin is the end of a commit, with its totals over everything up to there."""
+        totals: Counts | None = np.zeros(_SETTLED_COLUMNS - 1, np.int64)
+        excess = [0, 0, 0]
+        reached = 0
+        for number, contents in enumerate(self._shards, FIRST_SHARD):
+            check = contents.check
+            if check.findings or contents.shard.shard != number or check.prev_origin not in (None, reached):
+                totals = None
+            if check.findings or check.prev_origin is None or check.last_origin is None:
+                continue
+            settled = _settled(contents)
+            sums = np.cumsum(settled[:, 1:], axis=0)
+            agreed = 0
+            for receipt in receipts:
+                if not check.prev_origin < receipt.origin <= check.last_origin:
+                    continue
+                row = int(np.searchsorted(settled[:, 0], receipt.origin))
+                if settled[row, 0] != receipt.origin:
+                    self._report(name_record(receipt), f"no commit in {contents.shard.path.name} ends there")
+                elif totals is not None:
+                    among = _ids_slice(contents, agreed, int(sums[row, 0]))
+                    excess = self._compare(receipt, (totals + sums[row]).tolist(), excess, among)
+                    agreed = int(sums[row, 0])
+            totals = None if totals is None else totals + sums[-1]
+            reached = check.last_origin
+
+    def _compare(self, receipt: Receipt, found: list[int], excess: list[int], among: bytes) -> list[int]:
+        """Reports totals that differ otherwise than at the receipt before, by `excess`; gives the new excess."""
+        told = [receipt.persisted, receipt.duplicates, receipt.dead_lettered]
+        now = [is_ - said for is_, said in zip(found, told, strict=True)]
+        if now != excess:
+            self._report(
+                name_record(receipt),
+                f"says {told[0]} events, {told[1]} duplicates and {told[2]} dead-lettered up to there, "
+                f"but the shards hold {found[0]}, {found[1]} and {found[2]}; "
+                f"since the receipt before: {_name_ids(among) or 'nothing'}",
+            )
+        return now
+
+    def check_seal(self, seal: SealRecord) -> None:
+        """The sealed file is the one that was recorded, byte for byte."""
+        contents = next((one for one in self._shards if one.shard.shard == seal.shard and one.shard.sealed), None)
+        if contents is None:
+            self._report(name_record(seal), f"{seal.file} is missing")
+            return
+        check, path = contents.check, contents.shard.path
+        if check.sha256 and check.sha256 != seal.sha256:
+            self._report(name_record(seal), f"{path.name} has SHA-256 {check.sha256}, recorded was {seal.sha256}")
+        first = None if check.prev_origin is None else check.prev_origin + 1
+        found = (path.name, first, check.last_origin, check.events)
+        told = (seal.file, seal.first_origin, seal.last_origin, seal.events)
+        if not check.findings and found != told:
+            self._report(
+                name_record(seal),
+                "{} covers origins {} to {} with {} events".format(*found)
+                + ", recorded was {}, origins {} to {} with {} events".format(*told),
+            )
+
+    def check_roots(self, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> None:
+        """Every root is that over the stored events; where one is not, the events it could be are named."""
+        by_size: dict[int, list[Receipt | SealRecord]] = {}
+        records: list[Receipt | SealRecord] = [*receipts, *seals]
+        for record in records:
+            by_size.setdefault(statement_of(record).tree_size, []).append(record)
+        right, blamed = 0, False
+        for size, root in self._roots(sorted(by_size)):
+            wrong = [record for record in by_size[size] if record.root != root]
+            if not wrong:
+                right, blamed = size, False
+            elif not blamed:
+                blamed = True
+                self._report(
+                    self._name_events(right, size),
+                    f"not what was committed: the {name_record(wrong[0])} says root {wrong[0].root} "
+                    f"over {size} events, the shards give {root}; up to event {right} they agree",
+                )
+
+    def _roots(self, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """(size, root in hex) at those of the ascending sizes that the shards reach."""
+        wanted = iter(sizes)
+        size = next(wanted, None)
+        for contents in self._shards:
+            if contents.before is None:
+                continue
+            tree, leaves = contents.before.copy(), contents.check.leaves
+            while size is not None and size < tree.size:
+                size = next(wanted, None)
+            for at in range(0, len(leaves) + HASH_BYTES, HASH_BYTES):
+                while size is not None and size == tree.size:
+                    yield size, tree.root().hex()
+                    size = next(wanted, None)
+                if at < len(leaves):
+                    tree.append(leaves[at : at + HASH_BYTES])
+
+    def _name_events(self, first: int, last: int) -> str:
+        """Events [first, last) of the partition's tree by their ids, as far as the shards tell."""
+        ids = []
+        for contents in self._shards:
+            start = 0 if contents.before is None else contents.before.size
+            ids.append(_ids_slice(contents, first - start, last - start))
+        return _name_ids(b"".join(ids)) or f"events {first + 1} to {last}"
+
+
+def _settled(contents: ShardContents) -> Counts:
+    """n×4: for each commit its origin, events, duplicates and dead-lettered events."""
+    return np.frombuffer(contents.check.settled, "<i8").reshape(-1, _SETTLED_COLUMNS)
+
+
+def _ids_between(contents: ShardContents, commit: int) -> bytes:
+    """The ids of the events in the commits from number `commit` (from 0) on."""
+    return _ids_slice(contents, int(_settled(contents)[:commit, 1].sum()), contents.check.events)
+
+
+def _ids_slice(contents: ShardContents, first: int, last: int) -> bytes:
+    return contents.check.ids[max(0, first) * ID_BYTES : max(0, last) * ID_BYTES]
+
+
+def _name_ids(ids: bytes) -> str:
+    """The event ids in `ids`: all of a few, else the first and last of them; empty without any."""
+    count = len(ids) // ID_BYTES
+    named = range(count) if count <= _IDS_NAMED_MAX else (0, count - 1)
+    texts = [str(UUID(bytes=ids[at * ID_BYTES : (at + 1) * ID_BYTES])) for at in named]
+    if not texts:
+        return ""
+    if count > _IDS_NAMED_MAX:
+        return f"{count} events from {texts[0]} to {texts[1]}"
+    return f"{'event' if count == 1 else 'events'} {', '.join(texts)}"

@@ -1,0 +1,83 @@
+"""Persist's decisions, pure: which of the events at hand are new, and what the commit of them says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from contracts.events import decode_event_key
+from contracts.frames import decode_packed_frame
+from stages.runtime.api import StoredMessage
+from stages.runtime.checkpoint import check_joined
+
+
+class Group(NamedTuple):
+    """What one group commit stores and settles: the part of some frames that lies after the cursor.
+
+    Attributes:
+        prev_origin, origin: settles the origins in (prev_origin, origin].
+        records: encoded events to store, in order.
+        ids: their event ids.
+        duplicates: events whose id is stored already.
+        dead_lettered: events refused by an earlier stage.
+        trail: sequences in the three hop streams of the last frame.
+        closed: segment's memory at `origin`.
+    """
+
+    prev_origin: int
+    origin: int
+    records: list[bytes]
+    ids: list[bytes]
+    duplicates: int
+    dead_lettered: int
+    trail: tuple[int, ...]
+    closed: bytes
+
+
+def plan_group(
+    messages: Sequence[StoredMessage], cursor: int, seen: Callable[[Sequence[bytes]], Sequence[bool]]
+) -> Group | None:
+    """Joins frames into one group; None when all of them lie at or before `cursor`.
+
+    Args:
+        messages: frames of one partition in stream order.
+        cursor: the origin already settled.
+        seen: for each id, whether an event with it is stored.
+
+    Raises:
+        HoleError: frames are missing before one of these.
+        WireFormatError: not frames or not events of a version this build reads.
+    """
+    origin = cursor
+    records: list[bytes] = []
+    ids: list[bytes] = []
+    dead_lettered = 0
+    trail: tuple[int, ...] = ()
+    closed = b""
+    for message in messages:
+        frame = decode_packed_frame(message.data)
+        check_joined(message.subject, frame, origin)
+        if frame.last <= origin:
+            continue
+        for raw in frame.events:
+            key = decode_event_key(raw)
+            if key.origin > origin:
+                records.append(bytes(raw))
+                ids.append(key.event_id)
+        dead_lettered += sum(row.count for row in frame.dead if row.origin > origin)
+        origin, trail, closed = frame.last, (*frame.trail, message.seq), frame.closed
+    if not trail:
+        return None
+    fresh_records, fresh_ids = _without_duplicates(records, ids, seen(ids))
+    duplicates = len(records) - len(fresh_records)
+    return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed)
+
+
+def _without_duplicates(
+    records: list[bytes], ids: list[bytes], stored: Sequence[bool]
+) -> tuple[list[bytes], list[bytes]]:
+    fresh: dict[bytes, bytes] = {}
+    for record, event_id, known in zip(records, ids, stored, strict=True):
+        if not known and event_id not in fresh:
+            fresh[event_id] = record
+    return list(fresh.values()), list(fresh)

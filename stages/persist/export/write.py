@@ -1,0 +1,187 @@
+"""Writing an export: to a stream, or to a file that appears whole, with its manifest, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+from uuid import UUID
+
+from contracts.errors import DefiniteError, SettingsError
+from contracts.events import format_rfc3339
+from stages.persist.export.consultations import write_consultations
+from stages.persist.export.formats import ExportFormat, write_csv, write_ndjson
+from stages.persist.export.manifest import Filters, Manifest, encode_manifest, file_sha256, manifest_path, with_digest
+from stages.persist.files import publish_file, remove_file, sync_file, write_new_file
+from stages.persist.names import tmp_path
+from stages.persist.sealed import Selection
+from stages.persist.store import EventStore, StoredEvent
+from stages.persist.storedir import read_store
+
+_STORE_NAMES = re.compile(r"p\d{3,4}[-.].*|store\..*", re.ASCII)
+_REPORT_EVENTS = 1000
+_STREAMS: dict[ExportFormat, Callable[[Iterable[StoredEvent], BinaryIO], int]] = {
+    ExportFormat.NDJSON: write_ndjson,
+    ExportFormat.CSV: write_csv,
+}
+
+Progress = Callable[[float], None]
+"""Told how much is done, from 0 to 1."""
+
+
+class ExportError(DefiniteError):
+    """An export was not written; nothing is left of it. The message says why and what to do."""
+
+
+def export_stream(store: EventStore, file: BinaryIO, *, file_format: ExportFormat, wanted: Selection) -> int:
+    """Writes the events that are stored now to `file`, in order of origin; gives their number.
+
+    Args:
+        store: where they are.
+        file: open for writing.
+        file_format: any but HDF5.
+        wanted: which events.
+
+    Raises:
+        SettingsError: the format is no stream.
+        ShardError: a shard cannot be read.
+        OSError: `file` refused.
+    """
+    if file_format not in _STREAMS:
+        raise SettingsError(f"{file_format} cannot be written to a stream; give it a file (--output)")
+    return _STREAMS[file_format](store.select(wanted), file)
+
+
+def export_file(
+    store: EventStore,
+    output: Path,
+    *,
+    file_format: ExportFormat,
+    wanted: Selection,
+    who: str,
+    purpose: str,
+    export_id: UUID,
+    now_ns: int,
+    on_progress: Progress = lambda done: None,
+) -> Manifest:
+    """Writes the events that are stored when this begins to the file `output`, and its manifest beside it.
+
+    Both are durable at the end. If the process dies or the power fails before: `output` is what it was, or, in the last
+    moment, the whole new file still without a manifest; `*.tmp` files beside it may be left and can be removed.
+
+    Args:
+        store: where the events are; persist may go on writing.
+        output: replaced when it is there.
+        file_format: how.
+        wanted: which events.
+        who, purpose: for the manifest.
+        export_id: a new one.
+        now_ns: the time, nanoseconds since the epoch.
+        on_progress: told now and then.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        SettingsError: `output` cannot be an export's name.
+        ExportError: the disk refused.
+        ShardError: a shard cannot be read.
+    """
+    _check_output(output, store.directory)
+    identity = read_store(store.directory)
+    ends = store.ends()
+    found = store.select(wanted, ends)
+    last_origin = max((end.origin or 0 for end in ends), default=0)
+    tmp = tmp_path(output.with_name(f"{output.name}.{export_id}"))
+    manifest_tmp = tmp_path(manifest_path(tmp))
+    with _all_or_nothing(output, tmp, manifest_tmp):
+        events = _write(found, tmp, file_format, last_origin, on_progress)
+        manifest = with_digest(
+            Manifest(
+                export_id=str(export_id),
+                created=format_rfc3339(now_ns),
+                who=who,
+                purpose=purpose,
+                store=identity.store_id,
+                cluster=identity.cluster_id,
+                file_format=file_format,
+                filters=_filters(wanted),
+                snapshot=tuple(ends),
+                file=output.name,
+                events=events,
+                bytes=tmp.stat().st_size,
+                sha256=file_sha256(tmp),
+            )
+        )
+        write_new_file(manifest_tmp, encode_manifest(manifest) + b"\n")
+        # A manifest of an earlier export must never lie beside the new file.
+        remove_file(manifest_path(output))
+        publish_file(tmp, output)
+        publish_file(manifest_tmp, manifest_path(output))
+    on_progress(1.0)
+    return manifest
+
+
+def _check_output(output: Path, store: Path) -> None:
+    if not output.parent.is_dir():
+        raise SettingsError(f"{output}: there is no directory {output.parent}; make it first, or choose another place")
+    if output.is_dir():
+        raise SettingsError(f"{output}: is a directory; name a file in it")
+    if output.resolve().parent == store.resolve() and _STORE_NAMES.fullmatch(output.name):
+        raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
+
+
+def _write(
+    found: Iterable[StoredEvent], tmp: Path, file_format: ExportFormat, last_origin: int, on_progress: Progress
+) -> int:
+    """Writes and syncs the temporary file; gives the number of events."""
+    if file_format is ExportFormat.HDF5_CONSULTATIONS:
+        reading = _told(found, last_origin, lambda done: on_progress(done / 2))
+        events = write_consultations(reading, tmp, on_written=lambda done, total: on_progress((1 + done / total) / 2))
+        fd = os.open(tmp, os.O_RDONLY)
+        try:
+            sync_file(fd)
+        finally:
+            os.close(fd)
+        return events
+    with tmp.open("wb") as file:
+        events = _STREAMS[file_format](_told(found, last_origin, on_progress), file)
+        sync_file(file.fileno())
+    return events
+
+
+def _told(found: Iterable[StoredEvent], last_origin: int, on_progress: Progress) -> Iterator[StoredEvent]:
+    """The same events; progress by origin, since how many of them are wanted is not known before."""
+    for number, stored in enumerate(found, 1):
+        if number % _REPORT_EVENTS == 0:
+            on_progress(stored.event.origin / last_origin)
+        yield stored
+
+
+@contextlib.contextmanager
+def _all_or_nothing(output: Path, *temporary: Path) -> Iterator[None]:
+    """Removes the temporary files whatever happens, and says what a refused disk operation means."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error.strerror or error).splitlines()[0]
+        raise ExportError(
+            f"{output}: was not exported, the disk refused ({reason}); "
+            "make room or choose another place (--output), and export again"
+        ) from error
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _filters(wanted: Selection) -> Filters:
+    return Filters(
+        site=wanted.site,
+        event_type=wanted.event_type,
+        since=None if wanted.since_ns is None else format_rfc3339(wanted.since_ns),
+        until=None if wanted.until_ns is None else format_rfc3339(wanted.until_ns),
+        consultation_id=None if wanted.consultation_id is None else str(UUID(bytes=wanted.consultation_id)),
+    )

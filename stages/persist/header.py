@@ -1,0 +1,176 @@
+"""The first `HEADER_BYTES` of every shard: a checksummed JSON text in the HDF5 user block, before any HDF5 structure.
+
+HDF5 readers skip a user block. Ours read it first, because a damaged HDF5 file can hang the library: the header says
+what the file is, where its fixed arrays lie, and how to check the rest, without HDF5. The same facts are in the file's
+HDF5 attributes for readers with other tools.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from contracts.errors import ShardCorruptError, ShardError
+
+HEADER_BYTES = 8192
+"""A power of two from 512, as HDF5 demands of a user block; holds the two frontiers of a tree of 2**60 leaves."""
+
+_MAGIC = b"FI-SHARD\n"
+_CRC_CHARS = 9
+
+
+class Area(msgspec.Struct, frozen=True, array_like=True):
+    """An uncompressed contiguous dataset: where its bytes lie in the file.
+
+    Attributes:
+        offset: from the start of the file, in bytes.
+        bytes: its length.
+    """
+
+    offset: int
+    bytes: int
+
+
+class LiveHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", tag="fi.live.1"):
+    """What a live shard is. Written once, when the file is made.
+
+    Attributes:
+        partition, shard: which one; shard numbers grow by one in a store and partition.
+        store, cluster: ids it belongs to.
+        created_ns: when it was made.
+        frames, index, watermark: its three arrays.
+        file_bytes: the file's length, which never changes.
+        structure_crc32: CRC-32 of everything after the header and outside the three arrays; never changes either.
+    """
+
+    partition: int
+    shard: int
+    store: str
+    cluster: str
+    created_ns: int
+    frames: Area
+    index: Area
+    watermark: Area
+    file_bytes: int
+    structure_crc32: int
+
+
+class SealedHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", tag="fi.sealed.1"):
+    """What a sealed shard is and what it holds.
+
+    Attributes:
+        partition, shard, store, cluster: as for a live shard.
+        first_origin, last_origin: what it covers, both inclusive; its first commit's `prev_origin` is one less.
+        commits, events: index rows and events in it.
+        record_bytes: length of its events' bytes, uncompressed.
+        timestamp_ns_min, timestamp_ns_max: of its events; 0 without any.
+        sealed_ns: when.
+        tree_size_before, frontier_before: the partition's Merkle tree before its first event.
+        tree_size, frontier, root: and after its last one.
+        areas: its contiguous datasets by name.
+        file_bytes: length of the file.
+        body_sha256: of all bytes after the header, hex.
+    """
+
+    partition: int
+    shard: int
+    store: str
+    cluster: str
+    first_origin: int
+    last_origin: int
+    commits: int
+    events: int
+    record_bytes: int
+    timestamp_ns_min: int
+    timestamp_ns_max: int
+    sealed_ns: int
+    tree_size_before: int
+    frontier_before: bytes
+    tree_size: int
+    frontier: bytes
+    root: str
+    areas: dict[str, Area]
+    file_bytes: int
+    body_sha256: str
+
+
+class _Format(msgspec.Struct):
+    format: str
+
+
+_encoder = msgspec.json.Encoder()
+_format_decoder = msgspec.json.Decoder(_Format)
+_decoders: dict[str, msgspec.json.Decoder[Any]] = {
+    "fi.live.1": msgspec.json.Decoder(LiveHeader),
+    "fi.sealed.1": msgspec.json.Decoder(SealedHeader),
+}
+
+
+def encode_header(header: LiveHeader | SealedHeader) -> bytes:
+    """The user block's `HEADER_BYTES` bytes: magic line, JSON line, CRC-32 of both in hex, spaces.
+
+    Raises:
+        ShardError: it does not fit.
+    """
+    text = _MAGIC + _encoder.encode(header) + b"\n"
+    text += b"%08x\n" % zlib.crc32(text)
+    if len(text) >= HEADER_BYTES:
+        raise ShardError(f"a shard header of {len(text)} bytes does not fit in {HEADER_BYTES}")
+    return text.ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def decode_header(block: bytes, path: Path) -> LiveHeader | SealedHeader:
+    """Inverse of `encode_header`; `path` is for messages only.
+
+    Raises:
+        ShardError: not one of our shards, or of a format this build does not know.
+        ShardCorruptError: cut short or damaged.
+    """
+    if len(block) < HEADER_BYTES or block.count(0) == len(block):
+        raise ShardCorruptError(f"{path}: cut short or empty; rebuild it from the stream")
+    if not block.startswith(_MAGIC):
+        raise ShardError(f"{path}: not a shard of this system; move it out of the store")
+    end = block.find(b"\n", len(_MAGIC)) + 1
+    if end == 0 or block[end : end + _CRC_CHARS] != b"%08x\n" % zlib.crc32(block[:end]):
+        raise ShardCorruptError(f"{path}: its header is damaged; rebuild it from the stream")
+    text = block[len(_MAGIC) : end]
+    try:
+        name = _format_decoder.decode(text).format
+        decoder = _decoders.get(name)
+        if decoder is None:
+            raise ShardError(f"{path}: format {name!r} is not known to this build; use the version that wrote it")
+        header: LiveHeader | SealedHeader = decoder.decode(text)
+    except msgspec.MsgspecError as error:
+        raise ShardCorruptError(f"{path}: its header makes no sense ({error}); rebuild it from the stream") from error
+    return header
+
+
+def read_header(path: Path) -> LiveHeader | SealedHeader:
+    """The header of the file at `path`, whose length must be what it says. Raises as `decode_header`, and `OSError`."""
+    with path.open("rb") as file:
+        header = decode_header(file.read(HEADER_BYTES), path)
+        size = file.seek(0, 2)
+    if size != header.file_bytes:
+        raise ShardCorruptError(
+            f"{path}: is {size} bytes long but was written with {header.file_bytes}; rebuild it from the stream"
+        )
+    return header
+
+
+def read_live_header(path: Path) -> LiveHeader:
+    """The header of a live (or prepared) shard. Raises as `read_header`, and `ShardError` for a sealed one."""
+    header = read_header(path)
+    if not isinstance(header, LiveHeader):
+        raise ShardError(f"{path}: is a sealed shard under the name of a live one; give it its name back")
+    return header
+
+
+def read_sealed_header(path: Path) -> SealedHeader:
+    """The header of a sealed shard. Raises as `read_header`, and `ShardError` for a live one."""
+    header = read_header(path)
+    if not isinstance(header, SealedHeader):
+        raise ShardError(f"{path}: is a live shard under the name of a sealed one; give it its name back")
+    return header

@@ -1,0 +1,393 @@
+"""The live shard: an HDF5 file that is its own journal.
+
+HDF5 lays it out once (`create_live`) and never writes it again: commits go with `pwrite` into its contiguous arrays, so
+the file's structure cannot tear and any HDF5 reader can open it at any moment. Always true of a live shard:
+
+* row *k* of `index` is written after its blob, and both are on disk once `sync` has returned;
+* a row that is not whole, or whose blob is not, fails its CRC-32: rows count up to the first that is empty or fails;
+* `watermark` is never more than the rows that were synced *and* whose receipt was accepted. Readers stop there.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+
+from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
+from contracts.events import format_rfc3339
+from stages.persist.files import (
+    is_zero,
+    publish_file,
+    sync_data,
+    sync_file,
+    write_all_at,
+    zero_dirty,
+    zero_fill,
+)
+from stages.persist.hdf5 import new_hdf5
+from stages.persist.header import HEADER_BYTES, Area, LiveHeader, encode_header, read_live_header
+from stages.persist.names import tmp_path
+from stages.persist.rows import (
+    ROW_BYTES,
+    ROW_COLUMNS,
+    CommitRow,
+    decode_rows,
+    encode_row,
+    pack_blob,
+    row_crc32,
+    split_blob,
+)
+from stages.persist.storedir import Store
+
+_WATERMARK_BYTES = 8
+_WINDOW_BYTES = 1024 * 1024
+_ROWS_AT_ONCE = 1024
+_PAGE_BYTES = 4096
+
+_ABOUT = (
+    "Live shard: being appended to. Only the first watermark[0] rows of index hold. Row k covers the bytes of frames "
+    "from the end_bytes of row k-1 (0 for the first) to its own: for each event a little-endian u32 length and that "
+    "many bytes of msgpack. crc32 is the CRC-32 of the row's other eight columns and then of those bytes. ordinal 0 is "
+    "an empty row."
+)
+
+
+def create_live(
+    path: Path, *, store: Store, partition: int, shard: int, capacity_bytes: int, rows: int, created_ns: int
+) -> None:
+    """Makes an empty live shard at `path`, zero-filled and durable before it has its name. As slow as writing it all.
+
+    If the process dies or the power fails here: a `.tmp` file that nobody reads, or the whole file.
+
+    Args:
+        path: final path, under a live or a prepared name.
+        store: whose shard it is.
+        partition, shard: which one.
+        capacity_bytes: room for blobs.
+        rows: room for commits.
+        created_ns: now.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    tmp = tmp_path(path)
+    arrays = {"frames": (capacity_bytes,), "index": (rows, len(ROW_COLUMNS)), "watermark": (1,)}
+    with new_hdf5(tmp, align_from_bytes=_PAGE_BYTES, align_to_bytes=_PAGE_BYTES) as file:
+        file.attrs.update(
+            {
+                "about": _ABOUT,
+                "format": "fi.live.1",
+                "partition": partition,
+                "shard": shard,
+                "store": store.store_id,
+                "cluster": store.cluster_id,
+                "created": format_rfc3339(created_ns),
+            }
+        )
+        offsets = {name: _allocate(file, name, shape) for name, shape in arrays.items()}
+        file["index"].attrs["columns"] = ",".join(ROW_COLUMNS)
+    areas = {
+        "frames": Area(offsets["frames"], capacity_bytes),
+        "index": Area(offsets["index"], rows * ROW_BYTES),
+        "watermark": Area(offsets["watermark"], _WATERMARK_BYTES),
+    }
+    fd = os.open(tmp, os.O_RDWR)
+    try:
+        for area in areas.values():
+            zero_fill(fd, area.offset, area.bytes)
+        size = os.fstat(fd).st_size
+        header = LiveHeader(
+            partition=partition,
+            shard=shard,
+            store=store.store_id,
+            cluster=store.cluster_id,
+            created_ns=created_ns,
+            **areas,
+            file_bytes=size,
+            structure_crc32=_structure_crc32(fd, size, list(areas.values())),
+        )
+        write_all_at(fd, encode_header(header), 0)
+        sync_file(fd)
+    finally:
+        os.close(fd)
+    publish_file(tmp, path)
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
+    """Makes a contiguous dataset with its room in the file taken now, and gives the room's offset in bytes."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    kind = h5py.h5t.STD_U8LE if name == "frames" else h5py.h5t.STD_I64LE
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), layout)
+    return int(dataset.get_offset())
+
+
+def _structure_crc32(fd: int, size: int, areas: list[Area]) -> int:
+    """CRC-32 of what HDF5 wrote: the bytes after the header and outside `areas`."""
+    crc = 0
+    at = HEADER_BYTES
+    for area in [*sorted(areas, key=lambda area: area.offset), Area(size, 0)]:
+        crc = zlib.crc32(os.pread(fd, area.offset - at, at), crc)
+        at = area.offset + area.bytes
+    return crc
+
+
+class _Window:
+    """Reads an area of a file forwards in large pieces."""
+
+    def __init__(self, fd: int, area: Area) -> None:
+        self._fd = fd
+        self._area = area
+        self._start = 0
+        self._data = b""
+
+    def take(self, start: int, end: int) -> bytes:
+        """The area's bytes in [start, end)."""
+        if start < self._start or end > self._start + len(self._data):
+            length = min(max(end - start, _WINDOW_BYTES), self._area.bytes - start)
+            self._start = start
+            self._data = os.pread(self._fd, length, self._area.offset + start)
+        return self._data[start - self._start : end - self._start]
+
+
+class LiveReader:
+    """Reads a live shard while its owner appends to it. Takes no lock; a file removed meanwhile stays readable."""
+
+    _FLAGS = os.O_RDONLY
+
+    def __init__(self, path: Path) -> None:
+        """Opens and checks the file's structure, without HDF5 (a damaged file can hang the library).
+
+        Raises:
+            FileNotFoundError: it was sealed meanwhile, or never there.
+            ShardCorruptError: cut short, empty, or its structure is damaged.
+            ShardError: not a live shard of a known format.
+        """
+        self.path = path
+        self.header = read_live_header(path)
+        self._fd = os.open(path, self._FLAGS)
+        header = self.header
+        try:
+            found = _structure_crc32(self._fd, header.file_bytes, [header.frames, header.index, header.watermark])
+            if found != header.structure_crc32:
+                raise ShardCorruptError(f"{path}: its HDF5 structure is damaged; rebuild it from the stream")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rows_max(self) -> int:
+        """How many commits the shard has room for."""
+        return self.header.index.bytes // ROW_BYTES
+
+    def watermark(self) -> int:
+        """How many rows readers may see now."""
+        return int.from_bytes(os.pread(self._fd, _WATERMARK_BYTES, self.header.watermark.offset), "little", signed=True)
+
+    def read_rows(self, first: int, last: int) -> list[CommitRow]:
+        """Index rows [first, last), counted from 0, as they are on disk: unchecked, possibly empty or torn."""
+        data = os.pread(self._fd, (last - first) * ROW_BYTES, self.header.index.offset + first * ROW_BYTES)
+        return decode_rows(data)
+
+    def read_blobs(self, start: int, end: int) -> bytes:
+        """The frames' bytes in [start, end), unchecked."""
+        return os.pread(self._fd, end - start, self.header.frames.offset + start)
+
+    def blobs(self, commits: int | None = None) -> Iterator[tuple[CommitRow, bytes]]:
+        """The valid rows from the first on, each with its blob, at most `commits` of them.
+
+        Ends at the first row that is empty, does not follow on from the one before, or fails its CRC-32.
+        """
+        window = _Window(self._fd, self.header.frames)
+        limit = self.rows_max if commits is None else min(commits, self.rows_max)
+        start = 0
+        for first in range(0, limit, _ROWS_AT_ONCE):
+            for number, row in enumerate(self.read_rows(first, min(first + _ROWS_AT_ONCE, limit)), first + 1):
+                if row.ordinal != number or not start <= row.end_bytes <= self.header.frames.bytes:
+                    return
+                blob = window.take(start, row.end_bytes)
+                if row_crc32(row, blob) != row.crc32:
+                    return
+                yield row, blob
+                start = row.end_bytes
+
+    def scan(self, commits: int | None = None) -> Iterator[tuple[CommitRow, list[bytes]]]:
+        """As `blobs`, with each blob split into its records."""
+        for row, blob in self.blobs(commits):
+            yield row, split_blob(blob)
+
+    def close(self) -> None:
+        """Closes the file. Closing again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class LiveShard(LiveReader):
+    """The live shard in the hands of the one process that holds the partition's lock.
+
+    After an `OSError` from `append` or `sync` nothing more can be written through it (`StoreFailedError`).
+
+    Attributes:
+        commits: valid rows, committed or not.
+        end_bytes: where the next blob begins.
+        events: in those rows.
+        prev_origin: the first row's; None without rows.
+        last_origin: the last row's origin; None without rows.
+        torn: bytes of an append that did not finish lie after the last valid row. `cut` before appending.
+    """
+
+    _FLAGS = os.O_RDWR
+
+    def __init__(self, path: Path) -> None:
+        """Opens the shard and reads every row. Raises as `LiveReader`."""
+        super().__init__(path)
+        self._failed = False
+        self._settle(None)
+
+    def _settle(self, commits: int | None) -> None:
+        self.commits = self.end_bytes = self.events = 0
+        self.prev_origin: int | None = None
+        self.last_origin: int | None = None
+        for row, _ in self.blobs(commits):
+            if self.prev_origin is None:
+                self.prev_origin = row.prev_origin
+            self.commits, self.end_bytes, self.last_origin = row.ordinal, row.end_bytes, row.origin
+            self.events += row.events
+        used = self.commits * ROW_BYTES
+        index = self.header.index
+        self.torn = not is_zero(self._fd, index.offset + used, index.bytes - used)
+
+    def fits(self, size_bytes: int) -> bool:
+        """True when one more commit with a blob of that size (`rows.blob_bytes`) finds room."""
+        return self.commits < self.rows_max and self.end_bytes + size_bytes <= self.header.frames.bytes
+
+    def append(
+        self,
+        records: Sequence[bytes],
+        *,
+        prev_origin: int,
+        origin: int,
+        duplicates: int,
+        dead_lettered: int,
+        committed_ns: int,
+    ) -> None:
+        """Writes one commit: the records (`encode_event`'s bytes; perhaps none) and its row. Not durable before `sync`.
+
+        If the process dies here: the commit is there whole, or `torn`. If the power fails here: likewise.
+
+        Raises:
+            ShardError: no room, a torn tail, or an origin that does not follow: the caller's mistake; nothing written.
+            StoreFailedError: an earlier write failed.
+            OSError: the disk refused.
+        """
+        self._writable()
+        blob = pack_blob(records)
+        last = self.last_origin
+        if self.torn or not self.fits(len(blob)):
+            raise ShardError(
+                f"{self.path}: {'cut its torn tail' if self.torn else 'is full, seal it'} before appending"
+            )
+        if prev_origin >= origin or (last is not None and prev_origin != last):
+            raise ShardError(f"{self.path}: a commit from {prev_origin} to {origin} cannot follow one up to {last}")
+        end = self.end_bytes + len(blob)
+        row = CommitRow(
+            self.commits + 1, end, 0, prev_origin, origin, len(records), duplicates, dead_lettered, committed_ns
+        )
+        row = row._replace(crc32=row_crc32(row, blob))
+        self._write(blob, self.header.frames.offset + self.end_bytes)
+        self._write(encode_row(row), self.header.index.offset + self.commits * ROW_BYTES)
+        if self.prev_origin is None:
+            self.prev_origin = prev_origin
+        self.commits, self.end_bytes, self.last_origin = row.ordinal, end, origin
+        self.events += len(records)
+
+    def sync(self) -> None:
+        """Makes every append so far durable.
+
+        If the process dies or the power fails after the return: all of them are there. Before: see `append`.
+
+        Raises:
+            StoreFailedError: an earlier write failed.
+            OSError: the disk refused; what was appended since the last `sync` may be lost.
+        """
+        self._writable()
+        try:
+            sync_data(self._fd)
+        except OSError:
+            self._failed = True
+            raise
+
+    def set_watermark(self, commits: int) -> None:
+        """Lets readers see the first `commits` rows. Call it after their receipt was accepted.
+
+        Not synced: after a power cut readers see less until the owner sets it again.
+
+        Raises:
+            ShardError: more than there are.
+            OSError: the disk refused.
+        """
+        if not 0 <= commits <= self.commits:
+            raise ShardError(f"{self.path}: has {self.commits} commits, so {commits} cannot be shown")
+        self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
+
+    def cut(self, commits: int) -> bool:
+        """Removes all rows after the first `commits`, and every byte of theirs, durably.
+
+        If the process dies or the power fails here: some of them are still there; cut again.
+
+        Returns:
+            whether there was anything to remove.
+
+        Raises:
+            ShardCorruptError: there are fewer valid rows: committed data is damaged.
+            OSError: the disk refused.
+        """
+        if not 0 <= commits <= self.commits:
+            raise ShardCorruptError(
+                f"{self.path}: only {self.commits} of {commits} committed rows are whole; rebuild it from the stream"
+            )
+        self._writable()
+        # The watermark first: a reader must not find it beyond rows that are already gone.
+        if self.watermark() > commits or self.watermark() < 0:
+            self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
+        self._settle(commits)
+        index, frames, used = self.header.index, self.header.frames, self.commits * ROW_BYTES
+        try:
+            rows_gone = zero_dirty(self._fd, index.offset + used, index.bytes - used)
+            bytes_gone = zero_dirty(self._fd, frames.offset + self.end_bytes, frames.bytes - self.end_bytes)
+        except OSError:
+            self._failed = True
+            raise
+        self.sync()
+        self.torn = False
+        return rows_gone or bytes_gone
+
+    def _write(self, data: bytes, offset: int) -> None:
+        try:
+            write_all_at(self._fd, data, offset)
+        except OSError:
+            self._failed = True
+            raise
+
+    def _writable(self) -> None:
+        if self._failed:
+            raise StoreFailedError(f"{self.path}: a write or fsync failed before; restart the process, never retry")
+
+
+def open_live(path: Path) -> LiveShard:
+    """The live shard at `path`, for its owner. Raises as `LiveReader`."""
+    return LiveShard(path)

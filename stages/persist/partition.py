@@ -1,0 +1,379 @@
+"""All files of one partition in one store, for the process that owns it. Blocking: called in threads, one at a time.
+
+Opening is recovery: it takes the store to exactly what the last accepted receipt says of it. What was appended past the
+receipt is cut; what the receipt speaks of must be there, whole, with the Merkle root the receipt carries. Nothing is
+guessed: a contradiction is refused, naming the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
+from contracts.events import decode_event_key
+from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.settings import Settings
+from stages.persist.core import Group
+from stages.persist.files import publish_file, remove_file
+from stages.persist.header import LiveHeader, SealedHeader, read_sealed_header
+from stages.persist.ids import SeenIds
+from stages.persist.live import LiveShard, create_live, open_live
+from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name
+from stages.persist.records import keep_record
+from stages.persist.rows import blob_bytes
+from stages.persist.seal import SealedInfo, drop_live, seal, sealed_info
+from stages.persist.storedir import Store
+
+log = logging.getLogger(__name__)
+
+ROW_FOR_BYTES = 1024
+"""A live shard has room for one commit for each so many bytes, so that a quiet partition runs out of neither first."""
+PREPARE_AT = 0.5
+"""The next shard is prepared when the live one is this full."""
+
+
+class SealJob(NamedTuple):
+    """A full live shard that waits to be sealed: its file, number, commits, and the tree before its first event."""
+
+    path: Path
+    shard: int
+    commits: int
+    frontier: MerkleFrontier
+
+
+class PartitionFiles:
+    """See the module's text. After any exception the object is done for: close it and open anew.
+
+    Attributes:
+        frontier: the Merkle tree over everything stored.
+        to_seal: full shards found or made and not sealed yet, oldest first.
+        sealed: the sealed shards, by number.
+        sealed_origin: how far those found at opening reach; 0 when there were none.
+    """
+
+    def __init__(self, store: Store, partition: int, settings: Settings, clock_ns: Callable[[], int]) -> None:
+        self._store = store
+        self._partition = partition
+        self._settings = settings
+        self._clock_ns = clock_ns
+        self._live: LiveShard
+        self._frontier_before = MerkleFrontier()
+        self._first_ns: int | None = None
+        self._damaged: dict[int, Path] = {}
+        """Damaged sealed forms of shards whose live form is there too: nothing may be appended to those."""
+        self.frontier = MerkleFrontier()
+        self.seen = SeenIds()
+        self.to_seal: list[SealJob] = []
+        self.sealed: dict[int, Path] = {}
+        self.sealed_origin = 0
+        self.cut_commits = False
+
+    @classmethod
+    def open(
+        cls, store: Store, partition: int, receipt: Receipt, settings: Settings, clock_ns: Callable[[], int]
+    ) -> PartitionFiles:
+        """Recovers the partition to `receipt`, which must be the caller's own accepted takeover. The lock must be held.
+
+        Raises:
+            ShardCorruptError: committed data is missing or changed. Names the file and what to do.
+            ShardError: a file of a newer version or another store.
+            StoreFailedError: the disk refused a write.
+        """
+        files = cls(store, partition, settings, clock_ns)
+        try:
+            with _disk(store):
+                files._recover(receipt)
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    def _recover(self, receipt: Receipt) -> None:
+        found = {file.shard: file for file in list_shards(self._store.directory).get(self._partition, ())}
+        self._prefer_whole_forms(found)
+        kept = {file.path for file in found.values()}
+        for leftover in list_leftovers(self._store.directory, self._partition):
+            if leftover not in kept:
+                remove_file(leftover)
+        end = receipt.ends.get(self._store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
+        for number in range(FIRST_SHARD, end.shard):
+            self._load_finished(number, found.pop(number, None))
+        self._open_current(found.pop(end.shard, None), end)
+        for file in found.values():
+            self._discard_unaccepted(file)
+        if self.frontier.size != receipt.persisted or self.frontier.root().hex() != receipt.root:
+            raise ShardCorruptError(
+                f"{self._store.directory}: partition {self._partition} holds {self.frontier.size} events with root "
+                f"{self.frontier.root().hex()[:16]}…, its last receipt says {receipt.persisted} with "
+                f"{receipt.root[:16]}…; run `fi verify {self._store.directory}` and restore the damaged shard"
+            )
+        for damaged in self._damaged.values():
+            remove_file(damaged)
+
+    def _prefer_whole_forms(self, found: dict[int, ShardFile]) -> None:
+        """Where both forms are there, a damaged sealed one gives way to the live one and is sealed again."""
+        for number, sealed in found.items():
+            live = self._store.directory / live_name(self._partition, number)
+            if sealed.sealed and live.exists():
+                try:
+                    sealed_info(sealed.path)
+                except ShardCorruptError as error:
+                    log.warning("%s; it is sealed again from %s", error, live.name)
+                    found[number] = ShardFile(live, self._partition, number, sealed=False)
+                    self._damaged[number] = sealed.path
+
+    def _load_finished(self, number: int, file: ShardFile | None) -> None:
+        """A shard before the current one: sealed, or full and still to be sealed."""
+        if file is None:
+            raise ShardCorruptError(
+                f"{self._store.directory}: shard {number} of partition {self._partition} is missing, though receipts "
+                "commit it; restore the file, or the whole store from its replica"
+            )
+        if file.sealed:
+            self._load_sealed(number, file.path)
+            return
+        with contextlib.closing(open_live(file.path)) as live:
+            self._check_belongs(file.path, live.header, number)
+            before = self.frontier.copy()
+            if live.commits < live.watermark() <= live.rows_max:
+                raise ShardCorruptError(
+                    f"{file.path}: only {live.commits} of {live.watermark()} committed rows are whole; rebuild it from "
+                    "the stream"
+                )
+            self._replay(live)
+            # A power cut may have taken it back.
+            live.set_watermark(live.commits)
+            self.to_seal.append(SealJob(file.path, number, live.commits, before))
+
+    def _load_sealed(self, number: int, path: Path) -> None:
+        header = read_sealed_header(path)
+        self._check_belongs(path, header, number)
+        if header.tree_size_before != self.frontier.size or header.frontier_before != self.frontier.to_bytes():
+            raise ShardCorruptError(f"{path}: does not go on from the shard before it; run `fi verify`")
+        self.frontier = MerkleFrontier.from_bytes(header.tree_size, header.frontier)
+        self.seen.add_sealed(path)
+        self.sealed[number] = path
+        self.sealed_origin = header.last_origin
+
+    def _check_belongs(self, path: Path, header: LiveHeader | SealedHeader, number: int) -> None:
+        store = self._store
+        found = (header.cluster, header.store, header.partition, header.shard)
+        if found != (store.cluster_id, store.store_id, self._partition, number):
+            raise ShardError(
+                f"{path}: is shard {header.shard} of partition {header.partition} of store {header.store} of cluster "
+                f"{header.cluster}, not what its name and place say; move it out and put the right file back"
+            )
+
+    def _check_shown(self, live: LiveShard, accepted: int) -> None:
+        """Readers are only ever shown what a receipt accepted: then it was, and must not be cut."""
+        if accepted < live.watermark() <= live.commits:
+            raise ShardCorruptError(
+                f"{live.path}: readers were shown {live.watermark()} commits, but its last receipt accepts {accepted}; "
+                "the cluster's receipts are older than the store: restore them"
+            )
+
+    def _replay(self, live: LiveShard) -> None:
+        """Takes a live shard's events into the tree and the set of seen ids."""
+        for _, records in live.scan():
+            for record in records:
+                self.frontier.append(leaf_hash(record))
+            self.seen.add(live.header.shard, [decode_event_key(record).event_id for record in records])
+
+    def _open_current(self, file: ShardFile | None, end: StoreEnd) -> None:
+        """The shard the receipt stands in: cut to what it accepts; or begun, when nothing in it was ever accepted."""
+        if file is not None and (file.sealed or end.shard in self._damaged):
+            # It was full, and the process died before the first receipt of the next shard.
+            self._load_finished(end.shard, file)
+            self._begin(end.shard + 1)
+            return
+        if file is None:
+            if end.commits:
+                raise ShardCorruptError(
+                    f"{self._store.directory}: live shard {end.shard} of partition {self._partition} is missing, "
+                    f"though receipts commit {end.commits} groups in it; restore the store"
+                )
+            self._begin(end.shard)
+            return
+        live = open_live(file.path)
+        self._live = live
+        self._check_belongs(file.path, live.header, end.shard)
+        self._check_shown(live, end.commits)
+        self.cut_commits = live.cut(end.commits)
+        self._frontier_before = self.frontier.copy()
+        self._replay(live)
+        live.set_watermark(live.commits)
+        first = next(iter(live.read_rows(0, 1)), None) if live.commits else None
+        self._first_ns = None if first is None else first.committed_ns
+
+    def _discard_unaccepted(self, file: ShardFile) -> None:
+        """A shard after the current one holds nothing that was accepted (its first receipt never was)."""
+        if file.sealed:
+            raise ShardCorruptError(
+                f"{file.path}: is sealed, but no receipt speaks of it; the cluster's receipts are older than the store"
+            )
+        if file.path != self._live.path:
+            try:
+                live = open_live(file.path)
+            except ShardCorruptError as error:
+                log.warning("%s; it held nothing that was accepted and is removed", error)
+            else:
+                with contextlib.closing(live):
+                    self._check_shown(live, 0)
+            remove_file(file.path)
+
+    def _create(self, path: Path, number: int) -> None:
+        capacity = self._settings.shard_bytes
+        create_live(
+            path,
+            store=self._store,
+            partition=self._partition,
+            shard=number,
+            capacity_bytes=capacity,
+            rows=capacity // ROW_FOR_BYTES,
+            created_ns=self._clock_ns(),
+        )
+
+    def _begin(self, number: int) -> None:
+        """Makes `number` the live shard, from the prepared file if there is one."""
+        path = self._store.directory / live_name(self._partition, number)
+        prepared = self._store.directory / next_name(self._partition, number)
+        if prepared.exists():
+            publish_file(prepared, path)
+        elif not path.exists():
+            self._create(path, number)
+        self._live = open_live(path)
+        self._check_belongs(path, self._live.header, number)
+        self._check_shown(self._live, 0)
+        self._live.cut(0)
+        self._frontier_before = self.frontier.copy()
+        self._first_ns = None
+
+    @property
+    def end(self) -> StoreEnd:
+        """How far the files reach: what a receipt for them says."""
+        return StoreEnd(shard=self._live.header.shard, commits=self._live.commits)
+
+    def fits(self, group: Group) -> bool:
+        """True when the live shard has room for the group, and `FI_EVENTS` for what the shard keeps there.
+
+        `FI_EVENTS` is purged of what is sealed: unsealed shards may hold half of it, or a full stream would wait for
+        them to grow old.
+        """
+        settings, live = self._settings, self._live
+        size_bytes = blob_bytes(group.records)
+        if not live.commits:
+            return live.fits(size_bytes)
+        share_bytes = settings.events_bytes_max // (2 * settings.partitions)
+        return (
+            live.fits(size_bytes)
+            and live.end_bytes + size_bytes <= share_bytes
+            and live.events + len(group.records) <= settings.shard_events_max
+        )
+
+    def holds_events(self) -> bool:
+        """True when there is something in the live shard to seal."""
+        return self._live.events > 0
+
+    def commit(self, group: Group) -> int:
+        """Appends the group and makes it durable: one fdatasync. Committed only when its receipt is accepted.
+
+        Returns:
+            when it was durable, nanoseconds since the epoch.
+
+        Raises:
+            StoreFailedError: the disk refused. The partition must stop; nothing may be acknowledged.
+        """
+        with _disk(self._store):
+            self._live.append(
+                group.records,
+                prev_origin=group.prev_origin,
+                origin=group.origin,
+                duplicates=group.duplicates,
+                dead_lettered=group.dead_lettered,
+                committed_ns=self._clock_ns(),
+            )
+            self._live.sync()
+        for record in group.records:
+            self.frontier.append(leaf_hash(record))
+        self.seen.add(self._live.header.shard, group.ids)
+        now_ns = self._clock_ns()
+        if self._first_ns is None:
+            self._first_ns = now_ns
+        return now_ns
+
+    def accepted(self) -> None:
+        """The last commit's receipt was accepted: readers may see it."""
+        with _disk(self._store):
+            self._live.set_watermark(self._live.commits)
+
+    def is_old(self) -> bool:
+        """True when the live shard's oldest commit has reached the age limit.
+
+        Also when its commits hold no events: `FI_EVENTS` keeps what is not sealed, duplicates and refused ones too.
+        """
+        return self._first_ns is not None and self._clock_ns() - self._first_ns >= self._settings.shard_age_s_max * 1e9
+
+    def wants_next(self) -> bool:
+        """True when the live shard is full enough for the next one to be prepared."""
+        return self._live.end_bytes >= PREPARE_AT * self._settings.shard_bytes
+
+    def prepare_next(self) -> None:
+        """Makes the next shard's file ahead of time, off the hot path. Does nothing when it is there."""
+        number = self._live.header.shard + 1
+        path = self._store.directory / next_name(self._partition, number)
+        with _disk(self._store):
+            if not path.exists():
+                self._create(path, number)
+
+    def roll(self) -> None:
+        """Ends the live shard, of which every commit must be accepted, and begins the next."""
+        full = self._live
+        job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
+        with _disk(self._store):
+            self._begin(job.shard + 1)
+        full.close()
+        self.to_seal.append(job)
+
+    def seal(self, job: SealJob) -> SealedInfo:
+        """Writes and verifies the sealed form. Touches no state of this object: it may run beside commits."""
+        with _disk(self._store):
+            return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=self._clock_ns())
+
+    def sealed_info(self, shard: int) -> SealedInfo:
+        """Facts of an already sealed shard, for a seal record that was not published yet."""
+        return sealed_info(self.sealed[shard])
+
+    def keep_record(self, record: SealRecord) -> None:
+        """Lays an accepted seal record beside its file, for proofs without the cluster."""
+        with _disk(self._store):
+            keep_record(self._store.directory / record.file, record)
+
+    def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
+        """The seal record is accepted: the sealed file takes the live one's place."""
+        with _disk(self._store):
+            self.seen.replace_live(job.shard, info.path)
+            drop_live(job.path)
+        self.sealed[job.shard] = info.path
+        self.to_seal.remove(job)
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        if hasattr(self, "_live"):
+            self._live.close()
+
+
+@contextlib.contextmanager
+def _disk(store: Store) -> Iterator[None]:
+    """Turns a refused disk operation into the one error that stops the process."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailedError(
+            f"{store.directory}: {error}; nothing that is not durable was acknowledged. Free space or mend the disk, "
+            "then start persist again"
+        ) from error

@@ -1,0 +1,175 @@
+"""The store directory: its identity, and the lock that keeps two processes off one partition's files.
+
+The lock only protects files from two processes of one machine. Which process may *commit* is decided by the fence on
+the receipts, never here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import msgspec
+
+from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.events import format_rfc3339
+from stages.persist.files import publish_file, sync_dir, write_all_at, write_new_file
+from stages.persist.names import lock_name, tmp_path
+
+STORE_FILE = "store.json"
+STORE_FORMAT = 1
+
+_STORE_LOCK = "store.lock"
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A directory of shards.
+
+    Attributes:
+        directory: where.
+        store_id: 32 hex digits, made with the directory.
+        cluster_id: the cluster whose origins its shards count in.
+    """
+
+    directory: Path
+    store_id: str
+    cluster_id: str
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    format: int
+    store_id: str
+    cluster_id: str
+    created: str
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def open_store(directory: Path, cluster_id: str, *, now_ns: int) -> Store:
+    """The store in `directory`; made there, durably, when it has none yet.
+
+    If the process dies or the power fails on first use: the directory has no identity yet; the next call gives it one.
+
+    Args:
+        directory: made with its parents when missing.
+        cluster_id: the cluster the caller is connected to.
+        now_ns: written into a new store.
+
+    Raises:
+        ShardError: it belongs to another cluster, has a newer format, or may not be written.
+        ShardCorruptError: its identity cannot be read.
+        OSError: the disk refused.
+    """
+    try:
+        _make_directory(directory)
+        lock = os.open(directory / _STORE_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in _NOT_ALLOWED:
+            raise
+        raise ShardError(
+            f"{directory}: may not be written ({error.strerror}); give this user access or choose another store"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / STORE_FILE).exists():
+            _create(directory, cluster_id, now_ns)
+    finally:
+        os.close(lock)
+    store = read_store(directory)
+    if store.cluster_id != cluster_id:
+        raise ShardError(
+            f"{directory}: belongs to cluster {store.cluster_id}, not to {cluster_id}; "
+            "choose another directory, or connect to its own cluster"
+        )
+    return store
+
+
+def read_store(directory: Path) -> Store:
+    """The identity of an existing store, whatever cluster it belongs to.
+
+    Raises:
+        ShardError: there is no store, or its format is newer.
+        ShardCorruptError: its identity cannot be read.
+    """
+    path = directory / STORE_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ShardError(f"{directory}: is not a store ({STORE_FILE} is missing)") from error
+    try:
+        version = msgspec.json.decode(data, type=_Format).format
+        if version != STORE_FORMAT:
+            raise ShardError(
+                f"{path}: store format {version} is not known to this build; use the version that wrote it"
+            )
+        identity = msgspec.json.decode(data, type=_Identity)
+    except msgspec.MsgspecError as error:
+        raise ShardCorruptError(
+            f"{path}: cannot be read ({error}); write it again from the store and cluster ids in a shard's attributes"
+        ) from error
+    return Store(directory, identity.store_id, identity.cluster_id)
+
+
+class PartitionLock:
+    """A partition's files are this process's own while it is held. Ends with `close` or the process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        """Lets go. Closing again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def lock_partition(store: Store, partition: int) -> PartitionLock:
+    """Takes the partition's lock at once or not at all. A frozen (SIGSTOP) holder keeps it.
+
+    Raises:
+        NotOursError: another process holds it.
+        OSError: the lock file cannot be made.
+    """
+    path = store.directory / lock_name(partition)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(fd)
+        raise NotOursError(f"{path}: held by {holder}; stop it, or leave the partition to it") from error
+    except OSError:
+        os.close(fd)
+        raise
+    lock = PartitionLock(fd)
+    try:
+        os.ftruncate(fd, 0)
+        write_all_at(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_dir(directory.parent)
+
+
+def _create(directory: Path, cluster_id: str, now_ns: int) -> None:
+    identity = _Identity(STORE_FORMAT, uuid4().hex, cluster_id, format_rfc3339(now_ns))
+    final = directory / STORE_FILE
+    tmp = tmp_path(final)
+    write_new_file(tmp, msgspec.json.format(msgspec.json.encode(identity)) + b"\n")
+    publish_file(tmp, final)

@@ -1,0 +1,318 @@
+"""Verifying a store: every byte of every shard, and that the shards of a partition join on to each other.
+
+Each shard is read by a process of its own kind (`check`) under a time limit, so that a file that hangs or crashes its
+reader is one problem among others. A store can only be held against itself here: events removed from its very end, with
+everything that speaks of them, show against the receipts in the cluster alone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+import numpy as np
+
+from contracts.hashing import HASH_BYTES, MerkleFrontier
+from stages.persist.check import Finding, ShardCheck
+from stages.persist.columns import as_text
+from stages.persist.export.manifest import check_export, list_manifests, manifest_path
+from stages.persist.idfilter import ID_BYTES
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name
+from stages.persist.store import PartitionEnd, find_store
+from stages.persist.storedir import Store, read_store
+
+READER_COMMAND = [sys.executable, "-m", "stages.persist.check"]
+"""The process that reads shards: paths in, results out, one JSON value a line."""
+
+_WORKERS = 2
+_READ_BYTES = 1024 * 1024
+_PREPARED_SUFFIX = ".next.h5"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        shard: file name.
+        where: the commit and event in it, or the part of the file.
+        what: what is wrong.
+    """
+
+    shard: str
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardContents:
+    """What a shard was found to hold.
+
+    Attributes:
+        shard: the file.
+        check: its commits, leaf hashes and ids, and what is wrong in it.
+        before: the partition's Merkle tree before its first event; None where the shards do not tell.
+    """
+
+    shard: ShardFile
+    check: ShardCheck
+    before: MerkleFrontier | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_store` found.
+
+    Attributes:
+        shards, events: how many were read.
+        ok: nothing is wrong.
+        problems: what is, by partition and shard.
+        unseen_commits: whole commits of live shards whose receipt was not known to be accepted.
+        partitions: where each partition ends.
+        exports: how many manifests of exports lay there; what is wrong with theirs is among the problems.
+    """
+
+    shards: int
+    events: int
+    ok: bool
+    problems: list[Problem]
+    unseen_commits: int
+    partitions: list[PartitionEnd]
+    exports: int
+
+
+def verify_store(
+    path: Path | str,
+    *,
+    shard_timeout_s: float = 120.0,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_shard: Callable[[ShardContents], None] | None = None,
+) -> VerifyReport:
+    """Checks all shards of the store at `path` (or in its child ``shards``), also while persist writes them.
+
+    Exports that lie there with their manifests are checked too.
+
+    Args:
+        path: where.
+        shard_timeout_s: how long reading one shard may take.
+        on_progress: told how many shards of how many are done.
+        on_shard: given what each shard holds, by partition and number.
+
+    Raises:
+        ShardError: there is no store, or its identity cannot be read.
+        OSError: the directory cannot be read.
+    """
+    directory = find_store(Path(path))
+    store = read_store(directory)
+    shards = [shard for lane in list_shards(directory).values() for shard in lane]
+    problems = [Problem(name, "file name", "is not the name of a shard") for name in _strangers(directory)]
+    chains: dict[int, _Chain] = {}
+    events = unseen = 0
+    with _Pool(shard_timeout_s) as pool:
+        for done, (shard, check) in enumerate(pool.check_all(directory, shards), 1):
+            problems += [Problem(shard.path.name, finding.where, finding.what) for finding in check.findings]
+            chain = chains.setdefault(shard.partition, _Chain(shard.partition))
+            problems += chain.join(shard, check, store)
+            if on_shard is not None:
+                on_shard(ShardContents(shard, check, chain.before))
+            events += check.events
+            unseen += check.unseen
+            if on_progress is not None:
+                on_progress(done, len(shards))
+    for chain in chains.values():
+        problems += chain.repeated_ids()
+    ends = [chain.end() for chain in chains.values()]
+    exports = [
+        check_export(manifest) for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)
+    ]
+    for export in exports:
+        problems += [Problem(export.path.name, finding.where, finding.what) for finding in export.findings]
+    return VerifyReport(len(shards), events, not problems, problems, unseen, ends, len(exports))
+
+
+def _strangers(directory: Path) -> list[str]:
+    """HDF5 files that are no shards, prepared ones or exports: a shard under a wrong name is not read by anybody."""
+    paths = sorted(directory / name for name in os.listdir(directory) if name.endswith(".h5"))
+    return [
+        path.name
+        for path in paths
+        if parse_name(path) is None and not path.name.endswith(_PREPARED_SUFFIX) and not manifest_path(path).exists()
+    ]
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Holds each shard of one partition against the one before it."""
+
+    partition: int
+    before: MerkleFrontier | None = None
+    """The tree before the shard that joined last."""
+    _number: int = FIRST_SHARD - 1
+    _origin: int | None = None
+    _tree: MerkleFrontier | None = None
+    _known: bool = True
+    _ids: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def join(self, shard: ShardFile, check: ShardCheck, store: Store) -> list[Problem]:
+        """Takes the next shard; gives what does not fit."""
+        found: list[Problem] = []
+
+        def report(where: str, what: str) -> None:
+            found.append(Problem(shard.path.name, where, what))
+
+        if shard.shard != self._number + 1:
+            first, last = self._number + 1, shard.shard - 1
+            what = f"shards {first} to {last} of partition {self.partition} are missing" if first < last else ""
+            report("before it", what or f"shard {first} of partition {self.partition} is missing or there twice")
+        if check.store and (check.store, check.cluster) != (store.store_id, store.cluster_id):
+            report("header", f"belongs to store {check.store} of cluster {check.cluster}, not to this one")
+        if check.prev_origin is not None and self._origin is not None and check.prev_origin != self._origin:
+            report("commit 1", f"goes on from origin {check.prev_origin}, but the shard before ends at {self._origin}")
+        self._number = shard.shard
+        self._origin = check.last_origin if check.last_origin is not None else self._origin
+        self._grow(shard, check, report)
+        self._ids.append((shard.path.name, check.ids))
+        return found
+
+    def _grow(self, shard: ShardFile, check: ShardCheck, report: Callable[[str, str], None]) -> None:
+        """Carries the Merkle tree through the shard's events."""
+        if check.tree_size_before is not None:
+            try:
+                before = MerkleFrontier.from_bytes(check.tree_size_before, check.frontier_before)
+            except ValueError as error:
+                report("merkle", str(error))
+                before = None
+            known = self._tree
+            if known is None and shard.shard == FIRST_SHARD and check.prev_origin == 0:
+                known = MerkleFrontier()
+            if self._known and before is not None and known is not None and before.to_bytes() != known.to_bytes():
+                report("merkle", f"goes on from a tree of {before.size} events that is not that of the shards before")
+            self._tree = before
+        elif self._tree is None and shard.shard == FIRST_SHARD and check.prev_origin in (0, None):
+            self._tree = MerkleFrontier()
+        # After a damaged shard the tree is not known, so a neighbour is not blamed for it.
+        self._known = not check.findings
+        self.before = None if self._tree is None else self._tree.copy()
+        if self._tree is not None:
+            for at in range(0, len(check.leaves), HASH_BYTES):
+                self._tree.append(check.leaves[at : at + HASH_BYTES])
+
+    def repeated_ids(self) -> list[Problem]:
+        """Event ids that are stored more than once in the partition."""
+        joined = b"".join(ids for _, ids in self._ids)
+        text = as_text(np.frombuffer(joined, np.uint8).reshape(-1, ID_BYTES))
+        order = np.argsort(text, kind="stable")
+        repeats = order[1:][text[order][1:] == text[order][:-1]]
+        ends = np.cumsum([len(ids) // ID_BYTES for _, ids in self._ids])
+        problems = []
+        for row in sorted(repeats.tolist()):
+            name = self._ids[int(np.searchsorted(ends, row, "right"))][0]
+            event_id = UUID(bytes=joined[row * ID_BYTES : (row + 1) * ID_BYTES])
+            problems.append(Problem(name, f"event {event_id}", "is stored before in this partition"))
+        return problems
+
+    def end(self) -> PartitionEnd:
+        """Where the partition ends."""
+        tree = self._tree if self._known else None
+        size, root = (None, None) if tree is None else (tree.size, tree.root().hex())
+        return PartitionEnd(self.partition, self._origin, size, root)
+
+
+class _Pool:
+    """A few checking processes, each replaced when it hangs or dies."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker() for _ in range(_WORKERS)]
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="verify")
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+
+    def check_all(self, directory: Path, shards: list[ShardFile]) -> Iterator[tuple[ShardFile, ShardCheck]]:
+        """Every shard with its result, in order, as they come."""
+        return self._threads.map(lambda shard: self._check(directory, shard), shards)
+
+    def _check(self, directory: Path, shard: ShardFile) -> tuple[ShardFile, ShardCheck]:
+        worker = self._idle.get()
+        try:
+            check = worker.ask(shard.path, self._timeout_s)
+            if check.missing and not shard.sealed:
+                # Sealed since the directory was listed: look at what took its place.
+                lane = list_shards(directory).get(shard.partition, [])
+                shard = next((other for other in lane if other.shard == shard.shard), shard)
+                check = worker.ask(shard.path, self._timeout_s)
+            if check.missing:
+                check.report("file", "vanished while the store was verified")
+            return shard, check
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One checking process, started when first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, path: Path, timeout_s: float) -> ShardCheck:
+        """The process's answer for one shard; a hang or a crash is an answer too."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(str(path)) + b"\n")
+            process.stdin.flush()
+            line = self._read_line(process, time.monotonic() + timeout_s)
+        except BrokenPipeError:
+            line = b""
+        if line is None:
+            self.stop()
+            return ShardCheck(findings=[Finding("file", f"reading it took longer than {timeout_s:g} s; it is damaged")])
+        if not line.endswith(b"\n"):
+            self.stop()
+            return ShardCheck(findings=[Finding("file", f"its reader died (exit {process.returncode}); it is damaged")])
+        return msgspec.json.decode(line, type=ShardCheck)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._process = subprocess.Popen(READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self._process
+
+    @staticmethod
+    def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
+        """One line; less when the process died; None when the time is over."""
+        assert process.stdout is not None
+        pieces: list[bytes] = []
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                piece = os.read(process.stdout.fileno(), _READ_BYTES)
+                pieces.append(piece)
+                if not piece or piece.endswith(b"\n"):
+                    return b"".join(pieces)

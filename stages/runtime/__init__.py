@@ -1,0 +1,1 @@
+"""What every stage shares: connection, ordered reader, fenced writer, partition loop, process life cycle."""

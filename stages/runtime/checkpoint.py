@@ -1,0 +1,97 @@
+"""Where a partition stands: read from what was written, since a stage keeps no other state.
+
+A stage goes on from the last frame on its output subject. The last receipt stands in where that subject is empty
+(nothing written yet, or memory streams restarted) and wherever it is further on: what is committed need not be made
+again.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from contracts.errors import HoleError
+from contracts.frames import FrameHead, decode_frame_head
+from contracts.receipts import Receipt, decode_receipt
+from contracts.subjects import INPUT_STREAM, OUTPUT_STREAM, RECEIPTS, STAGES, Stage, output_subject, receipt_subject
+from stages.runtime.api import Api
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """A stage's place in one partition.
+
+    Attributes:
+        origin: everything up to here is finished.
+        input_seq: sequence, in the input stream, of the message that reached `origin`; 0 when not known. Only a hint:
+            it is used after the message there was seen to be that one.
+        closed: segment's memory at `origin`.
+    """
+
+    origin: int = 0
+    input_seq: int = 0
+    closed: bytes = b""
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A cursor and the sequence of the last message on the output subject (0: none)."""
+
+    cursor: Cursor
+    output_seq: int
+
+
+async def last_receipt(api: Api, partition: int) -> tuple[Receipt | None, int]:
+    """The partition's last receipt and its stream sequence; (None, 0) when there never was one.
+
+    Raises:
+        WireFormatError: it cannot be read by this build.
+        TopologyError: the stream does not exist.
+    """
+    message = await api.last_message(RECEIPTS, receipt_subject(partition))
+    return (None, 0) if message is None else (decode_receipt(message.data), message.seq)
+
+
+async def read_checkpoint(api: Api, stage: Stage, partition: int) -> Checkpoint:
+    """Where ingest, segment or hash goes on. Raises as `last_receipt`."""
+    receipt, _ = await last_receipt(api, partition)
+    last = await api.last_message(OUTPUT_STREAM[stage], output_subject(stage, partition))
+    cursor = Cursor() if receipt is None else cursor_from_receipt(receipt, stage)
+    if last is None:
+        return Checkpoint(cursor, 0)
+    head = decode_frame_head(last.data)
+    if head.last >= cursor.origin:
+        input_seq = head.trail[-1] if head.trail else head.last
+        cursor = Cursor(head.last, input_seq, head.closed)
+    return Checkpoint(cursor, last.seq)
+
+
+def cursor_from_receipt(receipt: Receipt, stage: Stage) -> Cursor:
+    """A stage's cursor at what is committed. The trail gives its input sequence; ingest's input counts in origins."""
+    hop = STAGES.index(stage) - 1
+    input_seq = receipt.origin if hop < 0 else (receipt.trail[hop] if hop < len(receipt.trail) else 0)
+    return Cursor(receipt.origin, input_seq, receipt.closed)
+
+
+async def locate(api: Api, stage: Stage, partition: int, cursor: Cursor) -> int:
+    """The input sequence to read from, so that nothing after `cursor.origin` is missed.
+
+    For a hop, ``input_seq + 1`` only if the message at `input_seq` still is the frame that reached the origin (memory
+    streams begin at 1 again after all servers restarted); else the beginning, and the frames' origins decide.
+    """
+    if stage == "ingest":
+        return cursor.origin + 1
+    if cursor.input_seq == 0:
+        return 1
+    message = await api.message_at(INPUT_STREAM[stage], cursor.input_seq)
+    if message is None:
+        return 1
+    head = decode_frame_head(message.data) if message.subject == f"fi.{stage}.{partition}" else None
+    return cursor.input_seq + 1 if head is not None and head.last == cursor.origin else 1
+
+
+def check_joined(subject: str, head: FrameHead, origin: int) -> None:
+    """Holds the rule that a frame joins on to what its reader has: ``prev <= origin``.
+
+    Raises:
+        HoleError: frames between them are missing.
+    """
+    if head.prev > origin:
+        raise HoleError(subject, origin, head.prev)

@@ -1,0 +1,123 @@
+"""One NATS connection for each process, with this project's time-outs and without tracebacks per attempt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+
+from contracts.errors import ClusterUnavailableError
+from stages.runtime.client import GuardedClient
+
+log = logging.getLogger(__name__)
+
+PENDING_BYTES_MAX = 32 * 1024 * 1024
+GREETING_S_MAX = 2.0
+DEFAULT_PORT = 4222
+
+
+async def connect(
+    urls: Sequence[str],
+    name: str,
+    *,
+    wait_s: float = 10.0,
+    in_order: bool = False,
+    reconnected: Callable[[], None] | None = None,
+) -> Client:
+    """Connects to any of `urls` and then reconnects for ever.
+
+    Args:
+        urls: ``nats://host:port`` of one or more servers.
+        name: shown by the servers as the client's name.
+        wait_s: how long the first connection may take.
+        in_order: try `urls` in this order, not in a random one.
+        reconnected: called after each later connection.
+
+    Raises:
+        ClusterUnavailableError: no server answered within `wait_s`.
+    """
+
+    async def on_error(error: Exception) -> None:
+        log.debug("connection error: %r", error)
+
+    async def on_disconnect() -> None:
+        if not client.is_closed:
+            log.warning("disconnected from the cluster; reconnecting")
+
+    async def on_reconnect() -> None:
+        log.info("reconnected")
+        if reconnected is not None:
+            reconnected()
+
+    options = {
+        "servers": list(urls),
+        "name": name,
+        "error_cb": on_error,
+        "disconnected_cb": on_disconnect,
+        "reconnected_cb": on_reconnect,
+        "reconnect_time_wait": 0.1,
+        "connect_timeout": 1,
+        "ping_interval": 1,
+        "max_outstanding_pings": 2,
+        "pending_size": PENDING_BYTES_MAX,
+        "dont_randomize": in_order,
+    }
+    client = GuardedClient()
+    attempts = max(1, round(wait_s / (0.1 * len(urls))))
+    try:
+        # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
+        await client.connect(**options, max_reconnect_attempts=attempts)  # type: ignore[arg-type]
+    except (NatsError, OSError) as error:
+        raise ClusterUnavailableError(
+            f"no NATS server answers at {', '.join(urls)} ({error!r}); is it up? Try `fi cluster status`"
+        ) from error
+    client.options["max_reconnect_attempts"] = -1
+    return client
+
+
+async def connect_near(
+    urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
+) -> Client:
+    """As `connect`, but to the server that leads `stream` now, if that can be found out.
+
+    What is published to the stream then does not cross the cluster's routes twice (durable p95 at 500 events/s: 58 ms
+    without, 48 with, medians of six runs). Any other server serves as well: nothing is done when the leader moves.
+    """
+    client = await connect(urls, name, reconnected=reconnected)
+    try:
+        info = await client.jetstream(timeout=GREETING_S_MAX).stream_info(stream)
+        leader = info.cluster.leader if info.cluster is not None else None
+        names = await asyncio.gather(*map(server_name, urls))
+    except NatsError as error:
+        log.debug("the leader of %s is not known: %r", stream, error)
+        return client
+    near = [url for url, found in zip(urls, names, strict=True) if found == leader]
+    if not near:
+        return client
+    await client.close()
+    others = [url for url in urls if url not in near]
+    return await connect([*near, *others], name, in_order=True, reconnected=reconnected)
+
+
+async def server_name(url: str) -> str | None:
+    """The name that the server at `url` greets with; None when it does not answer in `GREETING_S_MAX`."""
+    address = urlsplit(url)
+    try:
+        async with asyncio.timeout(GREETING_S_MAX):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port or DEFAULT_PORT)
+            try:
+                line = await reader.readline()
+            finally:
+                writer.close()
+        return msgspec.json.decode(line.removeprefix(b"INFO "), type=_Greeting).server_name
+    except (OSError, TimeoutError, ValueError, msgspec.MsgspecError):
+        return None
+
+
+class _Greeting(msgspec.Struct):
+    server_name: str

@@ -1,0 +1,90 @@
+"""What a stage must know of the cluster it works for: its id and how it is partitioned, read from `FI_EVENTS`.
+
+Stages take P from here and never from their own settings: two processes with different ideas of P would break order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.subjects import EVENTS, PartitionBy
+from stages.runtime.api import NO_STREAM
+
+META_CLUSTER_ID = "fi.cluster_id"
+META_PARTITIONS = "fi.partitions"
+META_PARTITION_BY = "fi.partition_by"
+
+_API_TIMEOUT_S = 1.5
+_RETRY_S = 0.1
+
+
+class ClusterFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What never changes while a cluster holds data.
+
+    Attributes:
+        cluster_id: 32 hex digits; origins of one cluster are never compared with another's.
+        partitions: P.
+        partition_by: what keeps together in a partition.
+    """
+
+    cluster_id: str
+    partitions: int
+    partition_by: PartitionBy
+
+
+def facts_from_metadata(metadata: dict[str, str] | None) -> ClusterFacts:
+    """Facts from a stream's metadata.
+
+    Raises:
+        TopologyError: they are not there, or not ours.
+    """
+    found = metadata or {}
+    try:
+        return msgspec.convert(
+            {
+                "cluster_id": found[META_CLUSTER_ID],
+                "partitions": found[META_PARTITIONS],
+                "partition_by": found[META_PARTITION_BY],
+            },
+            ClusterFacts,
+            strict=False,
+        )
+    except (KeyError, msgspec.ValidationError) as error:
+        raise TopologyError(
+            f"{EVENTS} does not say how it is partitioned ({error}): run `fi cluster apply` first"
+        ) from error
+
+
+async def read_cluster(client: Client, *, wait_s: float = 20.0) -> ClusterFacts:
+    """Facts of the cluster `client` is connected to.
+
+    Args:
+        client: connected.
+        wait_s: how long to try while the cluster elects its leaders.
+
+    Raises:
+        TopologyError: there is no `FI_EVENTS`, or it does not say how it is partitioned.
+        ClusterUnavailableError: nobody answered within `wait_s`.
+    """
+    jetstream = client.jetstream(timeout=_API_TIMEOUT_S)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            info = await jetstream.stream_info(EVENTS)
+        except NatsError as error:
+            if isinstance(error, APIError) and error.err_code == NO_STREAM:
+                raise TopologyError(f"the cluster has no stream {EVENTS}: run `fi cluster apply` first") from error
+            if time.monotonic() > deadline:
+                raise ClusterUnavailableError(
+                    f"no leader of {EVENTS} answered within {wait_s:.0f} s ({error!r}); see `fi cluster status`"
+                ) from error
+            await asyncio.sleep(_RETRY_S)
+        else:
+            return facts_from_metadata(info.config.metadata)

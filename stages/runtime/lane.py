@@ -1,0 +1,126 @@
+"""One partition of ingest, segment or hash: read in order, work, publish the fenced frame.
+
+Invariant: a frame is published only when everything it covers is either in it or acknowledged by `FI_DLQ`, and the
+cursor moves only after the frame is acknowledged. So a lane may be killed at any instruction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from contracts.errors import FencedError
+from contracts.events import Event
+from contracts.frames import Dead, Frame, encode_frame
+from contracts.subjects import OUTPUT_STREAM, output_subject
+from stages.runtime.api import Api, StoredMessage
+from stages.runtime.base import InputFeed, LaneBase
+from stages.runtime.checkpoint import Cursor, read_checkpoint
+from stages.runtime.graveyard import Graveyard
+from stages.runtime.work import DeadLetter, StageCore
+from stages.runtime.writer import FencedWriter
+
+OFFLOAD_BYTES_MIN: Final = 256 * 1024
+"""Input of this size is worked on in a thread, so that the event loop keeps turning."""
+HEADERS_BYTES_MAX: Final = 4096
+"""Room for a frame's headers: servers count them as payload."""
+
+
+class Lane(LaneBase):
+    """Runs a `StageCore` over one partition. Arguments as `LaneBase`; `clock_ns` is the wall clock."""
+
+    def __init__(
+        self,
+        api: Api,
+        core: StageCore,
+        partition: int,
+        nonce: str,
+        on_open: Callable[[int], None],
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        super().__init__(api, core.stage, partition, nonce, on_open)
+        self._core = core
+        self._clock_ns = clock_ns
+        self._output = output_subject(core.stage, partition)
+        self._graveyard = Graveyard(api, core.stage, partition, nonce)
+        self._writer = FencedWriter(api, OUTPUT_STREAM[core.stage], self._output, nonce)
+
+    async def _session(self, nonce: str) -> None:
+        checkpoint = await read_checkpoint(self._api, self._stage, self._partition)
+        self._writer = FencedWriter(self._api, OUTPUT_STREAM[self._stage], self._output, nonce)
+        self._writer.expected_seq = checkpoint.output_seq
+        self._core.open(checkpoint.cursor.closed)
+        feed = self._open_feed(nonce, checkpoint.cursor)
+        try:
+            while await self._await_input(feed):
+                await self._advance(feed)
+        finally:
+            await feed.reader.close()
+
+    async def _check_output(self) -> None:
+        checkpoint = await read_checkpoint(self._api, self._stage, self._partition)
+        if checkpoint.output_seq != self._writer.expected_seq:
+            raise FencedError(self._output, checkpoint.output_seq)
+
+    async def _advance(self, feed: InputFeed) -> None:
+        """One frame: work on what waits, bury what is refused, publish what passed, move the cursor."""
+        settings = self._api.settings
+        messages = feed.reader.take(settings.frame_events_max, settings.frame_bytes_max)
+        while True:
+            frame, letters, input_seq = await self._work(messages, feed.cursor)
+            if frame is None:
+                return
+            data = encode_frame(frame)
+            if len(data) <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
+                break
+            # Stages add to small events several times their size: what was taken can be too much for one message.
+            half = len(messages) // 2
+            feed.reader.put_back(messages[half:])
+            messages = messages[:half]
+            self._core.open(feed.cursor.closed)
+        await self._graveyard.bury(letters)
+        await self._writer.publish(data, str(frame.last))
+        feed.cursor = Cursor(frame.last, input_seq, frame.closed)
+        self._holes = 0
+
+    async def _work(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Frame | None, list[DeadLetter], int]:
+        """`_build`, in a thread when there is much to do."""
+        if sum(len(message.data) for message in messages) >= OFFLOAD_BYTES_MIN:
+            return await asyncio.to_thread(self._build, messages, cursor)
+        return self._build(messages, cursor)
+
+    def _build(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Frame | None, list[DeadLetter], int]:
+        """Runs the core over `messages`: their frame (None if nothing in them is new), letters, input sequence."""
+        events: list[Event] = []
+        dead: list[Dead] = []
+        letters: list[DeadLetter] = []
+        now_ns = self._clock_ns()
+        origin, input_seq, first = cursor.origin, cursor.input_seq, 0
+        trail: tuple[int, ...] = ()
+        closed = cursor.closed
+        for message in messages:
+            step = self._core.step(message, origin, now_ns)
+            if step is None:
+                continue
+            first = first or step.first
+            origin, input_seq, trail, closed = step.last, message.seq, step.trail, step.closed
+            events += step.events
+            dead += step.dead
+            letters += step.letters
+        if not first:
+            return None, letters, input_seq
+        frame = Frame(
+            self._partition,
+            cursor.origin,
+            first,
+            origin,
+            trail,
+            self._nonce,
+            now_ns,
+            closed,
+            tuple(dead),
+            tuple(events),
+        )
+        return frame, letters, input_seq

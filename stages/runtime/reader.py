@@ -1,0 +1,277 @@
+"""The ordered reader: the messages of one filter subject from a position on, none skipped, without acknowledgements.
+
+It stands on an ephemeral pull consumer (`ack_policy none`, one replica, memory). The consumer's own sequence shows
+every gap in delivery; a gap, a missed heartbeat, an error status or a lost connection makes a new consumer at the
+reader's position. Messages handed over are in stream order, and none that the consumer delivered is left out; what was
+purged from the stream before delivery cannot be seen here (frames carry `prev` for that).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from contracts.errors import FiError, TopologyError
+from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
+from stages.runtime.tasks import end_tasks
+
+log = logging.getLogger(__name__)
+
+INACTIVE_S: Final = 20
+_NS: Final = 1_000_000_000
+_NAME_SAFE: Final = str.maketrans({".": "_", ">": "all", "*": "any"})
+_END_OF_PULL: Final = frozenset({"404", "408"})
+_END_OF_BYTES: Final = frozenset({"Message Size Exceeds MaxBytes", "Batch Completed"})
+
+
+class OrderedReader:
+    """Reads one filter subject of one stream.
+
+    Args:
+        api: the connection.
+        stream, filter_subject: what to read.
+        batch: messages asked for at once.
+        locate: gives the stream sequence to start from, asked anew each time a consumer is made.
+        nonce: of this process; consumer names are built from it.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        stream: str,
+        filter_subject: str,
+        *,
+        batch: int,
+        locate: Callable[[], Awaitable[int]],
+        nonce: str,
+    ) -> None:
+        self._api = api
+        self._stream = stream
+        self._filter = filter_subject
+        self._batch = batch
+        self._locate = locate
+        self._nonce = nonce
+        self._task: asyncio.Task[None] | None = None
+        self._arrived = asyncio.Event()
+        self._woken_up = False
+        self._reset()
+        self.opened = 0
+        """How many consumers were made so far: more than one means that the reader healed itself."""
+
+    def _reset(self) -> None:
+        self._buffer: deque[StoredMessage] = deque()
+        self._buffered_bytes = 0
+        self._outstanding = 0
+        self._delivered = 0
+        self._inbox = ""
+        self._consumer = ""
+        self._trouble: str | None = None
+        self._woken = asyncio.Event()
+        self._active_s = 0.0
+
+    def start(self) -> None:
+        """Begins reading. Call once."""
+        self._task = asyncio.create_task(self._run(), name=f"read {self._filter}")
+
+    async def close(self) -> None:
+        """Ends reading; the server drops the consumer by itself."""
+        if self._task is not None:
+            await end_tasks(self._task)
+
+    def reopen(self, why: str) -> None:
+        """Makes a new consumer at the position that `locate` gives; what is buffered is read again."""
+        self._trouble = self._trouble or why
+        self._woken.set()
+
+    @property
+    def buffered(self) -> int:
+        """Messages received and not taken."""
+        return len(self._buffer)
+
+    def wake(self) -> None:
+        """Makes one `wait` return now, message or not."""
+        self._woken_up = True
+        self._arrived.set()
+
+    async def wait(self) -> None:
+        """Returns when at least one message can be taken, or `wake` was called.
+
+        Raises:
+            FiError: reading ended for good (the stream is gone, the connection closed).
+        """
+        while not self._buffer and not self._woken_up:
+            if self._task is not None and self._task.done():
+                self._task.result()
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._woken_up = False
+
+    def take(self, count_max: int, bytes_max: int) -> list[StoredMessage]:
+        """What is waiting, oldest first: at least one message if there is any, else up to the limits."""
+        taken: list[StoredMessage] = []
+        size_bytes = 0
+        while self._buffer and len(taken) < count_max and (not taken or size_bytes < bytes_max):
+            message = self._buffer.popleft()
+            size_bytes += len(message.data)
+            taken.append(message)
+        self._buffered_bytes -= size_bytes
+        if self._wants_more():
+            self._woken.set()
+        return taken
+
+    def put_back(self, messages: Sequence[StoredMessage]) -> None:
+        """Takes back the end of what `take` gave last. If the reader reopened meanwhile, they will come twice."""
+        self._buffer.extendleft(reversed(messages))
+        self._buffered_bytes += sum(len(message.data) for message in messages)
+        self._arrived.set()
+
+    def _wants_more(self) -> bool:
+        waiting = self._outstanding + len(self._buffer)
+        return waiting <= self._batch // 4 and self._buffered_bytes < self._api.settings.pull_bytes_max
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                subscription: Subscription | None = None
+                try:
+                    subscription = await self._open()
+                    await self._feed()
+                except RequestRefusedError as error:
+                    if error.error.err_code == NO_STREAM:
+                        raise TopologyError(f"stream {self._stream} is gone; run `fi cluster apply`") from error
+                    log.warning("%s: reader reopens: %s", self._filter, error)
+                    await self._api.pause()
+                except NatsError as error:
+                    log.info("%s: reader reopens: %r", self._filter, error)
+                    await self._api.pause()
+                finally:
+                    self._inbox = ""
+                    if subscription is not None:
+                        await self._drop(subscription)
+        except FiError as error:
+            log.error("%s: reader ended: %s", self._filter, error)
+            raise
+        finally:
+            self._arrived.set()
+
+    async def _drop(self, subscription: Subscription) -> None:
+        try:
+            await subscription.unsubscribe()
+        except NatsError as error:
+            log.debug("%s: unsubscribe: %r", self._filter, error)
+
+    async def _open(self) -> Subscription:
+        self._reset()
+        start = await self._locate()
+        self.opened += 1
+        self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
+        inbox = self._api.client.new_inbox()
+        self._inbox = inbox
+        # The server bounds what is under way to two pulls; these limits are the second line.
+        subscription = await self._api.client.subscribe(
+            inbox,
+            cb=self._on_message,
+            pending_msgs_limit=8 * self._batch,
+            pending_bytes_limit=4 * self._api.settings.pull_bytes_max,
+        )
+        try:
+            await self._create_consumer(start)
+        except BaseException:
+            await self._drop(subscription)
+            raise
+        return subscription
+
+    async def _create_consumer(self, start: int) -> None:
+        config = {
+            "name": self._consumer,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": max(1, start),
+            "ack_policy": "none",
+            "filter_subject": self._filter,
+            "num_replicas": 1,
+            "mem_storage": True,
+            "inactive_threshold": INACTIVE_S * _NS,
+            "max_waiting": 8,
+        }
+        request = {"stream_name": self._stream, "config": config, "action": "create"}
+        subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
+        # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
+        await self._api.request(subject, msgspec.json.encode(request))
+
+    async def _feed(self) -> None:
+        """Keeps a pull request standing until there is trouble."""
+        settings = self._api.settings
+        loop = asyncio.get_running_loop()
+        silent_s_max = settings.heartbeat_s * settings.heartbeats_missed_max
+        self._active_s = loop.time()
+        while self._trouble is None:
+            self._woken.clear()
+            if self._wants_more():
+                await self._pull()
+            try:
+                async with asyncio.timeout(settings.heartbeat_s):
+                    await self._woken.wait()
+            except TimeoutError:
+                if self._outstanding > 0 and loop.time() - self._active_s > silent_s_max:
+                    self._trouble = "heartbeats missed"
+        log.info("%s: reader reopens: %s", self._filter, self._trouble)
+
+    async def _pull(self) -> None:
+        settings = self._api.settings
+        count = self._batch - self._outstanding
+        request = {
+            "batch": count,
+            "expires": int(settings.pull_expires_s * _NS),
+            "idle_heartbeat": int(settings.heartbeat_s * _NS),
+            "max_bytes": settings.pull_bytes_max,
+        }
+        if self._outstanding == 0:
+            self._active_s = asyncio.get_running_loop().time()
+        self._outstanding += count
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}"
+        await self._api.client.publish(subject, msgspec.json.encode(request), reply=self._inbox)
+
+    async def _on_message(self, message: Msg) -> None:
+        self._active_s = asyncio.get_running_loop().time()
+        # A stored message keeps its own subject; only the server itself writes to the inbox. Telling them apart by a
+        # header would let a gateway forge a status.
+        if message.subject == self._inbox:
+            self._on_status(message.headers or {})
+            return
+        tokens = message.reply.split(".")
+        if len(tokens) > 9:
+            tokens = tokens[2:]  # $JS.ACK.<domain>.<account hash>.…
+        if len(tokens) < 9 or tokens[3] != self._consumer or self._trouble is not None:
+            return
+        seq, consumer_seq, time_ns = int(tokens[5]), int(tokens[6]), int(tokens[7])
+        if consumer_seq != self._delivered + 1:
+            self.reopen(f"delivery {consumer_seq} came after {self._delivered}")
+            return
+        self._delivered = consumer_seq
+        self._outstanding -= 1
+        self._buffer.append(StoredMessage(message.subject, seq, time_ns, message.data, message.headers or {}))
+        self._buffered_bytes += len(message.data)
+        self._arrived.set()
+        if self._wants_more():
+            self._woken.set()
+
+    def _on_status(self, headers: dict[str, str]) -> None:
+        status = headers.get("Status", "")
+        if status == "100":
+            if int(headers.get("Nats-Last-Consumer", self._delivered)) != self._delivered:
+                self.reopen("the heartbeat tells of messages that never came")
+            return
+        text = headers.get("Description", "")
+        if status in _END_OF_PULL or (status == "409" and text in _END_OF_BYTES):
+            self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", 0)))
+            self._woken.set()
+            return
+        self.reopen(f"status {status} {text}")

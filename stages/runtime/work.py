@@ -1,0 +1,105 @@
+"""What a stage's pure core takes and gives. The lane around it does the I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from contracts.errors import InvalidEventError
+from contracts.events import Event
+from contracts.frames import Dead, decode_frame
+from contracts.subjects import Stage
+from stages.runtime.api import StoredMessage
+from stages.runtime.checkpoint import check_joined
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """One event that a stage refuses.
+
+    Attributes:
+        origin, index: which event.
+        error: why.
+        data: its original bytes; None where the stage does not have them (the lane then reads them from `FI_EVENTS`).
+    """
+
+    origin: int
+    index: int
+    error: InvalidEventError
+    data: bytes | None
+
+
+class Step(NamedTuple):
+    """What one input message becomes: the part of it that lies after the cursor.
+
+    Attributes:
+        first, last: origins covered.
+        events: what passed, in order.
+        dead: counts of what did not, in this stage or before it.
+        letters: what this stage refused.
+        trail: sequences of the hop messages this came through, this one last.
+        closed: the stage's memory after it.
+    """
+
+    first: int
+    last: int
+    events: list[Event]
+    dead: list[Dead]
+    letters: list[DeadLetter]
+    trail: tuple[int, ...]
+    closed: bytes
+
+
+class StageCore(Protocol):
+    """Pure: no clock, network, disk or randomness. One instance for each partition.
+
+    Nothing given to `step` may be assumed to be stored: after a failed publish the lane calls `open` again with the
+    last stored memory and repeats.
+    """
+
+    stage: Stage
+
+    def open(self, closed: bytes) -> None:
+        """Takes up the memory stored with the last frame."""
+
+    def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
+        """Works on one message; None when all of it lies at or before `origin`.
+
+        Raises:
+            HoleError: the message does not join on to `origin`.
+            WireFormatError: it is not a frame this build can read.
+        """
+
+
+def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Event]) -> Step | None:
+    """One frame's step: `work` on every event after `origin`, in order; what it refuses becomes a letter.
+
+    Args:
+        message: carries a frame.
+        origin: the cursor.
+        work: gives the event as it goes on; raises `InvalidEventError` to refuse it.
+
+    Returns:
+        the step, with the frame's own memory; None when all of the frame lies at or before `origin`.
+
+    Raises:
+        HoleError, WireFormatError: as `StageCore.step`.
+    """
+    frame = decode_frame(message.data)
+    check_joined(message.subject, frame, origin)
+    if frame.last <= origin:
+        return None
+    events: list[Event] = []
+    letters: list[DeadLetter] = []
+    dead = [row for row in frame.dead if row.origin > origin]
+    for event in frame.events:
+        if event.origin <= origin:
+            continue
+        try:
+            events.append(work(event))
+        except InvalidEventError as error:
+            letters.append(DeadLetter(event.origin, event.index, error, None))
+            dead.append(Dead(event.origin, 1))
+    trail = (*frame.trail, message.seq)
+    return Step(max(frame.first, origin + 1), frame.last, events, dead, letters, trail, frame.closed)

@@ -1,0 +1,140 @@
+"""The fenced writer: one message at a time on one subject, each accepted only after the one before it.
+
+Two headers make a retry safe and a zombie harmless. `Nats-Expected-Last-Subject-Sequence` lets the server refuse
+any writer that did not see the subject's last message. `Nats-Msg-Id` turns the retry of a publish whose
+acknowledgement was lost into that same publish; it holds a nonce of this writer, because the server checks it *before*
+the fence and across subjects and purges, so an id made of origins alone would have a recomputed frame acknowledged and
+not stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Final
+
+import msgspec
+from nats.errors import ConnectionClosedError, MaxPayloadError
+from nats.errors import Error as NatsError
+
+from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, TopologyError
+from contracts.telemetry import HEADER_EXPECTED_LAST_SUBJECT_SEQ, HEADER_EXPECTED_STREAM, HEADER_MSG_ID
+from stages.runtime.api import Api, ApiError
+
+log = logging.getLogger(__name__)
+
+WRONG_LAST_SEQUENCE: Final = 10071
+STILL_IN_PROCESS: Final = frozenset({10158, 10164})
+STREAM_FULL: Final = frozenset({10077, 10023, 10028, 10047})
+NEVER: Final = frozenset({10054, 10060, 10052})
+"""Message too large; another stream's subject; stream sealed: no retry can help."""
+
+_LAST_SEQ = re.compile(r"wrong last sequence: (\d+)")
+
+
+class PubAnswer(msgspec.Struct, frozen=True):
+    """What a stream answers a publish."""
+
+    seq: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+decode_pub_answer = msgspec.json.Decoder(PubAnswer).decode
+
+
+class FencedWriter:
+    """Writes one subject. Not for concurrent use: one publish in flight.
+
+    Attributes:
+        expected_seq: sequence of the last message on the subject as this writer knows it; 0 when empty.
+        full_since: monotonic seconds since when the stream refuses for lack of room, or None.
+        held_s: seconds lost to that in all.
+    """
+
+    def __init__(self, api: Api, stream: str, subject: str, nonce: str) -> None:
+        self._api = api
+        self._stream = stream
+        self._subject = subject
+        self._nonce = nonce
+        self.expected_seq = 0
+        self.full_since: float | None = None
+        self.held_s = 0.0
+
+    async def publish(self, data: bytes, key: str, headers: dict[str, str] | None = None) -> int:
+        """Stores `data` as the subject's next message and returns its stream sequence.
+
+        Retries for as long as the outcome is unknown, the cluster has no leader, or the stream is full. Cancelling
+        leaves the outcome unknown: read the checkpoint again before the next publish.
+
+        Args:
+            data: the message.
+            key: what makes it this message and no other, e.g. its last origin.
+            headers: further headers.
+
+        Raises:
+            FencedError: the subject's last message is not the one this writer knows.
+            TopologyError: the subject belongs to another stream.
+            DefiniteError: it can never be stored, e.g. too large.
+            ClusterUnavailableError: the connection was closed.
+        """
+        fixed = {
+            **(headers or {}),
+            HEADER_MSG_ID: f"{self._nonce}:{self._subject}:{self.expected_seq}:{key}",
+            HEADER_EXPECTED_LAST_SUBJECT_SEQ: str(self.expected_seq),
+            HEADER_EXPECTED_STREAM: self._stream,
+        }
+        try:
+            while True:
+                answer = await self._attempt(data, dict(fixed))
+                if answer is not None:
+                    self.expected_seq = answer.seq
+                    return answer.seq
+                await self._api.pause()
+        finally:
+            self._note_room()
+
+    async def _attempt(self, data: bytes, headers: dict[str, str]) -> PubAnswer | None:
+        """One try: the acceptance, or None to try again."""
+        try:
+            reply = await self._api.client.request(
+                self._subject, data, timeout=self._api.settings.publish_timeout_s, headers=headers
+            )
+        except ConnectionClosedError as error:
+            raise ClusterUnavailableError("the connection was closed") from error
+        except MaxPayloadError as error:
+            raise DefiniteError(
+                f"{self._subject}: {len(data)} bytes are more than the servers' max_payload takes; raise it to 8 MiB"
+            ) from error
+        except NatsError as error:
+            # A time-out, no responder or a lost connection: it may or may not have happened.
+            log.debug("%s: publish to be retried: %r", self._subject, error)
+            return None
+        answer = decode_pub_answer(reply.data)
+        if answer.error is None:
+            return answer
+        self._judge(answer.error)
+        return None
+
+    def _judge(self, error: ApiError) -> None:
+        """Raises if `error` is final; notes a full stream; returns if the publish is to be repeated."""
+        if error.err_code == WRONG_LAST_SEQUENCE:
+            match = _LAST_SEQ.search(error.description)
+            raise FencedError(self._subject, int(match.group(1)) if match else None)
+        if error.err_code in NEVER:
+            kind = TopologyError if error.err_code == 10060 else DefiniteError
+            raise kind(f"{self._subject}: refused for good: {error.description} ({error.err_code})")
+        if error.err_code in STREAM_FULL:
+            if self.full_since is None:
+                self.full_since = time.monotonic()
+                log.warning("%s: stream %s is full; holding (%s)", self._subject, self._stream, error.description)
+        elif error.err_code not in STILL_IN_PROCESS:
+            log.info("%s: publish to be retried: %s (%d)", self._subject, error.description, error.err_code)
+
+    def _note_room(self) -> None:
+        if self.full_since is not None:
+            held_s = time.monotonic() - self.full_since
+            self.held_s += held_s
+            self.full_since = None
+            log.info("%s: held %.1f s by back-pressure", self._subject, held_s)

@@ -1,0 +1,1 @@
+"""Segment: classifies events and holds them to the policy."""

@@ -1,0 +1,62 @@
+"""One embedded cluster for all tests that break no server; files that do start their own."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from nats.aio.client import Client
+from waiting import Condition, Eventually
+
+from cluster.nodes import EmbeddedCluster
+from stages.runtime.connection import connect
+
+
+@pytest.fixture
+def eventually() -> Eventually:
+    """``await eventually(condition)`` returns once it holds, and fails the test after a minute."""
+
+    async def wait(condition: Condition) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                holds = condition()
+                if await holds if inspect.isawaitable(holds) else holds:
+                    return
+                await asyncio.sleep(0.02)
+
+    return wait
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def embedded_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedCluster]:
+    """Three servers shared by the session. Only `urls` and pids may be used: it lives in another event loop."""
+    directory: Path = tmp_path_factory.mktemp("cluster")
+    async with EmbeddedCluster(directory) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_urls(embedded_cluster: EmbeddedCluster) -> tuple[str, ...]:
+    """Client URLs of the shared servers."""
+    return embedded_cluster.urls
+
+
+@pytest_asyncio.fixture
+async def client(cluster_urls: tuple[str, ...]) -> AsyncIterator[Client]:
+    """A connection to the shared servers; all streams are deleted before and after the test."""
+    connection = await connect(cluster_urls, "test", wait_s=30)
+    await delete_streams(connection)
+    yield connection
+    await delete_streams(connection)
+    await connection.close()
+
+
+async def delete_streams(connection: Client) -> None:
+    """Deletes every stream of the cluster."""
+    jetstream = connection.jetstream(timeout=10)
+    for info in await jetstream.streams_info():
+        await jetstream.delete_stream(str(info.config.name))

@@ -1,0 +1,234 @@
+"""Applying the topology to real servers: idempotent, honest about drift, and never forgetting where origins stood."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from waiting import Eventually
+
+from cluster.apply import apply, plan
+from cluster.status import ClusterStatus, status
+from cluster.topology import Drift
+from contracts import subjects
+from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.frames import Frame, encode_frame
+from contracts.receipts import Receipt, encode_receipt
+from contracts.settings import MIB, Settings
+from stages.runtime.facts import read_cluster
+
+pytestmark = pytest.mark.cluster
+
+SETTINGS = Settings(partitions=4, events_bytes_max=64 * MIB, hop_bytes_max=16 * MIB)
+
+
+def changed(**values: object) -> Settings:
+    return msgspec.structs.replace(SETTINGS, **values)
+
+
+async def put(client: Client, subject: str, data: bytes = b"{}") -> int:
+    """Publishes one message and gives its sequence."""
+    return (await client.jetstream(timeout=10).publish(subject, data, timeout=10)).seq
+
+
+def receipt(partition: int, origin: int, cluster: str) -> bytes:
+    return encode_receipt(
+        Receipt(
+            partition=partition,
+            cluster=cluster,
+            writer="w",
+            node="h",
+            store="s",
+            ends={},
+            origin=origin,
+            trail=(1, 1, 1),
+            persisted=origin,
+            duplicates=0,
+            dead_lettered=0,
+            root="",
+            closed=b"",
+            committed_ns=1,
+        )
+    )
+
+
+def frame(partition: int, last: int) -> bytes:
+    return encode_frame(
+        Frame(
+            partition=partition,
+            prev=0,
+            first=1,
+            last=last,
+            trail=(),
+            writer="w",
+            made_ns=1,
+            closed=b"",
+            dead=(),
+            events=(),
+        )
+    )
+
+
+async def test_applying_twice_changes_nothing_the_second_time(client: Client) -> None:
+    first = await apply(client, SETTINGS)
+    assert [change.action for change in first.changes] == ["create"] * 6
+    second = await apply(client, SETTINGS)
+    assert second.changes == ()
+    assert second.cluster_id == first.cluster_id
+    assert (await plan(client, SETTINGS)).changes == ()
+
+
+async def test_planning_changes_nothing(client: Client) -> None:
+    planned = await plan(client, SETTINGS)
+    assert len(planned.changes) == 6
+    assert await client.jetstream(timeout=10).streams_info() == []
+
+
+async def test_applies_at_once_agree_on_one_cluster(client: Client) -> None:
+    plans = await asyncio.gather(*(apply(client, SETTINGS) for _ in range(6)))
+    assert {plan.cluster_id for plan in plans} == {(await read_cluster(client)).cluster_id}
+
+
+async def test_drift_is_shown_field_by_field_and_repaired(client: Client) -> None:
+    await apply(client, SETTINGS)
+    jetstream = client.jetstream(timeout=10)
+    config = (await jetstream.stream_info(subjects.HASH)).config
+    await jetstream.update_stream(config.evolve(max_bytes=MIB, max_age=600.0, description="theirs"))
+    drifted = await plan(client, SETTINGS)
+    (change,) = drifted.changes
+    assert change.drifts == (
+        Drift(subjects.HASH, "max_bytes", 16 * MIB, MIB),
+        Drift(subjects.HASH, "max_age", 0, 600.0),
+    )
+    await apply(client, SETTINGS)
+    assert (await plan(client, SETTINGS)).changes == ()
+    assert (await jetstream.stream_info(subjects.HASH)).config.description == "theirs"
+
+
+async def test_limits_change_under_data_without_losing_it(client: Client) -> None:
+    await apply(client, SETTINGS)
+    for _ in range(5):
+        await put(client, "fi.events.site.consultation", b"x" * 1000)
+    await apply(client, changed(events_bytes_max=1024))
+    info = await client.jetstream(timeout=10).stream_info(subjects.EVENTS)
+    assert (info.config.max_bytes, info.state.messages) == (1024, 5)
+
+
+async def test_partitions_cannot_change_under_data(client: Client) -> None:
+    await apply(client, SETTINGS)
+    await put(client, "fi.events.site.consultation")
+    for other in (changed(partitions=8), changed(partition_by="site")):
+        assert (await plan(client, other)).refused
+        with pytest.raises(TopologyError, match="FI_EVENTS hold data"):
+            await apply(client, other)
+    facts = await read_cluster(client)
+    assert (facts.partitions, facts.partition_by) == (4, "consultation")
+
+
+async def test_partitions_change_on_an_empty_cluster_and_the_server_obeys(client: Client) -> None:
+    before = await apply(client, SETTINGS)
+    await apply(client, changed(partitions=16, partition_by="site"))
+    facts = await read_cluster(client)
+    assert (facts.partitions, facts.partition_by) == (16, "site")
+    assert facts.cluster_id == before.cluster_id
+    seq = await put(client, "fi.events.north.consultation")
+    stored = await client.jetstream(timeout=10).get_msg(subjects.EVENTS, seq)
+    partition = subjects.partition_of("north", "consultation", 16, "site")
+    assert stored.subject == f"fi.raw.{partition}.north.consultation"
+
+
+async def test_storage_that_cannot_change_is_refused_and_nothing_else_is_touched(client: Client) -> None:
+    await apply(client, SETTINGS)
+    with pytest.raises(TopologyError, match="storage from 'memory' to 'file'"):
+        await apply(client, changed(hop_storage="file", events_bytes_max=32 * MIB))
+    assert (await plan(client, SETTINGS)).changes == ()
+
+
+async def test_a_subject_of_another_shape_is_accepted_by_nobody(client: Client) -> None:
+    await apply(client, SETTINGS)
+    for subject in ("fi.events.site", "fi.events.a.b.c", "fi.raw.0.site.consultation"):
+        with pytest.raises(Exception, match="no response from stream"):
+            await put(client, subject)
+
+
+async def test_events_made_again_count_on_from_the_highest_origin_and_keep_the_id(client: Client) -> None:
+    made = await apply(client, SETTINGS)
+    await put(client, "fi.receipts.0", receipt(0, 41, made.cluster_id))
+    await put(client, "fi.receipts.3", receipt(3, 99, made.cluster_id))
+    await put(client, "fi.receipts.1", receipt(1, 7, made.cluster_id))
+    await client.jetstream(timeout=10).delete_stream(subjects.EVENTS)
+    (change,) = (await apply(client, SETTINGS)).changes
+    assert (change.stream, change.first_seq) == (subjects.EVENTS, 100)
+    assert (await read_cluster(client)).cluster_id == made.cluster_id
+    assert await put(client, "fi.events.site.consultation") == 100
+    assert (await apply(client, SETTINGS)).changes == ()
+
+
+async def test_origins_that_are_framed_but_not_committed_are_not_given_out_again(client: Client) -> None:
+    made = await apply(client, SETTINGS)
+    await put(client, "fi.receipts.0", receipt(0, 10, made.cluster_id))
+    await put(client, "fi.segment.2", frame(2, 23))
+    await put(client, "fi.persist.1", frame(1, 17))
+    await client.jetstream(timeout=10).delete_stream(subjects.EVENTS)
+    await apply(client, SETTINGS)
+    assert await put(client, "fi.events.site.consultation") == 24
+
+
+async def test_events_made_again_must_be_partitioned_as_before(client: Client) -> None:
+    made = await apply(client, SETTINGS)
+    await put(client, "fi.receipts.0", receipt(0, 10, made.cluster_id))
+    await client.jetstream(timeout=10).delete_stream(subjects.EVENTS)
+    with pytest.raises(TopologyError, match="FI_RECEIPTS hold data"):
+        await apply(client, changed(partitions=8))
+
+
+async def test_lost_receipts_are_not_replaced_by_an_empty_stream(client: Client) -> None:
+    await apply(client, SETTINGS)
+    await put(client, "fi.events.site.consultation")
+    await client.jetstream(timeout=10).delete_stream(subjects.RECEIPTS)
+    with pytest.raises(TopologyError, match="FI_RECEIPTS is gone"):
+        await apply(client, SETTINGS)
+
+
+async def test_streams_larger_than_the_servers_are_refused_with_a_hint(client: Client) -> None:
+    with pytest.raises(TopologyError, match="BYTES_MAX"):
+        await apply(client, changed(hop_bytes_max=1 << 60))
+
+
+async def test_facts_of_a_cluster_without_streams_name_the_next_step(client: Client) -> None:
+    with pytest.raises(TopologyError, match="fi cluster apply"):
+        await read_cluster(client)
+    await client.jetstream(timeout=10).add_stream(name=subjects.EVENTS, subjects=["fi.events.*.*"])
+    with pytest.raises(TopologyError, match="fi cluster apply"):
+        await read_cluster(client)
+
+
+async def test_more_replicas_than_servers_is_reported_as_unavailable(client: Client) -> None:
+    with pytest.raises(ClusterUnavailableError, match="no suitable peers"):
+        await apply(client, changed(replicas=5), wait_s=0.5)
+
+
+async def test_status_shows_streams_servers_and_what_is_missing(
+    client: Client, cluster_urls: tuple[str, ...], eventually: Eventually
+) -> None:
+    async def healthy() -> bool:
+        return (await status(client, cluster_urls)).healthy
+
+    empty = await status(client, cluster_urls)
+    assert not empty.healthy
+    assert all(stream.problem for stream in empty.streams)
+    made = await apply(client, SETTINGS)
+    await put(client, "fi.events.site.consultation", b"x" * 1000)
+    seen = await status(client, [*cluster_urls, "nats://127.0.0.1:1"])
+    assert [server.reachable for server in seen.servers] == [True, True, True, False]
+    assert {server.name for server in seen.servers[:3]} == {"n1", "n2", "n3"}
+    events = next(stream for stream in seen.streams if stream.name == subjects.EVENTS)
+    assert (events.messages, events.first_seq, events.last_seq) == (1, 1, 1)
+    assert events.used == events.bytes / SETTINGS.events_bytes_max > 0
+    assert {events.leader, *(replica.name for replica in events.replicas)} == {"n1", "n2", "n3"}
+    assert seen.facts is not None
+    assert (seen.facts.cluster_id, seen.facts.partitions) == (made.cluster_id, 4)
+    await eventually(healthy)  # a replica may be a message behind for a moment
+    assert msgspec.json.decode(msgspec.json.encode(seen), type=ClusterStatus) == seen

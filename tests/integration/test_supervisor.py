@@ -1,0 +1,300 @@
+"""The supervisor with a tiny real process as every stage: order, restarts, force, crash, one directory for one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from waiting import Eventually
+
+from cluster import keeper
+from cluster import supervisor as supervisor_module
+from cluster.keeper import ProcessEvent
+from cluster.lock import DirectoryBusyError
+from cluster.process import ProcessError
+from cluster.stageprocess import partitions_of, settings_environment
+from cluster.state import NotRunningError, State, process_started, read_state, write_state
+from cluster.supervisor import Supervisor, run_command
+from contracts.errors import SettingsError
+from contracts.settings import Settings, load_settings
+from contracts.subjects import STAGES, Stage
+
+pytestmark = pytest.mark.cluster
+
+SETTINGS = Settings(replicas=1, partitions=4, drain_s=30)
+
+STAGE = """
+import os, signal, sys, time
+home, name, lanes = sys.argv[1:]
+
+def note(what):
+    with open(f"{home}/journal", "a") as journal:
+        journal.write(f"{what} {name} {lanes} {os.environ.get('FI_PARTITIONS')}\\n")
+
+def stop(number, frame):
+    if not os.path.exists(f"{home}/stubborn"):
+        note("stop")
+        sys.exit(0)
+    note("ignored")
+
+signal.signal(signal.SIGTERM, stop)
+if os.path.exists(f"{home}/broken-{name}"):
+    print("the disk is on fire", file=sys.stderr)
+    sys.exit(3)
+note("start")
+print("some chatter")
+print("READY", flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+def fake(home: Path) -> Callable[[Stage, str, Sequence[int]], list[str]]:
+    """A command for stages that only write down when they start and stop."""
+
+    def command(stage: Stage, name: str, partitions: Sequence[int]) -> list[str]:
+        return [sys.executable, "-I", "-S", "-c", STAGE, str(home), name, ",".join(map(str, partitions))]
+
+    return command
+
+
+def journal(home: Path, what: str) -> list[str]:
+    """Names of the processes that noted `what`, in order."""
+    lines = (home / "journal").read_text().splitlines() if (home / "journal").exists() else []
+    return [line.split()[1] for line in lines if line.split()[0] == what]
+
+
+def make(home: Path, events: list[ProcessEvent] | None = None, **scale: int) -> Supervisor:
+    on_event = (events if events is not None else []).append
+    stages: dict[Stage, int] = {stage: scale.get(stage, 1) for stage in STAGES}
+    return Supervisor(home, SETTINGS, stages, servers=1, on_event=on_event, command=fake(home))
+
+
+def pid_of(supervisor: Supervisor, name: str) -> int | None:
+    return next(process.pid for process in supervisor.processes if process.name == name)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+async def test_stages_share_the_partitions_and_stop_in_flow_order(tmp_path: Path) -> None:
+    async with make(tmp_path, segment=2) as supervisor:
+        assert [process.name for process in supervisor.processes] == [
+            *("n1", "ingest-0", "segment-0", "segment-1", "hash-0", "persist-0")
+        ]
+        lines = (tmp_path / "journal").read_text().splitlines()
+        assert {"start segment-0 0,2 4", "start segment-1 1,3 4", "start hash-0 0,1,2,3 4"} <= set(lines)
+        state = read_state(tmp_path)
+        assert (state.status, state.urls, state.settings) == ("ready", supervisor.urls, SETTINGS)
+        assert {p.name: p.pid for p in state.processes} == {p.name: p.pid for p in supervisor.processes}
+        pids = [process.pid for process in supervisor.processes]
+    stops = [name.partition("-")[0] for name in journal(tmp_path, "stop")]
+    assert stops == ["ingest", "segment", "segment", "hash", "persist"]
+    assert all(is_gone(pid) for pid in pids if pid is not None)
+    assert "some chatter" in (tmp_path / "logs" / "hash-0.log").read_text()
+    with pytest.raises(NotRunningError, match="was stopped"):
+        read_state(tmp_path)
+
+
+async def test_a_killed_stage_and_a_killed_server_come_back_and_the_reason_is_told(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    events: list[ProcessEvent] = []
+    async with make(tmp_path, events) as supervisor:
+        for name in ("hash-0", "n1"):
+            before = pid_of(supervisor, name)
+            assert before is not None
+            await supervisor.kill(name)
+            await eventually(lambda name=name, before=before: pid_of(supervisor, name) not in (None, before))
+            await eventually(lambda name=name: [e.kind for e in events if e.name == name][-1] == "started")
+            (death,) = [event for event in events if event.name == name and event.kind == "died"]
+            assert "SIGKILL" in death.detail
+        assert journal(tmp_path, "start").count("hash-0") == 2
+        assert {p.name: p.pid for p in read_state(tmp_path).processes}["n1"] == pid_of(supervisor, "n1")
+
+
+async def test_a_stage_that_keeps_dying_is_started_again_ever_later(tmp_path: Path, eventually: Eventually) -> None:
+    events: list[ProcessEvent] = []
+    async with make(tmp_path, events) as supervisor:
+        (tmp_path / "broken-segment-0").touch()
+        await supervisor.kill("segment-0")
+        await eventually(lambda: sum(event.kind == "died" for event in events) >= 4)
+        deaths = [event for event in events if event.kind == "died"]
+        assert [death.restart_in_s for death in deaths[:4]] == [0.1, 0.2, 0.4, 0.8]
+        assert "exited with code 3" in deaths[1].detail
+        assert "the disk is on fire" in deaths[1].detail
+        (tmp_path / "broken-segment-0").unlink()
+        await eventually(lambda: events[-1].kind == "started")
+        assert pid_of(supervisor, "segment-0") is not None
+
+
+async def test_after_a_healthy_life_a_stage_starts_again_at_once(
+    tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "HEALTHY_S", 0.0)
+    events: list[ProcessEvent] = []
+    async with make(tmp_path, events) as supervisor:
+        for deaths in (1, 2, 3):
+            await supervisor.kill("hash-0")
+            await eventually(lambda deaths=deaths: sum(event.kind == "died" for event in events) == deaths)
+            await eventually(lambda: events[-1].kind == "started")
+        assert [event.restart_in_s for event in events if event.kind == "died"] == [0.1, 0.1, 0.1]
+
+
+async def test_a_stage_can_be_stopped_started_and_scaled_while_the_others_run(tmp_path: Path) -> None:
+    async with make(tmp_path) as supervisor:
+        others = pid_of(supervisor, "hash-0")
+        await supervisor.stop_stage("persist")
+        assert pid_of(supervisor, "persist-0") is None
+        await supervisor.start_stage("persist")
+        assert pid_of(supervisor, "persist-0") is not None
+        await supervisor.scale("segment", 3)
+        assert [p.name for p in supervisor.processes if p.kind == "segment"] == ["segment-0", "segment-1", "segment-2"]
+        assert pid_of(supervisor, "hash-0") == others
+        await supervisor.hold_down("n1")
+        assert pid_of(supervisor, "n1") is None
+        await supervisor.bring_back("n1")
+        assert pid_of(supervisor, "n1") is not None
+
+
+async def test_a_frozen_process_is_still_stopped(tmp_path: Path) -> None:
+    async with make(tmp_path) as supervisor:
+        supervisor.freeze("hash-0")
+    assert "hash-0" in journal(tmp_path, "stop")
+
+
+async def test_a_second_stop_request_kills_what_will_not_stop(tmp_path: Path, eventually: Eventually) -> None:
+    supervisor = make(tmp_path)
+    await supervisor.start()
+    pids = [process.pid for process in supervisor.processes if process.pid is not None]
+    (tmp_path / "stubborn").touch()
+    supervisor.request_stop()
+    await supervisor.wait_stop_requested()
+    stopping = asyncio.create_task(supervisor.stop())
+    await eventually(lambda: journal(tmp_path, "ignored"))
+    assert not stopping.done()
+    supervisor.request_stop()
+    async with asyncio.timeout(SETTINGS.drain_s - 5):
+        await stopping
+    assert all(map(is_gone, pids))
+
+
+async def test_a_stage_that_never_gets_ready_fails_the_start_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "broken-hash-0").touch()
+    supervisor = make(tmp_path)
+    with pytest.raises(ProcessError, match="the disk is on fire"):
+        await supervisor.start()
+    assert all(process.pid is None for process in supervisor.processes)
+    with pytest.raises(NotRunningError):
+        read_state(tmp_path)
+
+
+async def test_a_directory_has_one_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_LOCK_WAIT_S", 0.2)
+    async with make(tmp_path):
+        with pytest.raises(DirectoryBusyError, match="in use"):
+            await make(tmp_path).start()
+        assert read_state(tmp_path).status == "ready"
+
+
+SUPERVISING = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_supervisor import make
+
+async def main():
+    supervisor = make(Path(sys.argv[1]))
+    await supervisor.start()
+    print(*(process.pid for process in supervisor.processes), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SUPERVISING, str(tmp_path), str(Path(__file__).parent)), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in (await parent.stdout.readline()).split()]
+        assert len(pids) == 5
+        assert read_state(tmp_path).supervisor_pid == parent.pid
+    finally:
+        parent.kill()
+        await parent.communicate()
+    await eventually(lambda: all(map(is_gone, pids)))
+    with pytest.raises(NotRunningError, match="without stopping"):
+        read_state(tmp_path)
+    async with make(tmp_path):
+        assert read_state(tmp_path).status == "ready"
+
+
+def test_an_empty_directory_says_how_to_start(tmp_path: Path) -> None:
+    with pytest.raises(NotRunningError, match="fi up --dir"):
+        read_state(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says when a process started")
+def test_a_supervisor_is_told_from_a_later_process_with_its_id(tmp_path: Path) -> None:
+    started = process_started(os.getpid())
+    assert started is not None
+    state = State(
+        status="ready",
+        supervisor_pid=os.getpid(),
+        supervisor_started=started,
+        urls=(),
+        processes=(),
+        settings=SETTINGS,
+    )
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+    write_state(tmp_path, msgspec.structs.replace(state, supervisor_started=started - 1))
+    with pytest.raises(NotRunningError, match="without stopping"):
+        read_state(tmp_path)
+
+
+def test_settings_reach_a_child_through_its_environment() -> None:
+    settings = Settings(partitions=3, partition_by="site", hop_storage="file", drain_s=1.5)
+    environment = settings_environment(settings)
+    assert environment == {
+        "FI_PARTITIONS": "3",
+        "FI_PARTITION_BY": "site",
+        "FI_HOP_STORAGE": "file",
+        "FI_DRAIN_S": "1.5",
+    }
+    assert load_settings(environment) == settings
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_partition_has_exactly_one_process(processes: int) -> None:
+    shares = [partitions_of(index, processes, 8) for index in range(processes)]
+    assert sorted(p for share in shares for p in share) == list(range(8))
+    assert all(p % processes == index for index, share in enumerate(shares) for p in share)
+
+
+def test_impossible_runs_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="needs as many servers"):
+        Supervisor(tmp_path, Settings(replicas=3), servers=1)
+    with pytest.raises(SettingsError, match="can share the partitions"):
+        Supervisor(tmp_path, SETTINGS, {"hash": 5}, servers=1)
+
+
+def test_a_real_stage_is_told_its_directory_partitions_and_name(tmp_path: Path) -> None:
+    assert run_command(tmp_path)("hash", "hash-1", [1, 3])[1:] == [
+        *("-m", "cluster", "run", "hash", "--dir", str(tmp_path), "--partitions", "1,3", "--name", "hash-1")
+    ]

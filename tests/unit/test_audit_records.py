@@ -1,0 +1,267 @@
+"""A store that was changed with all care agrees with itself, but not with its receipts; what was changed is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import h5py
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from shard_maker import CLUSTER, NOW_NS, PartitionMaker, id_text, make_event, new_store
+
+from contracts.errors import ShardCorruptError, ShardError
+from contracts.events import Event, encode_event
+from contracts.evidence import check_evidence
+from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.statements import Signer
+from stages.persist.audit import Witnesses, audit_partition
+from stages.persist.prove import kept_seals, prove_consistency, prove_event
+from stages.persist.records import keep_record, record_path
+from stages.persist.verify import ShardContents, verify_store
+
+SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+KEYS = [SIGNER.public_key]
+PLAN = ((1, 7, 0, 20), (3, 1), (2, 5, 1))
+"""Events in each commit of each shard; the last shard stays live."""
+
+
+class Witnessed(PartitionMaker):
+    """Fills a partition from a given list of events, and keeps what the cluster would."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        super().__init__(new_store(directory), 3)
+        self.receipts: list[Receipt] = []
+        self.seals: list[SealRecord] = []
+        self.tree = MerkleFrontier()
+
+    def fill(self, commits: list[list[Event]], origins: list[int]) -> None:
+        """Lays `commits` down, rolled and sealed as `PLAN` says."""
+        shards, done = [len(plan) for plan in PLAN], 0
+        for number, count in enumerate(shards, 1):
+            live = self.begin()
+            for events, origin in list(zip(commits, origins, strict=True))[done : done + count]:
+                live.append(
+                    [encode_event(event) for event in events],
+                    prev_origin=self.origin, origin=origin, duplicates=1, dead_lettered=0, committed_ns=NOW_NS,
+                )  # fmt: skip
+                live.sync()
+                live.set_watermark(live.commits)
+                self.origin = origin
+                for event in events:
+                    self.tree.append(leaf_hash(encode_event(event)))
+                self.receipts.append(self.receipt(StoreEnd(shard=number, commits=live.commits)))
+            done += count
+            if number < len(shards):
+                self.witness_seal(number)
+        self.close()
+
+    def receipt(self, end: StoreEnd) -> Receipt:
+        return SIGNER.sign(
+            Receipt(
+                partition=3, cluster=CLUSTER, writer="w", node="n", store=self.store.store_id,
+                ends={self.store.store_id: end}, origin=self.origin, trail=(), persisted=self.tree.size,
+                duplicates=len(self.receipts) + 1, dead_lettered=0, root=self.tree.root().hex(), closed=b"",
+                committed_ns=NOW_NS,
+            )
+        )  # fmt: skip
+
+    def witness_seal(self, number: int) -> None:
+        info = self.seal()
+        header = info.header
+        record = SIGNER.sign(
+            SealRecord(
+                partition=3, store=self.store.store_id, shard=number, file=info.path.name, sha256=info.sha256,
+                first_origin=header.first_origin, last_origin=header.last_origin, events=header.events,
+                tree_size=header.tree_size, root=header.root, sealed_ns=NOW_NS, bytes=info.bytes, cluster=CLUSTER,
+            )
+        )  # fmt: skip
+        keep_record(info.path, record)
+        self.seals.append(record)
+
+
+def events_of(maker: PartitionMaker) -> tuple[list[list[Event]], list[int]]:
+    commits, origins, origin = [], [], 0
+    for count in (count for plan in PLAN for count in plan):
+        commits.append([make_event(maker.rng, origin + at) for at in range(1, count + 1)])
+        origin += count + 1
+        origins.append(origin)
+    return commits, origins
+
+
+def audit(maker: Witnessed, path: Path, witnesses: Witnesses | None = None, trusted: list[str] = KEYS) -> str:
+    """All problems in one text, of the shards at `path` against what `maker` witnessed."""
+    shards: list[ShardContents] = []
+    report = verify_store(path, on_shard=shards.append)
+    assert report.ok, report.problems
+    found = audit_partition(
+        3, shards, witnesses or Witnesses(maker.receipts, (), maker.seals), maker.store, trusted=trusted
+    )
+    return "\n".join(f"{problem.shard}: {problem.where}: {problem.what}" for problem in found)
+
+
+@pytest.fixture
+def honest(tmp_path: Path) -> Witnessed:
+    maker = Witnessed(tmp_path / "honest")
+    maker.fill(*events_of(maker))
+    return maker
+
+
+def forged(honest: Witnessed, path: Path, change: Callable[[list[list[Event]]], None]) -> Path:
+    """A store with the same identity, laid down anew from changed events: every checksum in it is right."""
+    path.mkdir()
+    (path / "store.json").write_bytes((honest.store.directory / "store.json").read_bytes())
+    maker = Witnessed(path)
+    commits, origins = events_of(PartitionMaker(honest.store, 3))
+    change(commits)
+    maker.fill(commits, origins)
+    return path
+
+
+def test_an_honest_store_agrees_with_every_receipt_and_seal(honest: Witnessed) -> None:
+    assert audit(honest, honest.store.directory) == ""
+    half = Witnesses(honest.receipts[:4], honest.receipts[4:], honest.seals)
+    assert audit(honest, honest.store.directory, half) == ""
+
+
+def change_one(commits: list[list[Event]]) -> None:
+    commits[1][2] = msgspec.structs.replace(commits[1][2], site="elsewhere")
+
+
+def drop_one(commits: list[list[Event]]) -> None:
+    del commits[1][2]
+
+
+def add_one(commits: list[list[Event]]) -> None:
+    commits[1].append(msgspec.structs.replace(commits[1][-1], index=1, event_id=bytes(16)))
+
+
+def swap_two(commits: list[list[Event]]) -> None:
+    a, b = commits[1][2:4]
+    commits[1][2] = msgspec.structs.replace(b, origin=a.origin)
+    commits[1][3] = msgspec.structs.replace(a, origin=b.origin)
+
+
+@pytest.mark.parametrize("change", [change_one, drop_one, add_one, swap_two])
+def test_a_forged_event_is_found_and_named_within_its_receipt(
+    honest: Witnessed, tmp_path: Path, change: Callable[[list[list[Event]]], None]
+) -> None:
+    text = audit(honest, forged(honest, tmp_path / "forged", change))
+    commits, _ = events_of(PartitionMaker(honest.store, 3))
+    assert "not what was committed: the receipt of" in text
+    by_count = change in (drop_one, add_one)
+    named = [line for line in text.splitlines() if ("but the shards hold" if by_count else "not what was") in line]
+    # What was dropped cannot be named by its id; the events of its commit that are left are.
+    assert len(named) == 1
+    assert id_text(commits[1][1]) in named[0]
+    assert id_text(commits[0][0]) not in named[0]
+    assert (str(UUID(int=0)) in named[0]) == (change is add_one)
+    assert "seal record of shard 1: " in text
+
+
+def test_a_single_changed_live_event_is_named_alone(honest: Witnessed, tmp_path: Path) -> None:
+    def change(commits: list[list[Event]]) -> None:
+        commits[-1][0] = msgspec.structs.replace(commits[-1][0], site="elsewhere")
+
+    text = audit(honest, forged(honest, tmp_path / "forged", change))
+    commits, _ = events_of(PartitionMaker(honest.store, 3))
+    assert text.startswith(f"partition 3: event {id_text(commits[-1][0])}: not what was committed")
+    assert len(text.splitlines()) == 1
+
+
+def test_a_lowered_watermark_is_found_and_what_it_hides_is_named(honest: Witnessed) -> None:
+    live = next(honest.store.directory.glob("*.live.h5"))
+    with h5py.File(live, "r+") as file:
+        file["watermark"][0] -= 1
+    text = audit(honest, honest.store.directory)
+    last = events_of(PartitionMaker(honest.store, 3))[0][-1][0]
+    assert "partition 3: events 40 to 40: the receipt of" in text
+    assert f"its live shard holds, and does not show, event {id_text(last)}" in text
+
+
+def test_events_removed_from_the_very_end_are_found(honest: Witnessed, tmp_path: Path) -> None:
+    live = next(honest.store.directory.glob("*.live.h5"))
+    with h5py.File(live, "r+") as file:
+        file["watermark"][0] -= 1
+        file["index"][2] = 0
+    assert "events 40 to 40: the receipt of" in audit(honest, honest.store.directory)
+    live.unlink()
+    assert "events 33 to 40: the receipt of" in audit(honest, honest.store.directory)
+
+
+def test_a_commit_that_no_receipt_speaks_of_is_found(honest: Witnessed) -> None:
+    text = audit(honest, honest.store.directory, Witnesses(honest.receipts[:-1], (), honest.seals))
+    last = events_of(PartitionMaker(honest.store, 3))[0][-1][0]
+    assert f"event {id_text(last)}: the shards go on to origin" in text
+
+
+def test_a_receipt_that_arrives_while_the_shards_are_read_is_no_problem(honest: Witnessed) -> None:
+    assert audit(honest, honest.store.directory, Witnesses(honest.receipts[:-1], honest.receipts[-1:])) == ""
+    live = next(honest.store.directory.glob("*.live.h5"))
+    with h5py.File(live, "r+") as file:
+        file["watermark"][0] -= 1
+    assert audit(honest, honest.store.directory, Witnesses(honest.receipts[:-1], honest.receipts[-1:])) == ""
+
+
+def test_what_is_wrong_with_the_witnesses_themselves_is_found(honest: Witnessed) -> None:
+    def told(place: int, **changes: object) -> str:
+        receipts = list(honest.receipts)
+        receipts[place] = msgspec.structs.replace(receipts[place], **changes)
+        return audit(honest, honest.store.directory, Witnesses(receipts, (), honest.seals))
+
+    assert "its signature is not over what it states" in told(3, duplicates=9)
+    assert "says 28 events, 9 duplicates" in told(3, duplicates=9)
+    assert "is not signed" in told(-1, signature=msgspec.UNSET)
+    assert "is of partition 4 of cluster" in told(3, partition=4)
+    assert "after one that committed" in told(3, persisted=1)
+    assert "no commit in" in told(3, origin=honest.receipts[3].origin - 1)
+    assert "is signed with key" in audit(honest, honest.store.directory, trusted=["ab" * 32])
+
+
+def test_receipts_from_before_there_was_a_key_are_vouched_for_by_later_ones(honest: Witnessed) -> None:
+    receipts = [msgspec.structs.replace(one, signature=msgspec.UNSET) for one in honest.receipts]
+    witnesses = Witnesses([*receipts[:4], *honest.receipts[4:]], (), honest.seals)
+    assert audit(honest, honest.store.directory, witnesses) == ""
+    assert "is not signed" in audit(honest, honest.store.directory, Witnesses(receipts, (), ()))
+    assert audit(honest, honest.store.directory, Witnesses(receipts, (), ()), trusted=[]) == ""
+
+
+def test_a_proof_rests_on_the_seal_beside_the_shard_or_on_the_first_receipt(honest: Witnessed) -> None:
+    path = honest.store.directory
+    commits, _ = events_of(PartitionMaker(honest.store, 3))
+    seals = kept_seals(path, 3)
+    assert seals == honest.seals
+    for at, event in enumerate(event for commit in commits for event in commit):
+        proof = prove_event(path, UUID(bytes=event.event_id), [*seals, *honest.receipts])
+        check_evidence(proof, KEYS)
+        assert (proof.index, proof.record) == (at, encode_event(event))
+        assert proof.head.tree_size == next(size for size in (28, 32, 34, 39, 40) if size > at)
+
+
+def test_a_consistency_proof_joins_any_two_receipts(honest: Witnessed) -> None:
+    sizes = [receipt.persisted for receipt in honest.receipts]
+    for old in sizes:
+        for new in (size for size in sizes if size >= old):
+            check_evidence(prove_consistency(honest.store.directory, 3, old, new, honest.receipts), KEYS)
+    unsigned = prove_consistency(honest.store.directory, 3, 5, None, ())
+    assert unsigned.new.tree_size == 40
+    check_evidence(unsigned)
+    with pytest.raises(ShardError, match="holds 40 events"):
+        prove_consistency(honest.store.directory, 3, 5, 41, ())
+
+
+def test_a_proof_against_a_receipt_that_says_otherwise_is_not_made(honest: Witnessed, tmp_path: Path) -> None:
+    path = forged(honest, tmp_path / "forged", change_one)
+    with pytest.raises(ShardCorruptError, match="the record in the cluster says"):
+        prove_consistency(path, 3, 8, 40, honest.receipts)
+
+
+def test_a_kept_record_that_cannot_be_read_is_passed_over(honest: Witnessed) -> None:
+    first = next(iter(sorted(honest.store.directory.glob("*.h5.seal.json"))))
+    first.write_bytes(b"{")
+    assert kept_seals(honest.store.directory, 3) == honest.seals[1:]
+    assert record_path(first.with_name(first.name.removesuffix(".seal.json"))) == first

@@ -1,0 +1,206 @@
+"""The command line keeps data on stdout, words on stderr, and its exit codes; no error is a traceback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster.cli
+from cluster.cli import main
+from cluster.cli.common import exit_code, find_servers, find_settings
+from cluster.workload import consultations
+from contracts.errors import (
+    ClusterUnavailableError,
+    DefiniteError,
+    FiError,
+    SettingsError,
+    ShardCorruptError,
+    StoreFailedError,
+)
+from contracts.policy import EVENT_TYPES
+
+Captured = pytest.CaptureFixture[str]
+
+
+def fi(*arguments: str | Path) -> int:
+    """Runs `fi` in this process and gives its exit code."""
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    return int(exited.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def _untouched_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("FI_")]:
+        monkeypatch.delenv(name)
+    # The command line sends logs to the stderr of its process, which here is a test's.
+    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "events.ndjson"
+    path.write_text("".join(f"{json.dumps(event)}\n" for event in consultations(1, 30)))
+    return path
+
+
+def test_schema_prints_one_json_schema_on_stdout(capsys: Captured) -> None:
+    assert fi("schema", "--json") == 0
+    printed = capsys.readouterr()
+    schema = json.loads(printed.out)
+    assert schema["$defs"]["EventSchema"]["properties"]["event_type"]["enum"] == list(EVENT_TYPES)
+    assert schema["x-subject"]["pattern"] == "fi.events.<site>.<consultation_id>"
+    assert printed.err == ""
+
+
+def test_schema_for_people_names_every_field_and_rule(capsys: Captured) -> None:
+    assert fi("schema") == 0
+    out = capsys.readouterr().out
+    for word in ("consultation_id", "timestamp", "America/Mexico_City", "Nats-Msg-Id", "payload_bytes_max"):
+        assert word in out
+
+
+VERBS = [
+    (), ("demo",), ("run",), ("up",), ("down",), ("publish",), ("schema",), ("events",), ("export",), ("verify",),
+    ("shards",), ("prove",), ("check-proof",), ("consistency",), ("key",), ("key", "new"), ("key", "public"),
+    ("cluster",), ("cluster", "plan"), ("cluster", "apply"), ("cluster", "status"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], capsys: Captured) -> None:
+    assert fi(*verb, "--help") == 0
+    out = capsys.readouterr().out
+    if verb not in ((), ("cluster",), ("key",)):
+        assert "Example: fi " in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",), ("publish",), ("publish", "f", "--rate", "0"), ("publish", "f", "--batch", "0"),
+        ("export", ".", "--format", "xml"), ("export", ".", "--format", "hdf5-consultations"),
+        ("export", ".", "--json"), ("export", ".", "--purpose", "x"), ("export", ".", "--who", "x"),
+        ("export", ".", "--site", "a.b"), ("export", ".", "--type", "NONSENSE"), ("export", ".", "--since", "today"),
+        ("export", ".", "--until", "2026-01-01"), ("export", ".", "--consultation", "7"),
+        ("export", ".", "--since", "2026-01-02T00:00:00Z", "--until", "2026-01-01T00:00:00Z"),
+        ("events",), ("schema", "--yaml"), ("cluster", "nonsense"),
+        ("events", "not-a-uuid"), ("prove", "not-a-uuid"), ("verify", ".", "--public-key", "ab" * 32),
+        ("check-proof", "f", "--public-key", "no-such-file"), ("key", "public", "no-such-file"),
+        ("cluster", "status", "--nats", "127.0.0.1:4222"),
+        ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions"),
+        ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partition=4"),
+        ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions=0"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_bad_usage_exits_2_with_words_on_stderr(arguments: tuple[str, ...], capsys: Captured) -> None:
+    assert fi(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "verb", [("cluster", "status"), ("cluster", "plan"), ("cluster", "apply"), ("publish", "-")], ids=" ".join
+)
+def test_where_nothing_runs_the_exit_code_is_3_and_the_next_step_is_named(
+    verb: tuple[str, ...], tmp_path: Path, file: Path, capsys: Captured
+) -> None:
+    arguments = [file if part == "-" else part for part in verb]
+    assert fi(*arguments, "--dir", tmp_path) == 3
+    printed = capsys.readouterr()
+    assert "fi up --dir" in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("verb", ["export", "verify", "shards"])
+def test_a_directory_without_a_store_is_told(verb: str, tmp_path: Path, capsys: Captured) -> None:
+    assert fi(verb, tmp_path) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: Captured) -> None:
+    assert fi("publish", tmp_path / "missing.ndjson", "--check-only") == 1
+    assert "missing.ndjson: No such file" in capsys.readouterr().err
+
+
+def test_check_only_needs_no_cluster_and_passes_good_lines(file: Path, capsys: Captured) -> None:
+    assert fi("publish", file, "--check-only", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["lines"], report["refused"], report["published"]) == (30, 0, 0)
+
+
+def test_refused_lines_are_listed_with_number_field_and_reason(file: Path, capsys: Captured) -> None:
+    lines = file.read_bytes().splitlines()
+    lines[4] = b"{nope"
+    lines[9] = lines[9].replace(b'"event_type": "', b'"event_type": "X')
+    file.write_bytes(b"\n".join(lines))
+    assert fi("publish", file, "--check-only", "--json") == 1
+    printed = capsys.readouterr()
+    refused = json.loads(printed.out)["refused_lines"]
+    assert [(line["line"], line["field"], line["reason"]) for line in refused] == [
+        (5, "", "json.malformed"),
+        (10, "event_type", "event_type.unknown"),
+    ]
+    assert "line 10: event_type: " in printed.err
+
+
+def test_no_more_than_a_screenful_of_refused_lines_is_shown(tmp_path: Path, capsys: Captured) -> None:
+    path = tmp_path / "bad.ndjson"
+    path.write_bytes(b"nope\n" * 3000)
+    assert fi("publish", path, "--check-only") == 1
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 21
+    assert "2980 more" in printed.err
+    assert "3000" in printed.out
+
+
+def test_stdin_is_read_for_a_dash(file: Path) -> None:
+    command = [sys.executable, "-m", "cluster", "publish", "-", "--check-only", "--json"]
+    done = subprocess.run(command, input=file.read_bytes(), capture_output=True, check=True, timeout=60)
+    assert json.loads(done.stdout)["lines"] == 30
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FiError("x"), 1), (DefiniteError("x"), 1), (StoreFailedError("x"), 1), (SettingsError("x"), 2),
+        (ClusterUnavailableError("x"), 3), (ShardCorruptError("x"), 4),
+    ],
+)  # fmt: skip
+def test_each_kind_of_error_has_its_exit_code(error: FiError, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_an_error_is_one_line_without_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def fail(*_: Any) -> None:
+        raise ShardCorruptError("p0-1.h5: wrong checksum; restore it")
+
+    monkeypatch.setattr(cluster.cli, "app", fail)
+    assert fi("schema") == 4
+    assert capsys.readouterr().err == "fi: p0-1.h5: wrong checksum; restore it\n"
+
+
+def test_settings_come_from_options_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FI_REPLICAS", "1")
+    monkeypatch.setenv("FI_PARTITIONS", "4")
+    settings = find_settings(tmp_path, ["nats://a:1"], ["partitions=2"])
+    assert (settings.replicas, settings.partitions) == (1, 2)
+    assert find_servers(tmp_path, ["nats://a:1", "nats://b:2"]) == ("nats://a:1", "nats://b:2")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("h5py", "numpy", "nats", "uvloop", "opentelemetry", "rich.progress")
+    code = f"import sys, cluster.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    assert done.stdout.strip() == b"[]"

@@ -1,0 +1,157 @@
+"""`fi export` and `fi verify` of what it wrote."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+from exporting import expected, filled_place, flip
+from test_cli import Captured, fi
+
+from contracts.events import format_rfc3339
+from stages.persist.export.manifest import MANIFEST_SUFFIX, manifest_path
+from stages.persist.sealed import Selection
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return filled_place(tmp_path)
+
+
+def test_without_output_the_events_go_to_stdout_and_nothing_else_is_said(
+    place: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert fi("export", place) == 0
+    printed = capfdbinary.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == expected(place)
+    assert printed.err == b""
+    assert fi("export", place, "--format", "csv", "--site", "clinic_7") == 0
+    lines = capfdbinary.readouterr().out.split(b"\r\n")
+    assert lines[0].startswith(b"event_id,consultation_id,timestamp,")
+    assert len(lines) - 2 == len(expected(place, Selection(site="clinic_7")))
+    assert [path.name for path in place.iterdir()] == ["shards"]
+
+
+def test_every_option_reaches_the_file_and_its_manifest(place: Path, capsys: Captured) -> None:
+    event = expected(place)[30]
+    output = place / "some.h5"
+    chosen = ["--site", event["site"], "--type", event["event_type"], "--consultation", event["consultation_id"]]
+    span = ["--since", event["timestamp"], "--until", format_rfc3339(2_000_000_000_000_000_000)]
+    said = ["--purpose", "audit 12", "--who", "ana", "--json"]
+    assert fi("export", place, "--format", "hdf5-consultations", "--output", output, *chosen, *span, *said) == 0
+    printed = capsys.readouterr()
+    manifest = json.loads(printed.out)
+    assert manifest == json.loads(manifest_path(output).read_bytes())
+    assert manifest["filters"] == {
+        "site": event["site"],
+        "event_type": event["event_type"],
+        "since": event["timestamp"],
+        "until": span[-1],
+        "consultation_id": event["consultation_id"],
+    }
+    assert (manifest["who"], manifest["purpose"], manifest["file"]) == ("ana", "audit 12", "some.h5")
+    assert f"{manifest['events']} events written to {output}" in printed.err
+    with h5py.File(output) as file:
+        assert list(file["consultations"]) == [event["consultation_id"]]
+        first = json.loads(file[f"consultations/{event['consultation_id']}/events"].asstr()[0])
+    assert first == event
+
+
+def test_who_is_the_login_name_when_not_said(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "rosa")
+    assert fi("export", place, "--output", place / "a", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["who"] == "rosa"
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert fi("export", place, "--output", place / "a", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["who"] == f"uid {os.getuid()}"
+
+
+@pytest.mark.parametrize("name", ["shards/store.json", "shards", "missing/events.csv"])
+def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name: str, capsys: Captured) -> None:
+    assert fi("export", place, "--output", place / name) == 2
+    err = capsys.readouterr().err
+    assert name in err
+    assert "choose another" in err or "name a file" in err
+
+
+def test_verify_takes_the_file_or_its_manifest_and_exits_4_naming_what_is_wrong(place: Path, capsys: Captured) -> None:
+    output = place / "all.csv"
+    assert fi("export", place, "--format", "csv", "--output", output, "--who", "ana") == 0
+    for path in (output, manifest_path(output)):
+        assert fi("verify", path) == 0
+        assert "all.csv: 142 events, exported " in capsys.readouterr().out
+    assert fi("verify", place) == 0
+    assert "142 events, 1 exports: all is well" in capsys.readouterr().out
+    flip(output, 1000)
+    for path in (output, manifest_path(output), place):
+        assert fi("verify", path) == 4
+        assert "all.csv.manifest.json: all.csv: was changed" in capsys.readouterr().out
+    output.unlink()
+    assert fi("verify", output, "--json") == 4
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["problems"]) == (False, [{"where": "all.csv", "what": "is missing"}])
+    assert report["manifest"]["events"] == 142
+
+
+def test_a_file_without_a_manifest_cannot_be_verified(place: Path, capsys: Captured) -> None:
+    (place / "x.csv").write_text("a")
+    assert fi("verify", place / "x.csv") == 1
+    assert "fi export --output" in capsys.readouterr().err
+    assert fi("export", place, "--output", place / "x.csv") == 0
+    assert fi("verify", place / "x.csv", "--receipts") == 2
+
+
+def test_an_export_stopped_by_a_signal_leaves_no_file_under_its_name(place: Path) -> None:
+    # Stops itself in the middle of writing, so that nothing depends on time.
+    code = (
+        "import os, signal, sys, cluster.cli\n"
+        "from stages.persist.export import formats, write\n"
+        "def stop(found, file):\n"
+        "    for number, stored in enumerate(found):\n"
+        "        file.write(b'x')\n"
+        "        if number == 50: os.kill(os.getpid(), int(sys.argv[1]))\n"
+        "write._STREAMS[formats.ExportFormat.NDJSON] = stop\n"
+        "cluster.cli.main(sys.argv[2:])\n"
+    )
+    output = place / "all.ndjson"
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        command = [sys.executable, "-c", code, str(int(sent)), "export", str(place), "--output", str(output)]
+        assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode != 0
+        names = {path.name for path in place.iterdir()}
+        assert not names & {output.name, output.name + MANIFEST_SUFFIX}
+        assert all(name.endswith(".tmp") for name in names - {"shards"})
+        assert sent is not signal.SIGINT or names == {"shards"}
+
+
+def test_a_bar_shows_on_a_terminal_only_and_after_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    from rich.console import Console
+
+    from cluster.cli import common
+
+    now_s = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now_s[0])
+    for terminal in (True, False):
+        monkeypatch.setattr(
+            common, "console", lambda stderr, terminal=terminal: Console(stderr=True, force_terminal=terminal)
+        )
+        shown = []
+        for elapsed_s in (1.9, 2.0):
+            now_s[0] = 0.0
+            with common.progress_bar("exporting") as tell:
+                now_s[0] = elapsed_s
+                tell(0.25, 1.0)
+            shown.append("exporting" in capsys.readouterr().err)
+        assert shown == [False, terminal]

@@ -1,0 +1,199 @@
+import importlib.util
+import os
+import threading
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from shard_maker import PartitionMaker, filled_store, new_store
+
+from contracts.errors import ShardCorruptError, ShardError
+from contracts.events import Event
+from stages.persist import store as store_module
+from stages.persist.names import ShardFile, list_shards
+from stages.persist.store import EventStore
+
+
+def order(event: Event) -> tuple[int, int]:
+    return event.origin, event.index
+
+
+@pytest.fixture
+def two_partitions(tmp_path: Path) -> tuple[Path, list[Event]]:
+    store, maker = filled_store(tmp_path / "shards")
+    other = PartitionMaker(store, 5)
+    other.begin()
+    other.commit(40)
+    other.commit(11)
+    other.close()
+    return tmp_path, sorted(maker.events + other.events, key=order)
+
+
+def test_all_events_come_in_order_of_origin_from_live_and_sealed_shards(
+    two_partitions: tuple[Path, list[Event]],
+) -> None:
+    path, events = two_partitions
+    with EventStore(path) as store:
+        assert store.directory == path / "shards"
+        assert store.partitions() == [3, 5]
+        assert store.count() == len(events)
+        stored = list(store.iterate())
+        assert [order(item.event) for item in stored] == [order(event) for event in events]
+        assert sorted(item.event.event_id for item in stored) == sorted(event.event_id for event in events)
+        for partition in (3, 5):
+            lane = list(store.iterate(partition))
+            assert {item.partition for item in lane} == {partition}
+            assert [item.leaf for item in lane] == list(range(len(lane)))
+        assert list(store.iterate(7)) == []
+        infos = store.shards()
+        assert [(info.partition, info.shard, info.sealed) for info in infos] == [
+            (3, 1, True),
+            (3, 2, True),
+            (3, 3, True),
+            (3, 4, False),
+            (5, 1, False),
+        ]
+        assert sum(info.events for info in infos) == len(events)
+        assert infos[1].first_origin == (infos[0].last_origin or 0) + 1
+
+
+def test_one_event_and_one_consultation_are_found_wherever_they_are(two_partitions: tuple[Path, list[Event]]) -> None:
+    path, events = two_partitions
+    with EventStore(path) as store:
+        for event in events:
+            found = store.event(UUID(bytes=event.event_id))
+            assert found is not None
+            assert found.event == event
+        assert store.event(bytes(16)) is None
+        for consultation in {event.consultation_id for event in events}:
+            expected = [event for event in events if event.consultation_id == consultation]
+            assert [item.event for item in store.consultation(consultation)] == expected
+        assert store.consultation(UUID(int=1)) == []
+
+
+def test_events_are_selected_by_site_type_and_time(two_partitions: tuple[Path, list[Event]]) -> None:
+    path, events = two_partitions
+    middle = events[len(events) // 2].timestamp_ns
+    with EventStore(path) as store:
+
+        def ids(**wanted: object) -> set[bytes]:
+            return {item.event.event_id for item in store.by(**wanted)}  # type: ignore[arg-type]
+
+        assert ids(site="clinic_7") == {event.event_id for event in events if event.site == "clinic_7"}
+        assert ids(event_type="URGENCY_CLASSIFIED", since_ns=middle) == {
+            event.event_id
+            for event in events
+            if event.event_type == "URGENCY_CLASSIFIED" and event.timestamp_ns >= middle
+        }
+        assert ids(until_ns=middle) | ids(since_ns=middle) == {event.event_id for event in events}
+        assert not ids(until_ns=middle) & ids(since_ns=middle)
+        assert ids(site="nowhere") == set()
+
+
+def test_columns_are_those_of_the_events_in_order(two_partitions: tuple[Path, list[Event]]) -> None:
+    path, _ = two_partitions
+    with EventStore(path) as store:
+        stored = list(store.iterate())
+        columns = store.columns()
+        for name in ("site", "event_type", "timestamp_ns", "origin", "index"):
+            assert columns[name].tolist() == [getattr(item.event, name) for item in stored]
+        for name in ("event_id", "consultation_id", "audit_hash"):
+            assert [row.tobytes() for row in columns[name]] == [getattr(item.event, name) for item in stored]
+        assert columns["partition"].tolist() == [item.partition for item in stored]
+        assert list(store.columns(["site"])) == ["site"]
+        with pytest.raises(ShardError, match="no column colour"):
+            store.columns(["colour"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pandas") is not None, reason="pandas is installed")
+def test_a_dataframe_without_pandas_says_what_to_install(two_partitions: tuple[Path, list[Event]]) -> None:
+    with EventStore(two_partitions[0]) as store, pytest.raises(ShardError, match="pandas is not installed"):
+        store.to_dataframe()
+
+
+def test_nothing_past_the_watermark_is_shown(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    live = maker.begin()
+    first = maker.commit(3)
+    second = maker.commit(2)
+    live.set_watermark(1)
+    with EventStore(tmp_path) as store:
+        assert [item.event for item in store.iterate()] == first
+        assert store.event(second[0].event_id) is None
+        live.set_watermark(2)
+        assert [item.event for item in store.iterate()] == first + second
+    maker.close()
+
+
+def test_a_directory_without_a_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="there is no store here"):
+        EventStore(tmp_path)
+
+
+def test_a_damaged_commit_is_an_error_and_not_a_short_answer(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    live = maker.begin()
+    events = maker.commit(3) + maker.commit(3)
+    with live.path.open("r+b") as file:
+        file.seek(live.header.frames.offset + live.end_bytes - 5)
+        file.write(b"\0")
+    maker.close()
+    with EventStore(tmp_path) as store:
+        with pytest.raises(ShardCorruptError, match="commit 2 is not whole"):
+            list(store.iterate())
+        with pytest.raises(ShardCorruptError, match="commit 2 is not whole"):
+            store.event(events[-1].event_id)
+
+
+def test_a_shard_sealed_between_listing_and_opening_is_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    maker.begin()
+    maker.commit(9)
+    stale = list_shards(tmp_path)
+    maker.seal()
+    answers: list[dict[int, list[ShardFile]]] = [stale, stale, stale]
+    monkeypatch.setattr(store_module, "list_shards", lambda path: answers.pop() if answers else list_shards(path))
+    with EventStore(tmp_path) as store:
+        assert [item.event for item in store.iterate(3)] == maker.events
+
+
+def test_an_abandoned_iteration_closes_its_files(two_partitions: tuple[Path, list[Event]]) -> None:
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    with EventStore(two_partitions[0]) as store:
+        events = store.iterate()
+        next(events)
+        del events
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert after == before
+
+
+def test_readers_see_a_growing_prefix_while_shards_are_written_and_sealed(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    maker.begin()
+    maker.commit(1)
+    finished = threading.Event()
+
+    def write() -> None:
+        try:
+            for _ in range(25):
+                for count in (3, 1, 10):
+                    maker.commit(count)
+                maker.seal()
+                maker.begin()
+        finally:
+            finished.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen: list[bytes] = []
+    with EventStore(tmp_path) as store:
+        while not finished.is_set():
+            now = [item.event.event_id for item in store.iterate()]
+            assert now[: len(seen)] == seen
+            seen = now
+            assert store.consultation(maker.consultations[0]) is not None
+        writer.join()
+        assert [item.event for item in store.iterate()] == maker.events
+    maker.close()

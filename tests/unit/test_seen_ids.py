@@ -1,0 +1,143 @@
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_maker import NOW_NS, PartitionMaker, new_store
+
+from contracts.errors import ShardCorruptError
+from contracts.events import Event, encode_event
+from stages.persist.idfilter import build_filter, hash_ids, masks_of, word_indices
+from stages.persist.ids import SeenIds
+from stages.persist.live import create_live, open_live
+from stages.persist.names import live_name
+from stages.persist.seal import seal
+
+STORE_ID = "00112233445566778899aabbccddeeff"
+
+# Few distinct values, and many that differ in one byte or end in zeros.
+IDS = st.one_of(
+    st.integers(0, 40).map(lambda n: n.to_bytes(16, "big")),
+    st.integers(0, 40).map(lambda n: n.to_bytes(16, "little")),
+    st.binary(min_size=16, max_size=16),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shards=st.lists(st.lists(IDS, max_size=12), max_size=4),
+    live=st.lists(IDS, max_size=8),
+    asked=st.lists(IDS, max_size=30),
+)
+def test_answers_are_those_of_a_set(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[bytes]], live: list[bytes], asked: list[bytes]
+) -> None:
+    store = new_store(tmp_path_factory.mktemp("store"))
+    maker = PartitionMaker(store, 0)
+    seen = SeenIds()
+    known: set[bytes] = set()
+    for ids in shards:
+        shard = maker.begin(capacity_bytes=1 << 14, rows=4)
+        records = [encode_event(event_with(event_id, row)) for row, event_id in enumerate(ids)]
+        shard.append(
+            records, prev_origin=maker.origin, origin=maker.origin + 100, duplicates=0, dead_lettered=0, committed_ns=0
+        )
+        maker.origin += 100
+        seen.add(maker.number, ids)
+        number, info = maker.number, maker.seal()
+        seen.replace_live(number, info.path)
+        known.update(ids)
+    seen.add(99, live)
+    known.update(live)
+    wanted = asked + [event_id for ids in shards for event_id in ids] + live
+    assert seen.seen(wanted) == [event_id in known for event_id in wanted]
+    seen.forget_live(99)
+    sealed_only = {event_id for ids in shards for event_id in ids}
+    assert seen.seen(wanted) == [event_id in sealed_only for event_id in wanted]
+
+
+def event_with(event_id: bytes, row: int) -> Event:
+    return Event(
+        1 + row,
+        0,
+        event_id,
+        bytes(16),
+        "s",
+        "CORE_ERROR_OCCURRED",
+        NOW_NS,
+        True,
+        b"{}",
+        b"{}",
+        NOW_NS,
+        audit_hash=bytes(32),
+    )
+
+
+@pytest.mark.parametrize("kind", ["counter", "time-ordered", "same-low-half", "random"])
+def test_the_filter_misses_nothing_and_is_rarely_wrong(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    count = 20_000
+    ids = np.zeros((2 * count, 16), np.uint8)
+    order = np.arange(2 * count, dtype=">u8")
+    if kind == "counter":
+        ids[:, 8:] = order.view(np.uint8).reshape(-1, 8)
+    elif kind == "time-ordered":
+        ids[:, :8] = (order.astype("u8") * 1000 + (1 << 60)).astype(">u8").view(np.uint8).reshape(-1, 8)
+        ids[:, 8:] = rng.integers(0, 256, (2 * count, 8))
+    elif kind == "same-low-half":
+        ids[:, :8] = rng.integers(0, 256, (2 * count, 8))
+        ids[:, 8:] = 7
+    else:
+        ids[:] = rng.integers(0, 256, (2 * count, 16))
+    words = build_filter(ids[:count], STORE_ID)
+    hashes = hash_ids(ids, STORE_ID)
+    masks = masks_of(hashes)
+    perhaps = (words[word_indices(hashes, np.uint64(len(words)))] & masks) == masks
+    assert perhaps[:count].all()
+    assert perhaps[count:].mean() < 0.02
+    assert words.nbytes <= 1.6 * count
+
+
+def test_sealed_ids_hold_at_most_two_bytes_an_event_in_memory(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    rng = np.random.default_rng(2)
+    count = 20_000
+    path = tmp_path / live_name(0, 1)
+    create_live(path, store=store, partition=0, shard=1, capacity_bytes=8 << 20, rows=4, created_ns=NOW_NS)
+    ids = [rng.bytes(16) for _ in range(count)]
+    with open_live(path) as live:
+        live.append(
+            [encode_event(event_with(event_id, row)) for row, event_id in enumerate(ids)],
+            prev_origin=0,
+            origin=count,
+            duplicates=0,
+            dead_lettered=0,
+            committed_ns=0,
+        )
+    from contracts.hashing import MerkleFrontier
+
+    info = seal(path, commits=1, frontier=MerkleFrontier(), sealed_ns=0)
+    tracemalloc.start()
+    try:
+        seen = SeenIds()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(4):
+            seen.add_sealed(info.path)
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert used <= 2 * 4 * count
+    assert all(seen.seen(ids[:500]))
+    assert not any(seen.seen([rng.bytes(16) for _ in range(500)]))
+
+
+def test_a_cut_short_sealed_shard_is_refused(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    maker.begin()
+    maker.commit(3)
+    path = maker.seal().path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ShardCorruptError, match="bytes long"):
+        SeenIds().add_sealed(path)
