@@ -12,22 +12,23 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError
+from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
 from contracts.hashing import EMPTY_ROOT
 from contracts.receipts import Receipt, SealRecord, decode_seal, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
-from contracts.telemetry import EVENT_PERSISTED
+from contracts.telemetry import EVENT_PERSIST_FAILED, EVENT_PERSISTED
 from stages.persist.core import Group, plan_group
+from stages.persist.names import partition_state
 from stages.persist.partition import PartitionFiles
 from stages.persist.seal import SealedInfo
-from stages.persist.storedir import Store, lock_partition
+from stages.persist.storedir import Store, lock_partition, probe_disk
 from stages.persist.trim import Trimmer
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
@@ -42,6 +43,7 @@ T = TypeVar("T")
 GROUP_FRAMES_MAX = 64
 GROUP_BYTES_MAX = 4 * 1024 * 1024
 STANDBY_S = 1.0
+DISK_RETRY_S_MIN, DISK_RETRY_S_MAX = 1.0, 10.0
 
 
 class PersistLane(LaneBase):
@@ -74,10 +76,11 @@ class PersistLane(LaneBase):
         self._seal_work = asyncio.Event()
         self._all_sealed = asyncio.Event()
         self._standing_by = False
+        self._retry_s = DISK_RETRY_S_MIN
 
     async def _session(self, nonce: str) -> None:
         try:
-            lock = lock_partition(self._store, self._partition)
+            lock = await run_blocking(lock_partition, self._store, self._partition)
             try:
                 await self._own(nonce)
             finally:
@@ -88,6 +91,42 @@ class PersistLane(LaneBase):
                 self._standing_by = True
             self._on_open(self._partition)
             await self._rest(STANDBY_S)
+        except StoreFailedError as error:
+            await self._stop_partition(error, self._disk_recovers)
+        except ShardError as error:
+            await self._stop_partition(error, self._files_change)
+
+    async def _stop_partition(self, error: FiError, mended: Callable[[], Awaitable[None]]) -> None:
+        """The partition stops, loudly; the others of this process go on, and so does this one once it is mended."""
+        log.error(EVENT_PERSIST_FAILED, extra={"partition": self._partition, "reason": str(error)})
+        self._on_open(self._partition)
+        await mended()
+        if not self._stopping.is_set():
+            log.warning("persist partition %d tries again", self._partition)
+
+    async def _disk_recovers(self) -> None:
+        """Waits until the disk takes a write again, with room for a shard to be sealed and one to be prepared."""
+        room_bytes = 2 * self._api.settings.shard_bytes
+        while not self._stopping.is_set():
+            await self._rest(self._retry_s)
+            self._retry_s = min(2 * self._retry_s, DISK_RETRY_S_MAX)
+            try:
+                await run_blocking(probe_disk, self._store, self._partition, room_bytes)
+                return
+            except StoreFailedError as error:
+                log.error("persist partition %d is still stopped: %s", self._partition, error)
+
+    async def _files_change(self) -> None:
+        """Waits until somebody changed the partition's files or its receipts: neither mends itself."""
+        before = await self._state()
+        while not self._stopping.is_set():
+            await self._rest(STANDBY_S)
+            if await self._state() != before:
+                return
+
+    async def _state(self) -> object:
+        _, seq = await last_receipt(self._api, self._partition)
+        return seq, await run_blocking(partition_state, self._store.directory, self._partition)
 
     async def _own(self, nonce: str) -> None:
         """Takes the partition over and works until stopped or fenced."""
@@ -190,6 +229,7 @@ class PersistLane(LaneBase):
         self._receipt = receipt
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
         self._holes = 0
+        self._retry_s = DISK_RETRY_S_MIN
         self._trimmer.committed(receipt)
         log.debug(EVENT_PERSISTED, extra={"partition": self._partition, "origin": receipt.origin})
         if self._files.wants_next():

@@ -1,14 +1,18 @@
-"""Making HDF5 files: one place for the format that every stock reader opens, and for what HDF5 does on a full disk."""
+"""Making HDF5 files: one place for the format that every stock reader opens, and for what happens on a full disk."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import h5py
 
+from stages.persist.files import write_all_at
 from stages.persist.header import HEADER_BYTES
 
 _LIBVER = ("earliest", "v110")
@@ -27,18 +31,83 @@ def new_hdf5(
         align_from_bytes, align_to_bytes: datasets of at least that size begin at multiples of the other.
 
     Raises:
-        OSError: the disk refused. HDF5 reports a failed write as a plain `RuntimeError` where it happens in its cache,
-            above all while closing; that comes out as `OSError` too.
+        OSError: the disk refused.
     """
-    try:
-        with h5py.File(
-            path,
-            "w",
-            libver=_LIBVER,
-            userblock_size=user_block_bytes,
-            alignment_threshold=align_from_bytes,
-            alignment_interval=align_to_bytes,
-        ) as file:
-            yield file
-    except RuntimeError as error:
-        raise OSError(errno.EIO, f"HDF5 could not write: {error}", str(path)) from error
+    with contextlib.closing(_Disk(path)) as disk:
+        try:
+            with h5py.File(
+                disk,
+                "w",
+                libver=_LIBVER,
+                userblock_size=user_block_bytes,
+                alignment_threshold=align_from_bytes,
+                alignment_interval=align_to_bytes,
+            ) as file:
+                yield file
+        except (RuntimeError, OSError) as error:
+            if disk.refused is None:
+                raise OSError(errno.EIO, f"HDF5 could not write: {error}", str(path)) from error
+        if disk.refused is not None:
+            raise disk.refused
+
+
+class _Disk(io.RawIOBase):
+    """What HDF5 writes to. A disk that refuses is kept from it: a failed write or close leaves the library's own state
+    broken, up to a crash when the process exits. It goes on as if all were well, and `refused` is raised afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._at = 0
+        self._size = 0
+        self.refused: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(cast(bytearray, buffer)).cast("B")
+        found = os.preadv(self._fd, [view], self._at)
+        view[found:] = bytes(len(view) - found)
+        self._at += len(view)
+        return len(view)
+
+    def write(self, data: object) -> int:
+        view = memoryview(cast(bytes, data)).cast("B")
+        if self.refused is None:
+            try:
+                write_all_at(self._fd, view, self._at)
+            except OSError as error:
+                self.refused = OSError(error.errno, error.strerror, str(self._path))
+        self._at += len(view)
+        self._size = max(self._size, self._at)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._at if size is None else size
+        if self.refused is None:
+            try:
+                os.ftruncate(self._fd, self._size)
+            except OSError as error:
+                self.refused = OSError(error.errno, error.strerror, str(self._path))
+        return self._size
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        super().close()

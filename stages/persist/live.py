@@ -385,7 +385,7 @@ class LiveShard(LiveReader):
 
     def _writable(self) -> None:
         if self._failed:
-            raise StoreFailedError(f"{self.path}: a write or fsync failed before; restart the process, never retry")
+            raise StoreFailedError(f"{self.path}: a write or fsync failed before; open the shard anew, never retry")
 
 
 def open_live(path: Path) -> LiveShard:

@@ -11,6 +11,7 @@ Shards of a partition are numbered from `FIRST_SHARD` without gaps.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ TMP_SUFFIX = ".tmp"
 
 _LIVE = re.compile(r"p(\d{3,4})-(\d{8})\.live\.h5", re.ASCII)
 _NEXT = re.compile(r"p(\d{3,4})-(\d{8})\.next\.h5", re.ASCII)
+_UNFINISHED = re.compile(r"p(\d{3,4})[-.].*" + re.escape(TMP_SUFFIX), re.ASCII)
 _SEALED = re.compile(r"p(\d{3,4})-(\d{8})-(\d{16})-(\d{16})\.h5", re.ASCII)
 
 
@@ -62,6 +64,11 @@ def sealed_name(partition: int, shard: int, first_origin: int, last_origin: int)
 def lock_name(partition: int) -> str:
     """Name of a partition's lock file."""
     return f"p{partition:03d}.lock"
+
+
+def probe_name(partition: int) -> str:
+    """Name of the file that a stopped partition tries the disk with."""
+    return f"p{partition:03d}.probe{TMP_SUFFIX}"
 
 
 def tmp_path(final: Path) -> Path:
@@ -107,11 +114,23 @@ def list_leftovers(directory: Path, partition: int) -> list[Path]:
     leftovers = []
     for name in sorted(os.listdir(directory)):
         path = directory / name
-        bare = path.with_name(name.removesuffix(TMP_SUFFIX))
-        match = _NEXT.fullmatch(bare.name)
-        shard = parse_name(bare)
+        match = _NEXT.fullmatch(name) or _UNFINISHED.fullmatch(name)
+        shard = parse_name(path)
         if (match is not None and int(match[1]) == partition) or (
             shard is not None and shard.partition == partition and path not in shown
         ):
             leftovers.append(path)
     return leftovers
+
+
+def partition_state(directory: Path, partition: int) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change in ns) of each shard of a partition: differs when somebody has changed one.
+
+    Raises as `list_shards`.
+    """
+    states = []
+    for shard in list_shards(directory).get(partition, ()):
+        with contextlib.suppress(FileNotFoundError):
+            found = shard.path.stat()
+            states.append((shard.path.name, found.st_size, found.st_mtime_ns))
+    return states

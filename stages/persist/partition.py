@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
+from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, SealRecord, StoreEnd
@@ -27,7 +27,7 @@ from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_sh
 from stages.persist.records import keep_record
 from stages.persist.rows import blob_bytes
 from stages.persist.seal import SealedInfo, drop_live, seal, sealed_info
-from stages.persist.storedir import Store
+from stages.persist.storedir import Store, disk_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class PartitionFiles:
         """
         files = cls(store, partition, settings, clock_ns)
         try:
-            with _disk(store):
+            with disk_of(store):
                 files._recover(receipt)
         except BaseException:
             files.close()
@@ -288,7 +288,7 @@ class PartitionFiles:
         Raises:
             StoreFailedError: the disk refused. The partition must stop; nothing may be acknowledged.
         """
-        with _disk(self._store):
+        with disk_of(self._store):
             self._live.append(
                 group.records,
                 prev_origin=group.prev_origin,
@@ -308,7 +308,7 @@ class PartitionFiles:
 
     def accepted(self) -> None:
         """The last commit's receipt was accepted: readers may see it."""
-        with _disk(self._store):
+        with disk_of(self._store):
             self._live.set_watermark(self._live.commits)
 
     def is_old(self) -> bool:
@@ -326,7 +326,7 @@ class PartitionFiles:
         """Makes the next shard's file ahead of time, off the hot path. Does nothing when it is there."""
         number = self._live.header.shard + 1
         path = self._store.directory / next_name(self._partition, number)
-        with _disk(self._store):
+        with disk_of(self._store):
             if not path.exists():
                 self._create(path, number)
 
@@ -334,14 +334,14 @@ class PartitionFiles:
         """Ends the live shard, of which every commit must be accepted, and begins the next."""
         full = self._live
         job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
-        with _disk(self._store):
+        with disk_of(self._store):
             self._begin(job.shard + 1)
         full.close()
         self.to_seal.append(job)
 
     def seal(self, job: SealJob) -> SealedInfo:
         """Writes and verifies the sealed form. Touches no state of this object: it may run beside commits."""
-        with _disk(self._store):
+        with disk_of(self._store):
             return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=self._clock_ns())
 
     def sealed_info(self, shard: int) -> SealedInfo:
@@ -350,12 +350,12 @@ class PartitionFiles:
 
     def keep_record(self, record: SealRecord) -> None:
         """Lays an accepted seal record beside its file, for proofs without the cluster."""
-        with _disk(self._store):
+        with disk_of(self._store):
             keep_record(self._store.directory / record.file, record)
 
     def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
         """The seal record is accepted: the sealed file takes the live one's place."""
-        with _disk(self._store):
+        with disk_of(self._store):
             self.seen.replace_live(job.shard, info.path)
             drop_live(job.path)
         self.sealed[job.shard] = info.path
@@ -365,15 +365,3 @@ class PartitionFiles:
         """Lets go of the files."""
         if hasattr(self, "_live"):
             self._live.close()
-
-
-@contextlib.contextmanager
-def _disk(store: Store) -> Iterator[None]:
-    """Turns a refused disk operation into the one error that stops the process."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailedError(
-            f"{store.directory}: {error}; nothing that is not durable was acknowledged. Free space or mend the disk, "
-            "then start persist again"
-        ) from error

@@ -6,25 +6,29 @@ the receipts, never here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import msgspec
 
-from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import format_rfc3339
-from stages.persist.files import publish_file, sync_dir, write_all_at, write_new_file
-from stages.persist.names import lock_name, tmp_path
+from stages.persist.files import publish_file, remove_file, sync_dir, write_all_at, write_new_file
+from stages.persist.names import lock_name, probe_name, tmp_path
 
 STORE_FILE = "store.json"
 STORE_FORMAT = 1
 
 _STORE_LOCK = "store.lock"
+_PROBE_BYTES = 4096
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -125,6 +129,21 @@ class PartitionLock:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    def take(self, path: Path) -> None:
+        """Locks the open file, and writes into it who holds it.
+
+        Raises:
+            NotOursError: another process holds it.
+            OSError: the disk refused.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
+            raise NotOursError(f"{path}: held by {holder}; stop it, or leave the partition to it") from error
+        os.ftruncate(self._fd, 0)
+        write_all_at(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
     def close(self) -> None:
         """Lets go. Closing again does nothing."""
         if self._fd >= 0:
@@ -137,27 +156,44 @@ def lock_partition(store: Store, partition: int) -> PartitionLock:
 
     Raises:
         NotOursError: another process holds it.
-        OSError: the lock file cannot be made.
+        StoreFailedError: the lock file cannot be made.
     """
     path = store.directory / lock_name(partition)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(fd)
-        raise NotOursError(f"{path}: held by {holder}; stop it, or leave the partition to it") from error
-    except OSError:
-        os.close(fd)
-        raise
-    lock = PartitionLock(fd)
-    try:
-        os.ftruncate(fd, 0)
-        write_all_at(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except OSError:
-        lock.close()
-        raise
+    with disk_of(store):
+        lock = PartitionLock(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        try:
+            lock.take(path)
+        except BaseException:
+            lock.close()
+            raise
     return lock
+
+
+@contextlib.contextmanager
+def disk_of(store: Store) -> Iterator[None]:
+    """Turns a disk operation that was refused into the error that stops a partition."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailedError(
+            f"{store.directory}: {error}; nothing that is not durable was acknowledged. Free space or mend the disk: "
+            "the partition goes on by itself"
+        ) from error
+
+
+def probe_disk(store: Store, partition: int, room_bytes: int) -> None:
+    """Holds that the store's disk takes a durable write again and has `room_bytes` free.
+
+    Raises:
+        StoreFailedError: it does not.
+    """
+    path = store.directory / probe_name(partition)
+    with disk_of(store):
+        write_new_file(path, bytes(_PROBE_BYTES))
+        remove_file(path)
+        free_bytes = shutil.disk_usage(store.directory).free
+        if free_bytes < room_bytes:
+            raise OSError(errno.ENOSPC, f"{free_bytes} bytes are free, {room_bytes} are needed", str(store.directory))
 
 
 def _make_directory(directory: Path) -> None:

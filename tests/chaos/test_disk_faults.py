@@ -177,7 +177,7 @@ def test_a_directory_that_may_not_be_written_is_refused_with_what_to_do(
 
 def test_a_partition_lock_that_cannot_be_written_is_let_go(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = FailingDisk(monkeypatch, errno.ENOSPC, 0)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreFailedError, match="No space left"):
         lock_partition(stand.store, PARTITION)
     disk.mend()
     lock_partition(stand.store, PARTITION).close()

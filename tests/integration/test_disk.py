@@ -1,0 +1,153 @@
+"""Disks that fail under a running pipeline: the partition stops loudly, others go on, and so does it once mended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from pipeline import Load, Pipeline, running, settings, under_load, until, workload
+
+from contracts.settings import MIB
+from contracts.telemetry import EVENT_PERSIST_FAILED
+from stages.persist import files
+from stages.persist.actor import PersistLane
+from stages.persist.header import read_live_header
+from stages.persist.names import FIRST_SHARD, live_name
+from stages.persist.rows import ROW_BYTES
+from stages.persist.storedir import open_store
+from stages.runtime.facts import read_cluster
+from stages.runtime.tasks import end_tasks
+
+pytestmark = pytest.mark.cluster
+
+PARTITIONS = 2
+DISK_BYTES = 160 * MIB
+LEFT_BYTES = 4 * MIB
+PADDING_BYTES = 40_000
+PADDED_EVENTS = 900
+
+
+@contextlib.contextmanager
+def small_disk(path: Path) -> Iterator[None]:
+    """A file system of `DISK_BYTES` at `path`. Skips the test where this user may not mount one."""
+    path.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this user may not mount a file system: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def persist_log(pipeline: Pipeline) -> str:
+    return (pipeline.supervisor.directory / "logs" / "persist-0.log").read_text(errors="replace")
+
+
+def pid_of(pipeline: Pipeline, name: str) -> int | None:
+    return next(process.pid for process in pipeline.supervisor.processes if process.name == name)
+
+
+async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns(tmp_path: Path) -> None:
+    chosen = settings(partitions=PARTITIONS)
+    with small_disk(tmp_path / "shards"):
+        async with running(tmp_path, chosen) as pipeline:
+            pid = pid_of(pipeline, "persist-0")
+            ballast = tmp_path / "shards" / "ballast"
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(tmp_path / "shards").free - LEFT_BYTES)
+            load = Load(workload(seed=21, events=PADDED_EVENTS, padding_bytes=PADDING_BYTES))
+            async with under_load(load, pipeline.client):
+
+                async def stopped() -> bool:
+                    return EVENT_PERSIST_FAILED in persist_log(pipeline)
+
+                await until(stopped, "the partition says that it stops")
+                assert "No space left" in persist_log(pipeline)
+                ballast.unlink()
+            await pipeline.assert_whole(load)
+            assert pid_of(pipeline, "persist-0") == pid
+
+
+@contextlib.asynccontextmanager
+async def lanes_here(pipeline: Pipeline) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Persist's lanes in this process, where its file functions can be made to fail."""
+    facts = await read_cluster(pipeline.client)
+    store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
+    lanes = [PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None) for number in range(PARTITIONS)]
+    tasks = [asyncio.create_task(lane.run()) for lane in lanes]
+    try:
+        yield tasks
+        for lane in lanes:
+            lane.stop()
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(*tasks)
+
+
+async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS), {"persist": 0}) as pipeline, lanes_here(pipeline):
+        first = Load(workload(seed=22, events=100))
+        await first.publish(pipeline.client)
+        await pipeline.settled()
+        before = await pipeline.totals()
+
+        def refuse(fd: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_fdatasync", refuse)
+            second = Load(workload(seed=23, events=200))
+            await second.publish(pipeline.client)
+
+            async def stopped() -> bool:
+                return sum(record.message == EVENT_PERSIST_FAILED for record in caplog.records) >= PARTITIONS
+
+            await until(stopped, "every partition says that it stops")
+            assert await pipeline.totals() == before
+        await pipeline.assert_whole(second)
+        await pipeline.assert_whole(first)
+
+
+async def test_a_damaged_shard_stops_its_partition_alone_until_it_is_put_right(tmp_path: Path) -> None:
+    chosen = settings(partitions=PARTITIONS, seal_on_drain=False)
+    async with running(tmp_path, chosen) as pipeline:
+        load = Load(workload(seed=24, events=200))
+        await load.publish(pipeline.client)
+        await pipeline.settled()
+        await pipeline.supervisor.hold_down("persist-0")
+        path = pipeline.shards / live_name(0, FIRST_SHARD)
+        whole = path.read_bytes()
+        flip(path, read_live_header(path).index.offset + ROW_BYTES // 2)
+        await pipeline.supervisor.bring_back("persist-0")
+        more = Load(workload(seed=25, events=200))
+        await more.publish(pipeline.client)
+
+        async def only_one_is_behind() -> bool:
+            return set(await pipeline.unsettled()) == {0}
+
+        await until(only_one_is_behind, "partition 1 goes on")
+        assert "rebuild it from the stream" in persist_log(pipeline)
+        path.write_bytes(whole)
+        await pipeline.assert_whole(more)
+        await pipeline.assert_whole(load)
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
