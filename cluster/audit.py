@@ -13,7 +13,7 @@ from contracts.errors import ShardError
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
-from stages.persist.audit import Witnesses, audit_partition
+from stages.persist.audit import Witnesses, audit_partition, in_force
 from stages.persist.store import EventStore, find_store
 from stages.persist.storedir import read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
@@ -31,27 +31,32 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
         store: what `verify_store` found, and in its problems what the receipts and seal records contradict.
         receipts, seals: how many the shards were held against.
         signed: how many of these are signed.
+        rewinds: the receipts with which a partition went back; what was committed after their origins was given up and
+            made again.
     """
 
     store: VerifyReport
     receipts: int
     seals: int
     signed: int
+    rewinds: list[Receipt]
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecords:
-    """Everything that the cluster retains of its commits.
+    """Everything that the cluster retains of its commits and that is in force (`in_force`).
 
     Attributes:
         cluster_id: whose.
         receipts, seals: by partition, in stream order.
+        rewinds: by partition, the receipts with which it went back.
         last_seqs: by partition, the stream sequence of the last receipt; 0 without any.
     """
 
     cluster_id: str
     receipts: dict[int, list[Receipt]]
     seals: dict[int, list[SealRecord]]
+    rewinds: dict[int, list[Receipt]]
     last_seqs: dict[int, int]
 
 
@@ -76,16 +81,14 @@ async def read_records(
         api = Api(client, Settings())
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
-        found = await asyncio.gather(*(_read_partition(api, lane, start) for lane, start in starts.items()))
+        found = await asyncio.gather(*(read_partition(api, lane, start) for lane, start in starts.items()))
     finally:
         await client.close()
-    lanes_found = list(zip(lanes, found, strict=True))
-    return ClusterRecords(
-        facts.cluster_id,
-        {lane: receipts for lane, (receipts, _, _) in lanes_found},
-        {lane: seals for lane, (_, seals, _) in lanes_found},
-        {lane: last_seq for lane, (_, _, last_seq) in lanes_found},
-    )
+    records = ClusterRecords(facts.cluster_id, {}, {}, {}, {})
+    for lane, (rows, last_seq) in zip(lanes, found, strict=True):
+        records.receipts[lane], records.seals[lane], records.rewinds[lane] = in_force(rows)
+        records.last_seqs[lane] = last_seq
+    return records
 
 
 async def audit_store(
@@ -128,7 +131,10 @@ async def audit_store(
     newer = await read_records(urls, after=before)
     problems: list[Problem] = list(report.problems)
     for lane in sorted({*before.receipts, *shards}):
-        witnesses = Witnesses(before.receipts.get(lane, ()), newer.receipts.get(lane, ()), before.seals.get(lane, ()))
+        rewinds = [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())]
+        witnesses = Witnesses(
+            before.receipts.get(lane, ()), newer.receipts.get(lane, ()), before.seals.get(lane, ()), rewinds
+        )
         problems += audit_partition(
             lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted
         )
@@ -140,17 +146,23 @@ async def audit_store(
         receipts=sum(isinstance(record, Receipt) for record in records),
         seals=sum(isinstance(record, SealRecord) for record in records),
         signed=sum(isinstance(record.signature, msgspec.Struct) for record in records),
+        rewinds=[record for lane in before.rewinds.values() for record in lane],
     )
 
 
-async def _read_partition(api: Api, partition: int, from_seq: int) -> tuple[list[Receipt], list[SealRecord], int]:
-    receipts: list[Receipt] = []
-    last_seq = from_seq - 1
-    async for message in _messages(api, receipt_subject(partition), from_seq):
-        receipts.append(decode_receipt(message.data))
-        last_seq = message.seq
-    seals = [decode_seal(message.data) async for message in _messages(api, seal_subject(partition), 1)]
-    return receipts, seals, last_seq
+async def read_partition(api: Api, partition: int, from_seq: int = 1) -> tuple[list[Receipt | SealRecord], int]:
+    """A partition's receipts from a stream sequence on, and all its seal records, in stream order.
+
+    Returns:
+        the records, and the sequence of the last receipt (`from_seq` - 1 without any).
+    """
+    rows: list[tuple[int, Receipt | SealRecord]] = [
+        (message.seq, decode_receipt(message.data))
+        async for message in _messages(api, receipt_subject(partition), from_seq)
+    ]
+    last_seq = rows[-1][0] if rows else from_seq - 1
+    rows += [(message.seq, decode_seal(message.data)) async for message in _messages(api, seal_subject(partition), 1)]
+    return [record for _, record in sorted(rows, key=lambda row: row[0])], last_seq
 
 
 async def _messages(api: Api, subject: str, from_seq: int) -> AsyncIterator[StoredMessage]:

@@ -23,20 +23,40 @@ class Signature(msgspec.Struct, frozen=True):
     value: bytes
 
 
-class StoreEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """How far one store's files are committed for a partition.
+class StoreEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far one store's files are committed for a partition. Shards are numbered through all of its stores.
 
     Attributes:
         shard: number of the live shard.
         commits: how many of its index rows are committed; later rows are a tail to be cut.
+        first: the shard that the store's own part of the partition begins with; the ones before are in other stores.
     """
 
     shard: int
     commits: int
+    first: int = 1
+
+
+class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the partition can go on from after a sealed shard, if everything later is lost.
+
+    Attributes:
+        frontier: of the Merkle tree at the record's `tree_size`, 32 bytes a hash, largest subtree first.
+        duplicates, dead_lettered: running totals of the partition up to there, in events.
+        closed: segment's memory there, as far as the stored events tell.
+    """
+
+    frontier: bytes
+    duplicates: int
+    dead_lettered: int
+    closed: bytes
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="receipt.1"):
     """One commit of one partition (or, with `takeover`, the claim of a new owner; it commits nothing).
+
+    A takeover may go back: its `origin` is then before that of the receipt it follows, and everything after it is made
+    again from `FI_EVENTS`, because the files that held it are damaged or gone.
 
     Attributes:
         partition: lane.
@@ -51,7 +71,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
         root: Merkle root over the `persisted` events so far, hex.
         closed: segment's memory at `origin` (opaque, base64 on the wire).
         committed_ns: when the data was durable on disk.
-        takeover: claims the partition; totals and origin repeat the previous receipt's.
+        takeover: claims the partition; totals and origin repeat an earlier receipt's or seal record's.
         signature: there when persist has a signing key.
     """
 
@@ -79,7 +99,7 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     Attributes:
         partition: lane.
         store: id of the store that holds the file.
-        shard: its number, growing by one in the store and partition.
+        shard: its number, growing by one in the partition.
         file: its name.
         sha256: of the file's bytes, hex.
         first_origin, last_origin: what it covers.
@@ -89,6 +109,7 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
         sealed_ns: when.
         bytes: file size.
         cluster: id of the cluster the origins count in; not there in records of the first builds.
+        resume: what the partition can go on from after it; not there in records of the first builds.
         signature: there when persist has a signing key.
     """
 
@@ -105,6 +126,7 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     sealed_ns: int
     bytes: int
     cluster: str | UnsetType = UNSET
+    resume: ResumePoint | UnsetType = UNSET
     signature: Signature | UnsetType = UNSET
 
 

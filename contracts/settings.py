@@ -42,6 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         shard_bytes: capacity of a live shard; reaching it seals.
         shard_events_max: events in a live shard; reaching it seals.
         shard_age_s_max: a live shard with events older than this is sealed.
+        sealed_kept: the newest sealed shards of each partition whose events stay in `FI_EVENTS`, so that `fi rebuild`
+            can make them again.
         seal_on_drain: seal what is committed when persist is told to stop.
         trim_s: how often committed data is purged from the streams.
         receipts_kept: commit receipts kept for each partition.
@@ -74,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shard_bytes: Annotated[int, Meta(ge=16 * MIB, le=4096 * MIB)] = 64 * MIB
     shard_events_max: _Positive = 1_000_000
     shard_age_s_max: _Seconds = 3600.0
+    sealed_kept: Annotated[int, Meta(ge=0, le=16)] = 1
     seal_on_drain: bool = True
     trim_s: _Seconds = 2.0
     receipts_kept: _Positive = 1024

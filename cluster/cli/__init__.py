@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import keys, proof, store, topology
+from cluster.cli import keys, partitions, proof, store, topology
 from cluster.cli.common import FAILED, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
+partitions_app = typer.Typer(help="Partitions: who owns which, and moving one.", no_args_is_help=True)
 cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
 
 
@@ -48,10 +49,14 @@ for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
 key_app.command("new")(keys.new)
 key_app.command("public")(keys.public)
+app.command()(partitions.rebuild)
+partitions_app.command("ls")(partitions.list_partitions)
+partitions_app.command("move")(partitions.move)
 for verb in (topology.plan, topology.apply, topology.status):
     cluster_app.command()(verb)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(key_app, name="key")
+app.add_typer(partitions_app, name="partitions")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -127,6 +127,7 @@ def verify(
 
     Example: fi verify .fi --receipts --public-key fi.pub
     """
+    from contracts.events import format_rfc3339
     from stages.persist.export.manifest import find_manifest
     from stages.persist.verify import verify_store
 
@@ -160,6 +161,12 @@ def verify(
             print(
                 f"held against {audit.receipts} receipts and {audit.seals} seal records, {audit.signed} of them signed"
             )
+            for rewind in audit.rewinds:
+                print(
+                    f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) "
+                    f"on {rewind.node} at {format_rfc3339(rewind.committed_ns)}; what was committed after that was "
+                    "made again"
+                )
     if not report.ok:
         raise typer.Exit(CORRUPT)
 

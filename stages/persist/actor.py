@@ -20,19 +20,21 @@ from msgspec import UNSET
 
 from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
 from contracts.hashing import EMPTY_ROOT
-from contracts.receipts import Receipt, SealRecord, decode_seal, encode_receipt
+from contracts.receipts import Receipt, SealRecord, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import EVENT_PERSIST_FAILED, EVENT_PERSISTED
 from stages.persist.core import Group, plan_group
 from stages.persist.names import partition_state
 from stages.persist.partition import PartitionFiles
+from stages.persist.resume import BEGINNING
+from stages.persist.rewind import given_up, set_aside
 from stages.persist.seal import SealedInfo
-from stages.persist.storedir import Store, lock_partition, probe_disk
+from stages.persist.storedir import Store, disk_of, lock_partition, probe_disk
 from stages.persist.trim import Trimmer
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
-from stages.runtime.checkpoint import Cursor, cursor_from_receipt, last_receipt
+from stages.runtime.checkpoint import Cursor, cursor_from_receipt, last_receipt, last_seal
 from stages.runtime.tasks import end_tasks
 from stages.runtime.writer import FencedWriter
 
@@ -171,10 +173,13 @@ class PersistLane(LaneBase):
         """
         last, seq = await last_receipt(self._api, self._partition)
         store = self._store
+        self._writer = FencedWriter(self._api, RECEIPTS, self._subject, nonce)
+        self._writer.expected_seq = seq
         if last is not None and last.store != store.store_id:
+            await self._let_go(last, nonce)
             raise NotOursError(
                 f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} "
-                f"in {store.directory}; start persist there"
+                f"in {store.directory}; start persist there, or take it with `fi partitions move {self._partition}`"
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
@@ -194,14 +199,33 @@ class PersistLane(LaneBase):
             closed=b"",
             committed_ns=0,
         )
-        self._writer = FencedWriter(self._api, RECEIPTS, self._subject, nonce)
-        self._writer.expected_seq = seq
         claim = msgspec.structs.replace(
             base, writer=nonce, node=socket.gethostname(), committed_ns=self._clock_ns(), takeover=True
         )
         claim = self._signed(claim)
         await self._writer.publish(encode_receipt(claim), f"takeover/{claim.origin}")
         self._receipt = claim
+
+    async def _let_go(self, last: Receipt, nonce: str) -> None:
+        """The partition was taken by another store: what that one did not accept of our files is moved aside.
+
+        What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the
+        last one. (The owner sees a stranger's receipt, and takes over again.)
+        """
+        end = last.ends.get(self._store.store_id)
+        if end is None or not await run_blocking(given_up, self._store, self._partition, end):
+            return
+        witness = self._signed(msgspec.structs.replace(last, writer=nonce, takeover=True))
+        await self._writer.publish(encode_receipt(witness), f"witness/{last.origin}")
+        with disk_of(self._store):
+            moved = await run_blocking(set_aside, self._store, self._partition, end, self._clock_ns())
+        for path in moved:
+            log.warning(
+                "persist partition %d: store %s has it now and made its end again; given up: %s",
+                self._partition,
+                last.store,
+                path,
+            )
 
     async def _check_output(self) -> None:
         for task in self._background:
@@ -289,42 +313,43 @@ class PersistLane(LaneBase):
 
     async def _keep_sealing(self, nonce: str) -> None:
         """Prepares shards ahead, seals full ones, and publishes their records, until cancelled."""
-        last = await self._api.last_message(RECEIPTS, seal_subject(self._partition))
+        files, kept = self._files, self._api.settings.sealed_kept
         writer = FencedWriter(self._api, RECEIPTS, seal_subject(self._partition), nonce)
-        recorded = 0
-        if last is not None:
-            writer.expected_seq = last.seq
-            record = decode_seal(last.data)
-            if record.store == self._store.store_id:
-                recorded = record.shard
-                await run_blocking(self._files.keep_record, record)
-        for shard in sorted(self._files.sealed):
-            if shard > recorded:
-                await self._record(writer, shard, await run_blocking(self._files.sealed_info, shard))
-        if self._files.sealed_origin:
-            self._trimmer.sealed(self._files.sealed_origin)
+        record, writer.expected_seq = await last_seal(self._api, self._partition, before_shard=files.end.shard)
+        if record is not None and record.store == self._store.store_id:
+            await run_blocking(files.keep_record, record)
+        for shard in sorted(files.sealed):
+            if record is None or shard > record.shard:
+                record = await self._record(writer, record, await run_blocking(files.sealed_info, shard))
+        self._trimmer.sealed(files.settled_origin(kept))
         while True:
-            for job in tuple(self._files.to_seal):
-                info = await run_blocking(self._files.seal, job)
-                if job.shard > recorded:
-                    await self._record(writer, job.shard, info)
+            for job in tuple(files.to_seal):
+                # A record that is there already speaks of a file with its time in it.
+                known = record if record is not None and record.shard == job.shard else None
+                info = await run_blocking(files.seal, job, None if known is None else known.sealed_ns)
+                if record is None or job.shard > record.shard:
+                    record = await self._record(writer, record, info)
                 async with self._files_lock:
-                    await run_blocking(self._files.finish_seal, job, info)
-                self._trimmer.sealed(info.header.last_origin)
-            if self._files.wants_next():
+                    await run_blocking(files.finish_seal, job, info)
+                self._trimmer.sealed(files.settled_origin(kept))
+            if files.wants_next():
                 async with self._prepare_lock:
-                    await run_blocking(self._files.prepare_next)
+                    await run_blocking(files.prepare_next)
             self._seal_work.clear()
-            if not self._files.to_seal:
+            if not files.to_seal:
                 self._all_sealed.set()
                 await self._seal_work.wait()
 
-    async def _record(self, writer: FencedWriter, shard: int, info: SealedInfo) -> None:
+    async def _record(self, writer: FencedWriter, before: SealRecord | None, info: SealedInfo) -> SealRecord:
+        """Publishes the record of a sealed shard; `before` is that of the shard before it."""
         header = info.header
+        point = BEGINNING if before is None else before.resume
+        if point is not UNSET:
+            point = await run_blocking(self._files.resume_after, point, info)
         record = SealRecord(
             partition=self._partition,
             store=self._store.store_id,
-            shard=shard,
+            shard=header.shard,
             file=info.path.name,
             sha256=info.sha256,
             first_origin=header.first_origin,
@@ -335,11 +360,13 @@ class PersistLane(LaneBase):
             sealed_ns=header.sealed_ns,
             bytes=info.bytes,
             cluster=self._store.cluster_id,
+            resume=point,
         )
         record = self._signed(record)
-        await writer.publish(encode_receipt(record), f"seal/{shard}")
+        await writer.publish(encode_receipt(record), f"seal/{header.shard}")
         await run_blocking(self._files.keep_record, record)
         log.info("sealed", extra={"partition": self._partition, "file": info.path.name, "events": header.events})
+        return record
 
 
 async def run_blocking(call: Callable[..., T], *arguments: object) -> T:

@@ -40,11 +40,14 @@ class Witnesses:
         receipts: those it kept when the reading of the shards began, in stream order.
         newer: those accepted since.
         seals: in stream order.
+        rewinds: the receipts with which the partition went back: what was committed after them was given up, and the
+            records of that are not among the others.
     """
 
     receipts: Sequence[Receipt] = ()
     newer: Sequence[Receipt] = ()
     seals: Sequence[SealRecord] = ()
+    rewinds: Sequence[Receipt] = ()
 
 
 def audit_partition(
@@ -75,12 +78,37 @@ def audit_partition(
     receipts = [receipt for receipt in everything if receipt.store == store.store_id]
     seals = [seal for seal in witnesses.seals if seal.store == store.store_id]
     last = next((receipt for receipt in reversed(witnesses.receipts) if receipt.store == store.store_id), None)
-    audit.check_ends(last, receipts, shown_origin, moved=bool(everything))
+    audit.check_ends(last, receipts, shown_origin, moved=bool(everything), rewinds=witnesses.rewinds)
     audit.check_totals(receipts)
     for seal in seals:
         audit.check_seal(seal)
     audit.check_roots(receipts, seals)
     return audit.problems
+
+
+def in_force(records: Sequence[Receipt | SealRecord]) -> tuple[list[Receipt], list[SealRecord], list[Receipt]]:
+    """Splits one partition's records, in stream order, by what still holds.
+
+    A takeover before the origin of the receipt it follows goes back: what was committed after it was given up, and the
+    receipts and seal records of that are void. Of several records of one shard the last holds.
+
+    Returns:
+        receipts, seal records, and the takeovers that went back; each in stream order.
+    """
+    receipts: list[Receipt] = []
+    seals: dict[int, SealRecord] = {}
+    rewinds: list[Receipt] = []
+    for record in records:
+        if isinstance(record, SealRecord):
+            seals.pop(record.shard, None)
+            seals[record.shard] = record
+            continue
+        if record.takeover and receipts and record.origin < receipts[-1].origin:
+            rewinds.append(record)
+            receipts = [receipt for receipt in receipts if receipt.origin <= record.origin]
+            seals = {shard: seal for shard, seal in seals.items() if seal.last_origin <= record.origin}
+        receipts.append(record)
+    return receipts, list(seals.values()), rewinds
 
 
 def name_record(record: Receipt | SealRecord) -> str:
@@ -127,7 +155,15 @@ class _Audit:
                     f"{before.persisted} up to {before.origin}",
                 )
 
-    def check_ends(self, last: Receipt | None, receipts: Sequence[Receipt], shown_origin: int, moved: bool) -> None:
+    def check_ends(
+        self,
+        last: Receipt | None,
+        receipts: Sequence[Receipt],
+        shown_origin: int,
+        *,
+        moved: bool,
+        rewinds: Sequence[Receipt],
+    ) -> None:
         """Nothing is missing after the shards' last commit, and no commit lies beyond every receipt."""
         end = max((contents.check.last_origin or 0 for contents in self._shards), default=0)
         events = sum(contents.check.events for contents in self._shards)
@@ -151,9 +187,12 @@ class _Audit:
                 for contents in self._shards
                 if (contents.check.last_origin or 0) > reached
             ]
+            why = f"no receipt commits anything after {reached}: it was added"
+            if any(rewind.origin >= reached for rewind in rewinds):
+                why = f"the partition went back to {reached} since: start persist here, and it moves the rest aside"
             self._report(
                 _name_ids(b"".join(added)) or f"origins after {reached}",
-                f"the shards go on to origin {end}, but no receipt commits anything after {reached}: it was added",
+                f"the shards go on to origin {end}, but {why}",
             )
 
     def check_totals(self, receipts: Sequence[Receipt]) -> None:

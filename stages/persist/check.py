@@ -56,7 +56,8 @@ class ShardCheck(msgspec.Struct, kw_only=True):
         unseen: whole commits after a live shard's watermark.
         unseen_ids: their events' ids, joined.
         prev_origin, last_origin: where its first commit begins and its last one ends; None without commits.
-        tree_size_before, frontier_before: the Merkle tree it says it goes on from; None for a live shard.
+        begins: the store says it took the partition over with this shard.
+        tree_size_before, frontier_before: the Merkle tree it says it goes on from; None where it does not say.
         settled: for each commit, its origin, events, duplicates and dead-lettered events, as little-endian i64.
         leaves: its events' leaf hashes, joined.
         ids: its events' ids, joined.
@@ -73,6 +74,7 @@ class ShardCheck(msgspec.Struct, kw_only=True):
     unseen_ids: bytes = b""
     prev_origin: int | None = None
     last_origin: int | None = None
+    begins: bool = False
     tree_size_before: int | None = None
     frontier_before: bytes = b""
     settled: bytes = b""
@@ -181,7 +183,7 @@ def _wrong_hash(event: Event) -> str | None:
 
 
 def _check_name(path: Path, header: LiveHeader | SealedHeader, check: ShardCheck) -> None:
-    check.store, check.cluster = header.store, header.cluster
+    check.store, check.cluster, check.begins = header.store, header.cluster, header.begins
     shard = parse_name(path)
     assert shard is not None
     told = (shard.partition, shard.shard)
@@ -196,7 +198,10 @@ def _check_name(path: Path, header: LiveHeader | SealedHeader, check: ShardCheck
 
 def _check_live(path: Path, check: ShardCheck) -> None:
     with LiveReader(path) as reader:
-        _check_name(path, reader.header, check)
+        header = reader.header
+        _check_name(path, header, check)
+        if header.begins:
+            check.tree_size_before, check.frontier_before = header.tree_size_before, header.frontier_before
         shown = reader.watermark()
         if not 0 <= shown <= reader.rows_max:
             check.report("watermark", f"is {shown}, but there is room for {reader.rows_max} commits")

@@ -38,12 +38,14 @@ class LiveHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", 
     """What a live shard is. Written once, when the file is made.
 
     Attributes:
-        partition, shard: which one; shard numbers grow by one in a store and partition.
+        partition, shard: which one; shard numbers grow by one in a partition.
         store, cluster: ids it belongs to.
         created_ns: when it was made.
         frames, index, watermark: its three arrays.
         file_bytes: the file's length, which never changes.
         structure_crc32: CRC-32 of everything after the header and outside the three arrays; never changes either.
+        begins: as for a sealed shard.
+        tree_size_before, frontier_before: where the store's part begins, the partition's Merkle tree before it.
     """
 
     partition: int
@@ -56,6 +58,9 @@ class LiveHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", 
     watermark: Area
     file_bytes: int
     structure_crc32: int
+    begins: bool = False
+    tree_size_before: int = 0
+    frontier_before: bytes = b""
 
 
 class SealedHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", tag="fi.sealed.1"):
@@ -73,6 +78,7 @@ class SealedHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format"
         areas: its contiguous datasets by name.
         file_bytes: length of the file.
         body_sha256: of all bytes after the header, hex.
+        begins: the store took the partition over here; the shards before are in another store.
     """
 
     partition: int
@@ -95,6 +101,7 @@ class SealedHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format"
     areas: dict[str, Area]
     file_bytes: int
     body_sha256: str
+    begins: bool = False
 
 
 class _Format(msgspec.Struct):

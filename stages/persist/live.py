@@ -20,6 +20,7 @@ import h5py
 
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import format_rfc3339
+from contracts.hashing import MerkleFrontier
 from stages.persist.files import (
     is_zero,
     publish_file,
@@ -58,7 +59,15 @@ _ABOUT = (
 
 
 def create_live(
-    path: Path, *, store: Store, partition: int, shard: int, capacity_bytes: int, rows: int, created_ns: int
+    path: Path,
+    *,
+    store: Store,
+    partition: int,
+    shard: int,
+    capacity_bytes: int,
+    rows: int,
+    created_ns: int,
+    begins_after: MerkleFrontier | None = None,
 ) -> None:
     """Makes an empty live shard at `path`, zero-filled and durable before it has its name. As slow as writing it all.
 
@@ -71,6 +80,7 @@ def create_live(
         capacity_bytes: room for blobs.
         rows: room for commits.
         created_ns: now.
+        begins_after: the partition's Merkle tree so far, where the store takes over from another one.
 
     Raises:
         OSError: the disk refused.
@@ -110,6 +120,9 @@ def create_live(
             **areas,
             file_bytes=size,
             structure_crc32=_structure_crc32(fd, size, list(areas.values())),
+            begins=begins_after is not None,
+            tree_size_before=begins_after.size if begins_after is not None else 0,
+            frontier_before=begins_after.to_bytes() if begins_after is not None else b"",
         )
         write_all_at(fd, encode_header(header), 0)
         sync_file(fd)

@@ -16,15 +16,16 @@ from typing import NamedTuple
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier, leaf_hash
-from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.core import Group
 from stages.persist.files import publish_file, remove_file
-from stages.persist.header import LiveHeader, SealedHeader, read_sealed_header
+from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
 from stages.persist.ids import SeenIds
 from stages.persist.live import LiveShard, create_live, open_live
-from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name
+from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name, parse_name
 from stages.persist.records import keep_record
+from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
 from stages.persist.seal import SealedInfo, drop_live, seal, sealed_info
 from stages.persist.storedir import Store, disk_of
@@ -35,6 +36,29 @@ ROW_FOR_BYTES = 1024
 """A live shard has room for one commit for each so many bytes, so that a quiet partition runs out of neither first."""
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
+
+
+def create_shard(
+    path: Path,
+    store: Store,
+    partition: int,
+    number: int,
+    settings: Settings,
+    now_ns: int,
+    begins_after: MerkleFrontier | None = None,
+) -> None:
+    """Makes an empty live shard with the capacity that `settings` give. As `create_live` besides."""
+    capacity = settings.shard_bytes
+    create_live(
+        path,
+        store=store,
+        partition=partition,
+        shard=number,
+        capacity_bytes=capacity,
+        rows=capacity // ROW_FOR_BYTES,
+        created_ns=now_ns,
+        begins_after=begins_after,
+    )
 
 
 class SealJob(NamedTuple):
@@ -52,8 +76,7 @@ class PartitionFiles:
     Attributes:
         frontier: the Merkle tree over everything stored.
         to_seal: full shards found or made and not sealed yet, oldest first.
-        sealed: the sealed shards, by number.
-        sealed_origin: how far those found at opening reach; 0 when there were none.
+        sealed: the store's own sealed shards, by number.
     """
 
     def __init__(self, store: Store, partition: int, settings: Settings, clock_ns: Callable[[], int]) -> None:
@@ -64,13 +87,13 @@ class PartitionFiles:
         self._live: LiveShard
         self._frontier_before = MerkleFrontier()
         self._first_ns: int | None = None
+        self._first_shard = FIRST_SHARD
         self._damaged: dict[int, Path] = {}
         """Damaged sealed forms of shards whose live form is there too: nothing may be appended to those."""
         self.frontier = MerkleFrontier()
         self.seen = SeenIds()
         self.to_seal: list[SealJob] = []
         self.sealed: dict[int, Path] = {}
-        self.sealed_origin = 0
         self.cut_commits = False
 
     @classmethod
@@ -101,7 +124,11 @@ class PartitionFiles:
             if leftover not in kept:
                 remove_file(leftover)
         end = receipt.ends.get(self._store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
-        for number in range(FIRST_SHARD, end.shard):
+        self._first_shard = end.first
+        self._take_earlier([found.pop(number) for number in sorted(found) if number < end.first])
+        if end.first > FIRST_SHARD:
+            self.frontier = self._frontier_at_begin(found.get(end.first), end.first)
+        for number in range(end.first, end.shard):
             self._load_finished(number, found.pop(number, None))
         self._open_current(found.pop(end.shard, None), end)
         for file in found.values():
@@ -126,6 +153,24 @@ class PartitionFiles:
                     log.warning("%s; it is sealed again from %s", error, live.name)
                     found[number] = ShardFile(live, self._partition, number, sealed=False)
                     self._damaged[number] = sealed.path
+
+    def _take_earlier(self, files: list[ShardFile]) -> None:
+        """Shards of a time before another store had the partition: their events are known, the tree went on there."""
+        for file in files:
+            if file.sealed:
+                self.seen.add_sealed(file.path)
+
+    def _frontier_at_begin(self, file: ShardFile | None, number: int) -> MerkleFrontier:
+        """The tree before the store's own part, as its first shard says; the receipt's root is held against it."""
+        if file is None:
+            raise ShardCorruptError(
+                f"{self._store.directory}: shard {number} of partition {self._partition}, with which the store took it "
+                "over, is missing; run `fi rebuild`"
+            )
+        header = read_sealed_header(file.path) if file.sealed else read_live_header(file.path)
+        if not header.begins:
+            raise ShardCorruptError(f"{file.path}: is not the shard with which the store took the partition over")
+        return MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
 
     def _load_finished(self, number: int, file: ShardFile | None) -> None:
         """A shard before the current one: sealed, or full and still to be sealed."""
@@ -158,7 +203,6 @@ class PartitionFiles:
         self.frontier = MerkleFrontier.from_bytes(header.tree_size, header.frontier)
         self.seen.add_sealed(path)
         self.sealed[number] = path
-        self.sealed_origin = header.last_origin
 
     def _check_belongs(self, path: Path, header: LiveHeader | SealedHeader, number: int) -> None:
         store = self._store
@@ -227,16 +271,7 @@ class PartitionFiles:
             remove_file(file.path)
 
     def _create(self, path: Path, number: int) -> None:
-        capacity = self._settings.shard_bytes
-        create_live(
-            path,
-            store=self._store,
-            partition=self._partition,
-            shard=number,
-            capacity_bytes=capacity,
-            rows=capacity // ROW_FOR_BYTES,
-            created_ns=self._clock_ns(),
-        )
+        create_shard(path, self._store, self._partition, number, self._settings, self._clock_ns())
 
     def _begin(self, number: int) -> None:
         """Makes `number` the live shard, from the prepared file if there is one."""
@@ -256,19 +291,19 @@ class PartitionFiles:
     @property
     def end(self) -> StoreEnd:
         """How far the files reach: what a receipt for them says."""
-        return StoreEnd(shard=self._live.header.shard, commits=self._live.commits)
+        return StoreEnd(shard=self._live.header.shard, commits=self._live.commits, first=self._first_shard)
 
     def fits(self, group: Group) -> bool:
         """True when the live shard has room for the group, and `FI_EVENTS` for what the shard keeps there.
 
-        `FI_EVENTS` is purged of what is sealed: unsealed shards may hold half of it, or a full stream would wait for
-        them to grow old.
+        `FI_EVENTS` is purged of all but the newest sealed shards: unsealed ones may hold as much as two of those, or a
+        full stream would wait for them to grow old.
         """
         settings, live = self._settings, self._live
         size_bytes = blob_bytes(group.records)
         if not live.commits:
             return live.fits(size_bytes)
-        share_bytes = settings.events_bytes_max // (2 * settings.partitions)
+        share_bytes = settings.events_bytes_max // ((2 + settings.sealed_kept) * settings.partitions)
         return (
             live.fits(size_bytes)
             and live.end_bytes + size_bytes <= share_bytes
@@ -339,14 +374,32 @@ class PartitionFiles:
         full.close()
         self.to_seal.append(job)
 
-    def seal(self, job: SealJob) -> SealedInfo:
-        """Writes and verifies the sealed form. Touches no state of this object: it may run beside commits."""
+    def seal(self, job: SealJob, sealed_ns: int | None = None) -> SealedInfo:
+        """Writes and verifies the sealed form. Touches no state of this object: it may run beside commits.
+
+        With the time of a record that was published before, the file is byte for byte the recorded one.
+        """
         with disk_of(self._store):
-            return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=self._clock_ns())
+            return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=sealed_ns or self._clock_ns())
 
     def sealed_info(self, shard: int) -> SealedInfo:
         """Facts of an already sealed shard, for a seal record that was not published yet."""
         return sealed_info(self.sealed[shard])
+
+    def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
+        """What the partition can go on from after a sealed shard, from the point before it."""
+        with disk_of(self._store):
+            return resume_after(before, info.path)
+
+    def settled_origin(self, kept: int) -> int:
+        """How far the sealed shards reach but for the newest `kept` of them; 0 when there are no others."""
+        if kept > len(self.sealed):
+            return 0
+        numbers = sorted(self.sealed)
+        newest = parse_name(self.sealed[numbers[-kept] if kept else numbers[-1]]) if numbers else None
+        if newest is None or newest.first_origin is None or newest.last_origin is None:
+            return 0
+        return newest.first_origin - 1 if kept else newest.last_origin
 
     def keep_record(self, record: SealRecord) -> None:
         """Lays an accepted seal record beside its file, for proofs without the cluster."""

@@ -341,6 +341,7 @@ def _finish(
         areas=_areas(tmp),
         file_bytes=tmp.stat().st_size,
         body_sha256=body.hexdigest(),
+        begins=live.header.begins,
     )
     fd = os.open(tmp, os.O_RDWR)
     try:

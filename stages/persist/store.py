@@ -270,7 +270,9 @@ class EventStore:
                 views.append((view, view.header.tree_size_before))
                 leaf = view.header.tree_size
                 continue
-            if number == 0 and view.rows and view.rows[0].prev_origin == 0:
+            if view.header.begins:
+                leaf = view.header.tree_size_before
+            elif number == 0 and view.rows and view.rows[0].prev_origin == 0:
                 leaf = 0
             views.append((view, leaf))
             leaf = None if leaf is None else leaf + view.count
@@ -300,11 +302,13 @@ class EventStore:
             for view, leaf in self._views(partition, opened):
                 if isinstance(view, SealedReader):
                     origin = view.header.last_origin
-                    tree = _tree_after(view)
+                    tree = _tree(view.path, view.header.tree_size, view.header.frontier)
                     continue
                 if view.rows:
                     origin = view.rows[-1].origin
-                if leaf == 0:
+                if view.header.begins:
+                    tree = _tree(view.path, view.header.tree_size_before, view.header.frontier_before)
+                elif leaf == 0:
                     tree = MerkleFrontier()
                 if tree is not None:
                     for record in view.records():
@@ -349,11 +353,11 @@ def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:
     return heapq.merge(*lanes, key=lambda stored: (stored.event.origin, stored.event.index))
 
 
-def _tree_after(view: SealedReader) -> MerkleFrontier:
+def _tree(path: Path, size: int, frontier: bytes) -> MerkleFrontier:
     try:
-        return MerkleFrontier.from_bytes(view.header.tree_size, view.header.frontier)
+        return MerkleFrontier.from_bytes(size, frontier)
     except ValueError as error:
-        raise ShardCorruptError(f"{view.path}: its header gives no Merkle tree ({error}); run `fi verify`") from error
+        raise ShardCorruptError(f"{path}: its header gives no Merkle tree ({error}); run `fi verify`") from error
 
 
 def _numbers(listing: dict[int, list[ShardFile]]) -> set[tuple[int, int]]:

@@ -42,9 +42,10 @@ class Trimmer:
         self._news.set()
 
     def sealed(self, origin: int) -> None:
-        """Everything up to `origin` is in sealed shards, and their seal records are accepted. As for `committed`."""
-        self._sealed_origin = origin
-        self._news.set()
+        """`FI_EVENTS` need not keep what is before `origin` (0: nothing): it is in sealed shards that are recorded."""
+        if origin:
+            self._sealed_origin = origin
+            self._news.set()
 
     async def run(self) -> None:
         """Trims every `trim_s` while there is news, until cancelled."""

@@ -170,13 +170,14 @@ class _Chain:
         def report(where: str, what: str) -> None:
             found.append(Problem(shard.path.name, where, what))
 
-        if shard.shard != self._number + 1:
+        if shard.shard != self._number + 1 and not (check.begins and shard.shard > self._number):
             first, last = self._number + 1, shard.shard - 1
             what = f"shards {first} to {last} of partition {self.partition} are missing" if first < last else ""
             report("before it", what or f"shard {first} of partition {self.partition} is missing or there twice")
         if check.store and (check.store, check.cluster) != (store.store_id, store.cluster_id):
             report("header", f"belongs to store {check.store} of cluster {check.cluster}, not to this one")
-        if check.prev_origin is not None and self._origin is not None and check.prev_origin != self._origin:
+        gap = check.prev_origin is not None and self._origin is not None and check.prev_origin != self._origin
+        if gap and not check.begins:
             report("commit 1", f"goes on from origin {check.prev_origin}, but the shard before ends at {self._origin}")
         self._number = shard.shard
         self._origin = check.last_origin if check.last_origin is not None else self._origin
@@ -195,6 +196,8 @@ class _Chain:
             known = self._tree
             if known is None and shard.shard == FIRST_SHARD and check.prev_origin == 0:
                 known = MerkleFrontier()
+            if check.begins:
+                known = None
             if self._known and before is not None and known is not None and before.to_bytes() != known.to_bytes():
                 report("merkle", f"goes on from a tree of {before.size} events that is not that of the shards before")
             self._tree = before

@@ -11,8 +11,17 @@ import msgspec
 
 from contracts.errors import HoleError
 from contracts.frames import FrameHead, decode_frame_head
-from contracts.receipts import Receipt, decode_receipt
-from contracts.subjects import INPUT_STREAM, OUTPUT_STREAM, RECEIPTS, STAGES, Stage, output_subject, receipt_subject
+from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
+from contracts.subjects import (
+    INPUT_STREAM,
+    OUTPUT_STREAM,
+    RECEIPTS,
+    STAGES,
+    Stage,
+    output_subject,
+    receipt_subject,
+    seal_subject,
+)
 from stages.runtime.api import Api
 
 
@@ -47,6 +56,31 @@ async def last_receipt(api: Api, partition: int) -> tuple[Receipt | None, int]:
     """
     message = await api.last_message(RECEIPTS, receipt_subject(partition))
     return (None, 0) if message is None else (decode_receipt(message.data), message.seq)
+
+
+async def last_seal(api: Api, partition: int, *, before_shard: int) -> tuple[SealRecord | None, int]:
+    """The record of the last sealed shard with a number below `before_shard`, and the sequence of the last record.
+
+    Records of later shards were given up when the partition went back. (None, 0) before the first record.
+
+    Raises:
+        WireFormatError: a record cannot be read by this build.
+        TopologyError: the stream does not exist.
+    """
+    subject = seal_subject(partition)
+    last = await api.last_message(RECEIPTS, subject)
+    if last is None:
+        return None, 0
+    record = decode_seal(last.data)
+    if record.shard < before_shard:
+        return record, last.seq
+    found: SealRecord | None = None
+    message = await api.first_message(RECEIPTS, subject)
+    while message is not None and message.seq < last.seq:
+        record = decode_seal(message.data)
+        found = record if record.shard < before_shard else found
+        message = await api.first_message(RECEIPTS, subject, from_seq=message.seq + 1)
+    return found, last.seq
 
 
 async def read_checkpoint(api: Api, stage: Stage, partition: int) -> Checkpoint:

@@ -8,13 +8,13 @@ last committed consultations with their commit times, oldest first, bounded by t
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import msgspec
 
 from contracts.errors import InvalidEventError
 from contracts.events import Event
+from contracts.lifecycle import ClosedConsultations
 from contracts.policy import (
     CLOSED_TO,
     CRITICALITIES,
@@ -28,8 +28,6 @@ from contracts.subjects import Stage
 from stages.runtime.api import StoredMessage
 from stages.runtime.work import Step, step_frame
 
-_CLOSED_ROW = struct.Struct(">16sq")
-
 CLASSIFICATION = {
     name: (GROUPS.index(group), CRITICALITIES.index(criticality)) for name, (group, criticality) in EVENT_TYPES.items()
 }
@@ -42,18 +40,16 @@ class SegmentCore:
 
     def __init__(self, policy: Policy = DEFAULT_POLICY) -> None:
         self._policy = policy
-        self._closed: dict[bytes, int] = {}
-        self._closed_bytes = b""
+        self._closed = ClosedConsultations(b"", policy.closed_remembered)
 
     def open(self, closed: bytes) -> None:
         """Takes up the committed consultations stored with the last frame."""
-        self._closed = dict(_CLOSED_ROW.iter_unpack(closed))
-        self._closed_bytes = closed
+        self._closed = ClosedConsultations(closed, self._policy.closed_remembered)
 
     def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
         """Classifies and checks the events of one frame after `origin`. See `StageCore.step`."""
         step = step_frame(message, origin, lambda event: self._pass(event, now_ns))
-        return None if step is None else step._replace(closed=self._closed_bytes)
+        return None if step is None else step._replace(closed=self._closed.packed)
 
     def _pass(self, event: Event, now_ns: int) -> Event:
         policy = self._policy
@@ -76,22 +72,11 @@ class SegmentCore:
 
     def _check_lifecycle(self, event: Event) -> None:
         kind = event.event_type
-        committed_ns = self._closed.get(event.consultation_id)
-        if committed_ns is not None:
-            if kind == "CONSULTATION_RESET" and event.timestamp_ns >= committed_ns:
-                del self._closed[event.consultation_id]
-                self._pack()
-            elif kind in CLOSED_TO and event.stamped and event.timestamp_ns > committed_ns:
-                raise InvalidEventError(
-                    "lifecycle.closed",
-                    "event_type",
-                    f"{kind} happened after the consultation was committed, and it was not reset since",
-                )
-        elif kind == "CONSULTATION_COMMITTED":
-            self._closed[event.consultation_id] = event.timestamp_ns
-            while len(self._closed) > self._policy.closed_remembered:
-                del self._closed[next(iter(self._closed))]
-            self._pack()
-
-    def _pack(self) -> None:
-        self._closed_bytes = b"".join(_CLOSED_ROW.pack(*row) for row in self._closed.items())
+        committed_ns = self._closed.committed_ns(event.consultation_id)
+        if committed_ns is not None and kind in CLOSED_TO and event.stamped and event.timestamp_ns > committed_ns:
+            raise InvalidEventError(
+                "lifecycle.closed",
+                "event_type",
+                f"{kind} happened after the consultation was committed, and it was not reset since",
+            )
+        self._closed.note(event)

@@ -67,7 +67,11 @@ async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: P
     async with EmbeddedCluster(tmp_path, servers=1) as cluster:
         node = cluster.nodes[0]
         node.freeze()
-        assert not await node.healthy("js-enabled-only")
+
+        async def silent() -> bool:
+            return not await node.healthy("js-enabled-only")
+
+        await eventually(silent)
         node.thaw()
         await eventually(lambda: node.healthy("js-enabled-only"))
         node.freeze()

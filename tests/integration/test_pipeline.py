@@ -323,9 +323,10 @@ async def test_frames_missing_before_the_last_are_noticed_and_made_again(pipelin
         try:
 
             async def waiting() -> bool:
-                return (await jetstream.stream_info(HASH)).state.messages >= 40 * PARTITIONS
+                frames = (await jetstream.stream_info(HASH, subjects_filter="fi.hash.*")).state.subjects or {}
+                return sum(count >= 3 for count in frames.values()) >= PARTITIONS // 2
 
-            await until(waiting, "frames wait for hash", 60)
+            await until(waiting, "frames wait for hash in half of the partitions", 60)
             for partition in range(PARTITIONS):
                 await pipeline.api.purge(HASH, f"fi.hash.{partition}", keep=1)
         finally:

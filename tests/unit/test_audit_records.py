@@ -9,88 +9,18 @@ from uuid import UUID
 import h5py
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from shard_maker import CLUSTER, NOW_NS, PartitionMaker, id_text, make_event, new_store
+from shard_maker import PartitionMaker, id_text
+from witnessed import SIGNER, Witnessed, events_of
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
 from contracts.evidence import check_evidence
-from contracts.hashing import MerkleFrontier, leaf_hash
-from contracts.receipts import Receipt, SealRecord, StoreEnd
-from contracts.statements import Signer
 from stages.persist.audit import Witnesses, audit_partition
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
-from stages.persist.records import keep_record, record_path
+from stages.persist.records import record_path
 from stages.persist.verify import ShardContents, verify_store
 
-SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 KEYS = [SIGNER.public_key]
-PLAN = ((1, 7, 0, 20), (3, 1), (2, 5, 1))
-"""Events in each commit of each shard; the last shard stays live."""
-
-
-class Witnessed(PartitionMaker):
-    """Fills a partition from a given list of events, and keeps what the cluster would."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
-        super().__init__(new_store(directory), 3)
-        self.receipts: list[Receipt] = []
-        self.seals: list[SealRecord] = []
-        self.tree = MerkleFrontier()
-
-    def fill(self, commits: list[list[Event]], origins: list[int]) -> None:
-        """Lays `commits` down, rolled and sealed as `PLAN` says."""
-        shards, done = [len(plan) for plan in PLAN], 0
-        for number, count in enumerate(shards, 1):
-            live = self.begin()
-            for events, origin in list(zip(commits, origins, strict=True))[done : done + count]:
-                live.append(
-                    [encode_event(event) for event in events],
-                    prev_origin=self.origin, origin=origin, duplicates=1, dead_lettered=0, committed_ns=NOW_NS,
-                )  # fmt: skip
-                live.sync()
-                live.set_watermark(live.commits)
-                self.origin = origin
-                for event in events:
-                    self.tree.append(leaf_hash(encode_event(event)))
-                self.receipts.append(self.receipt(StoreEnd(shard=number, commits=live.commits)))
-            done += count
-            if number < len(shards):
-                self.witness_seal(number)
-        self.close()
-
-    def receipt(self, end: StoreEnd) -> Receipt:
-        return SIGNER.sign(
-            Receipt(
-                partition=3, cluster=CLUSTER, writer="w", node="n", store=self.store.store_id,
-                ends={self.store.store_id: end}, origin=self.origin, trail=(), persisted=self.tree.size,
-                duplicates=len(self.receipts) + 1, dead_lettered=0, root=self.tree.root().hex(), closed=b"",
-                committed_ns=NOW_NS,
-            )
-        )  # fmt: skip
-
-    def witness_seal(self, number: int) -> None:
-        info = self.seal()
-        header = info.header
-        record = SIGNER.sign(
-            SealRecord(
-                partition=3, store=self.store.store_id, shard=number, file=info.path.name, sha256=info.sha256,
-                first_origin=header.first_origin, last_origin=header.last_origin, events=header.events,
-                tree_size=header.tree_size, root=header.root, sealed_ns=NOW_NS, bytes=info.bytes, cluster=CLUSTER,
-            )
-        )  # fmt: skip
-        keep_record(info.path, record)
-        self.seals.append(record)
-
-
-def events_of(maker: PartitionMaker) -> tuple[list[list[Event]], list[int]]:
-    commits, origins, origin = [], [], 0
-    for count in (count for plan in PLAN for count in plan):
-        commits.append([make_event(maker.rng, origin + at) for at in range(1, count + 1)])
-        origin += count + 1
-        origins.append(origin)
-    return commits, origins
 
 
 def audit(maker: Witnessed, path: Path, witnesses: Witnesses | None = None, trusted: list[str] = KEYS) -> str:

@@ -1,0 +1,230 @@
+"""`fi rebuild` and `fi partitions ls|move`: who has which partition, and taking one back."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    FAILED,
+    DirectoryOption,
+    JsonOption,
+    NatsOption,
+    connected,
+    console,
+    find_servers,
+    find_settings,
+    print_json,
+    progress_bar,
+    run_async,
+    say,
+)
+from contracts.errors import FiError, NotOursError
+
+if TYPE_CHECKING:
+    from cluster.rewind import Rewind, Rewinder
+
+CONNECT_WAIT_S = 5.0
+
+ShardsOption = Annotated[
+    Path | None, typer.Option("--shards", help="The store's directory. Default: that of the run in --dir.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+WaitOption = Annotated[
+    float, typer.Option("--wait", min=0, metavar="S", help="Wait until it has caught up; 0: do not wait.")
+]
+
+
+def rebuild(
+    partitions: Annotated[
+        list[int] | None, typer.Argument(min=0, help="Which. Default: all that the store owns.", show_default=False)
+    ] = None,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    shards: ShardsOption = None,
+    nats: NatsOption = None,
+    dry_run: DryRunOption = False,
+    wait: WaitOption = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Makes damaged or deleted shards again from the events that the cluster still holds.
+
+    Reads every shard and holds it against the receipts and seal records. From the first damage on everything is made
+    again from FI_EVENTS, by the running stages; the old files are moved aside, into the store's `superseded`. FI_EVENTS
+    holds what is not sealed and the newest sealed shards (FI_SEALED_KEPT): what is older must come from a copy.
+
+    A partition that persist is working on is passed over, or refused when it was named; one whose damage persist has
+    found is free. Exits 1 if something cannot be rebuilt.
+
+    Example: fi rebuild 3 --dir .fi --dry-run
+    """
+
+    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
+        return await rewinder.rebuild(partition, dry_run=dry_run)
+
+    _take_back(work, partitions, directory, shards, nats, dry_run, wait, as_json, owned_only=partitions is None)
+
+
+def move(
+    partitions: Annotated[list[int], typer.Argument(min=0, help="Which.", show_default=False)],
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    shards: ShardsOption = None,
+    nats: NatsOption = None,
+    dry_run: DryRunOption = False,
+    wait: WaitOption = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Lets the store on this node take partitions over from one that is gone. Run it where the new store is.
+
+    The new store goes on after the last sealed shard; what the old one had committed and not sealed is made again from
+    FI_EVENTS, which still holds it. The old owner is fenced off at once: should it come back, it moves aside what it
+    had not sealed, and does not write. If it can be stopped in order, stop it first: then everything is sealed.
+
+    Events in the old store's sealed shards stay there: the new store does not know their ids, so that a gateway which
+    repeats one of those is not recognised. To keep a store whole, copy its directory to the new node and start persist
+    on the copy: a store carries its identity with it, and nothing needs to be moved.
+
+    Example: fi partitions move 3 4 --shards /var/lib/fi --nats nats://n2:4222
+    """
+
+    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
+        return await rewinder.move(partition, dry_run=dry_run)
+
+    _take_back(work, partitions, directory, shards, nats, dry_run, wait, as_json, owned_only=False)
+
+
+def list_partitions(
+    directory: DirectoryOption = DEFAULT_DIRECTORY, nats: NatsOption = None, as_json: JsonOption = False
+) -> None:
+    """Lists the partitions: which store on which node owns each, and how far it is committed and sealed.
+
+    Example: fi partitions ls --dir .fi
+    """
+    urls = find_servers(directory, nats)
+
+    async def read() -> list[dict[str, Any]]:
+        from contracts.settings import Settings
+        from stages.runtime.api import Api
+        from stages.runtime.checkpoint import last_receipt, last_seal
+        from stages.runtime.facts import read_cluster
+
+        rows = []
+        async with connected(urls) as client:
+            facts = await read_cluster(client, wait_s=CONNECT_WAIT_S)
+            api = Api(client, Settings())
+            for partition in range(facts.partitions):
+                receipt, _ = await last_receipt(api, partition)
+                row: dict[str, Any] = {"partition": partition, "store": None, "node": None}
+                if receipt is not None:
+                    end = receipt.ends.get(receipt.store)
+                    seal, _ = await last_seal(api, partition, before_shard=end.shard if end is not None else 1)
+                    row |= {
+                        "store": receipt.store,
+                        "node": receipt.node,
+                        "origin": receipt.origin,
+                        "events": receipt.persisted,
+                        "sealed_events": 0 if seal is None else seal.tree_size,
+                        "committed_ns": receipt.committed_ns,
+                    }
+                rows.append(row)
+        return rows
+
+    found = run_async(read())
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table("partition", "store", "node", "committed origin", "events", "of them sealed")
+    for row in found:
+        names = ("partition", "store", "node", "origin", "events", "sealed_events")
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
+    console().print(table)
+
+
+def _take_back(
+    work: Callable[[Rewinder, int], Awaitable[Rewind | None]],
+    partitions: list[int] | None,
+    directory: Path,
+    shards: Path | None,
+    nats: list[str] | None,
+    dry_run: bool,
+    wait_s: float,
+    as_json: bool,
+    *,
+    owned_only: bool,
+) -> None:
+    """Runs `work` for each partition, waits until all caught up, and shows what was done."""
+    urls, settings = find_servers(directory, nats), find_settings(directory, nats, None)
+
+    async def run() -> tuple[list[Rewind], list[str]]:
+        import time
+
+        from cluster.rewind import Rewinder, wait_caught_up
+        from stages.persist.keys import load_key
+        from stages.persist.storedir import open_store
+        from stages.runtime.api import Api
+        from stages.runtime.checkpoint import last_receipt
+        from stages.runtime.facts import read_cluster
+
+        done: list[Rewind] = []
+        failed: list[str] = []
+        async with connected(urls) as client:
+            facts = await read_cluster(client, wait_s=CONNECT_WAIT_S)
+            api = Api(client, settings)
+            store = open_store(shards or directory / "shards", facts.cluster_id, now_ns=time.time_ns())
+            signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None
+            rewinder = Rewinder(api, store, signer)
+            for partition in range(facts.partitions) if partitions is None else sorted(set(partitions)):
+                if owned_only:
+                    receipt, _ = await last_receipt(api, partition)
+                    if receipt is None or receipt.store != store.store_id:
+                        continue
+                try:
+                    rewind = await work(rewinder, partition)
+                except NotOursError as error:
+                    if not owned_only:
+                        failed.append(str(error))
+                    else:
+                        say(f"fi: partition {partition} is passed over: persist works on it")
+                    continue
+                except FiError as error:
+                    failed.append(str(error))
+                    continue
+                if rewind is not None:
+                    done.append(rewind)
+            if wait_s and done and not dry_run:
+                with progress_bar("making events again") as progress:
+                    await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
+        return done, failed
+
+    done, failed = run_async(run())
+    if as_json:
+        print_json([{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done])
+    else:
+        _show(done, dry_run, bool(failed))
+    for reason in failed:
+        say(f"fi: {reason}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _show(done: list[Rewind], dry_run: bool, failed: bool) -> None:
+    verb = "would go" if dry_run else "went"
+    for rewind in done:
+        if rewind.why:
+            print(f"partition {rewind.partition}: {rewind.why}")
+        else:
+            print(f"partition {rewind.partition}: from store {rewind.from_store} on {rewind.from_node}")
+        print(
+            f"  {verb} back from origin {rewind.committed_origin} to {rewind.origin}: {rewind.events} events stay, "
+            f"{rewind.again} are made again from the stream into shard {rewind.shard}"
+        )
+        for name in rewind.aside:
+            print(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")
+    if not done and not failed:
+        print("nothing to do: every file is as the records say")

@@ -1,0 +1,318 @@
+"""Takes partitions back: `fi rebuild` after damage, `fi partitions move` to another store.
+
+Both end in the same way. A fenced takeover receipt states the last place that is vouched for; the hop streams of the
+partition are emptied; and the stages make everything after that place again from `FI_EVENTS`, through the same code as
+the first time. So nothing is done unless `FI_EVENTS` still holds it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+
+from cluster.audit import read_partition
+from contracts.errors import ClusterUnavailableError, FencedError, NotOursError, ShardError
+from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt
+from contracts.statements import Signer
+from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
+from stages.persist.audit import in_force
+from stages.persist.names import FIRST_SHARD
+from stages.persist.rewind import Damage, Place, begin_at, given_up, last_good_place, place_after_seals, set_aside
+from stages.persist.storedir import Store, disk_of, lock_partition
+from stages.runtime.api import Api
+from stages.runtime.checkpoint import last_receipt
+from stages.runtime.writer import FencedWriter
+
+log = logging.getLogger(__name__)
+
+LOCK_WAIT_S: Final = 5.0
+_LOCK_POLL_S: Final = 0.1
+_POLL_S: Final = 0.2
+_TRIES: Final = 5
+
+
+class Rewind(msgspec.Struct, frozen=True, kw_only=True):
+    """What taking a partition back means.
+
+    Attributes:
+        partition: lane.
+        from_store, from_node: who owns it now.
+        store: who owns it afterwards.
+        committed_origin, committed_events: how far it is committed now.
+        origin, events: the place it is taken back to.
+        shard: where it goes on.
+        why: what is wrong with the files; empty for a move.
+        aside: files that are moved aside, by name.
+    """
+
+    partition: int
+    from_store: str
+    from_node: str
+    store: str
+    committed_origin: int
+    committed_events: int
+    origin: int
+    events: int
+    shard: int
+    why: str
+    aside: tuple[str, ...]
+
+    @property
+    def again(self) -> int:
+        """How many committed events are made again."""
+        return self.committed_events - self.events
+
+
+class _Records(msgspec.Struct):
+    """A partition's records: those in force, all seal records, and the sequence of the last receipt."""
+
+    receipts: list[Receipt]
+    seals: list[SealRecord]
+    all_seals: list[SealRecord]
+    last_seq: int
+
+
+class Rewinder:
+    """Takes partitions back to `store`, of one cluster.
+
+    Args:
+        api: connected.
+        store: that owns them or is to own them.
+        signer: signs the receipts; None: nobody.
+        clock_ns: the wall clock.
+    """
+
+    def __init__(
+        self, api: Api, store: Store, signer: Signer | None = None, clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._api = api
+        self._store = store
+        self._signer = signer
+        self._clock_ns = clock_ns
+
+    async def rebuild(self, partition: int, *, dry_run: bool = False) -> Rewind | None:
+        """Takes a partition of this store back to before its first damaged shard, if there is one.
+
+        Returns:
+            what was done, or for `dry_run` would be; None when every file is as the records say.
+
+        Raises:
+            NotOursError: a persister works on it, or another store owns it.
+            ShardError: `FI_EVENTS` no longer holds what is damaged.
+            StoreFailedError: the disk refused.
+            FencedError: a receipt came meanwhile: somebody else owns the partition after all.
+        """
+        async with self._locked(partition):
+            records = await self._records(partition)
+            last = records.receipts[-1] if records.receipts else None
+            if last is None:
+                return None
+            self._check_cluster(last)
+            if last.store != self._store.store_id:
+                raise NotOursError(
+                    f"partition {partition} belongs to store {last.store} on {last.node}; rebuild it there, or take it "
+                    f"with `fi partitions move {partition}`"
+                )
+            with disk_of(self._store):
+                place, damage = await asyncio.to_thread(
+                    last_good_place, self._store, partition, records.receipts, records.seals
+                )
+            end = self._end(last, place, last.ends.get(self._store.store_id, _NOTHING).first)
+            with disk_of(self._store):
+                aside = await asyncio.to_thread(given_up, self._store, partition, end)
+            if damage is None and not aside:
+                return None
+            why = "files of a rebuild that was interrupted" if damage is None else damage.why
+            await self._check_retained(partition, place, records, damage)
+            if not dry_run:
+                await self._go_back(last, records.last_seq, place, end)
+            return self._told(last, place, why, tuple(file.path.name for file in aside))
+
+    async def move(self, partition: int, *, dry_run: bool = False) -> Rewind:
+        """Lets this store take a partition over, from after its last sealed shard; whoever owned it is fenced off.
+
+        Raises:
+            NotOursError: this store owns it already.
+            ShardError: nobody owns it yet, or `FI_EVENTS` no longer holds what its owner did not seal.
+            StoreFailedError: the disk refused.
+            FencedError: the owner goes on committing, faster than it can be taken over.
+        """
+        async with self._locked(partition):
+            for tries_left in reversed(range(_TRIES)):
+                try:
+                    return await self._move(partition, dry_run)
+                except FencedError:
+                    if not tries_left:
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _move(self, partition: int, dry_run: bool) -> Rewind:
+        records = await self._records(partition)
+        if not records.receipts:
+            raise ShardError(f"partition {partition} has no owner yet: the first persister that starts takes it")
+        last = records.receipts[-1]
+        self._check_cluster(last)
+        if last.store == self._store.store_id:
+            raise NotOursError(f"partition {partition} belongs to store {last.store} ({self._store.directory}) already")
+        place = place_after_seals(last, records.seals)
+        end = self._end(last, place, place.shard)
+        with disk_of(self._store):
+            aside = await asyncio.to_thread(given_up, self._store, partition, end)
+        await self._check_retained(partition, place, records, None)
+        if not dry_run:
+            await self._go_back(last, records.last_seq, place, end)
+        return self._told(last, place, "", tuple(file.path.name for file in aside))
+
+    async def _records(self, partition: int) -> _Records:
+        rows, last_seq = await read_partition(self._api, partition)
+        receipts, seals, _ = in_force(rows)
+        return _Records(receipts, seals, [row for row in rows if isinstance(row, SealRecord)], last_seq)
+
+    def _check_cluster(self, last: Receipt) -> None:
+        if last.cluster != self._store.cluster_id:
+            raise ShardError(
+                f"{self._store.directory}: is of cluster {self._store.cluster_id}, the servers are of {last.cluster}"
+            )
+
+    def _end(self, last: Receipt, place: Place, first: int) -> StoreEnd:
+        return StoreEnd(shard=place.shard, commits=place.commits, first=first)
+
+    def _told(self, last: Receipt, place: Place, why: str, aside: tuple[str, ...]) -> Rewind:
+        return Rewind(
+            partition=last.partition,
+            from_store=last.store,
+            from_node=last.node,
+            store=self._store.store_id,
+            committed_origin=last.origin,
+            committed_events=last.persisted,
+            origin=place.origin,
+            events=place.tree.size,
+            shard=place.shard,
+            why=why,
+            aside=aside,
+        )
+
+    async def _check_retained(self, partition: int, place: Place, records: _Records, damage: Damage | None) -> None:
+        """Holds that `FI_EVENTS` has everything after `place`: it is purged from its beginning only.
+
+        A purge always leaves the message at the origin that it goes up to.
+        """
+        if place.origin:
+            message = await self._api.message_at(EVENTS, place.origin)
+            held = message is not None and message.subject.startswith(raw_filter(partition).removesuffix(">"))
+        elif records.all_seals:
+            first = await self._api.first_message(EVENTS, raw_filter(partition))
+            held = first is not None and first.seq < records.all_seals[0].last_origin
+        else:
+            held = True
+        if not held:
+            lost = "what its owner held" if damage is None else f"what {damage.file} holds"
+            raise ShardError(
+                f"partition {partition} cannot be taken back to origin {place.origin}: {EVENTS} no longer has {lost}. "
+                f"Restore the files of the store from a copy{'' if damage is None else f' ({damage.why})'}"
+            )
+
+    async def _go_back(self, last: Receipt, last_seq: int, place: Place, end: StoreEnd) -> None:
+        store = self._store
+        ends = {**last.ends, store.store_id: end}
+        if last.store != store.store_id:
+            owner = last.ends.get(last.store, _NOTHING)
+            if (owner.shard, owner.commits) > (place.shard, 0):
+                ends[last.store] = msgspec.structs.replace(owner, shard=place.shard, commits=0)
+        nonce = f"rewind-{secrets.token_hex(6)}"
+        receipt = msgspec.structs.replace(
+            last,
+            writer=nonce,
+            node=socket.gethostname(),
+            store=store.store_id,
+            ends=ends,
+            origin=place.origin,
+            trail=(),
+            persisted=place.tree.size,
+            duplicates=place.duplicates,
+            dead_lettered=place.dead_lettered,
+            root=place.tree.root().hex(),
+            closed=place.closed,
+            committed_ns=self._clock_ns(),
+            takeover=True,
+            signature=msgspec.UNSET,
+        )
+        if self._signer is not None:
+            receipt = self._signer.sign(receipt)
+        writer = FencedWriter(self._api, RECEIPTS, receipt_subject(last.partition), nonce)
+        writer.expected_seq = last_seq
+        await writer.publish(encode_receipt(receipt), f"rewind/{place.origin}")
+        with disk_of(store):
+            await asyncio.to_thread(self._take_files_back, last.partition, place, end)
+        for stage in STAGES:
+            if INPUT_STREAM[stage] in HOPS:
+                await self._api.purge(INPUT_STREAM[stage], input_filter(stage, last.partition))
+
+    def _take_files_back(self, partition: int, place: Place, end: StoreEnd) -> None:
+        set_aside(self._store, partition, end, self._clock_ns())
+        if end.shard == end.first != FIRST_SHARD and not end.commits:
+            begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
+
+    @asynccontextmanager
+    async def _locked(self, partition: int) -> AsyncIterator[None]:
+        """Holds the partition's lock in this store. A persister that stands by, or has stopped, lets go of it soon."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                lock = await asyncio.to_thread(lock_partition, self._store, partition)
+                break
+            except NotOursError as error:
+                if time.monotonic() > deadline:
+                    raise NotOursError(
+                        f"{error}. A persister works on partition {partition}: stop it first if its files are damaged"
+                    ) from error
+                await asyncio.sleep(_LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            lock.close()
+
+
+_NOTHING: Final = StoreEnd(shard=FIRST_SHARD, commits=0)
+
+
+async def wait_caught_up(
+    api: Api, rewinds: Sequence[Rewind], *, wait_s: float, on_progress: Callable[[float, float], None]
+) -> None:
+    """Returns when every partition is committed as far as it was before it went back.
+
+    Args:
+        api: connected.
+        rewinds: what was done.
+        wait_s: limit.
+        on_progress: told (events made again, of how many).
+
+    Raises:
+        ClusterUnavailableError: not within `wait_s`.
+    """
+    total = sum(rewind.again for rewind in rewinds)
+    deadline = time.monotonic() + wait_s
+    while True:
+        behind = []
+        done = 0
+        for rewind in rewinds:
+            receipt, _ = await last_receipt(api, rewind.partition)
+            done += min(rewind.again, (receipt.persisted if receipt is not None else 0) - rewind.events)
+            if receipt is None or receipt.origin < rewind.committed_origin:
+                behind.append(rewind.partition)
+        on_progress(done, total)
+        if not behind:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterUnavailableError(
+                f"partitions {behind} have not caught up within {wait_s:g} s; does persist run for them? See its log"
+            )
+        await asyncio.sleep(_POLL_S)

@@ -1,0 +1,45 @@
+"""What a partition can go on from after a sealed shard: computed from the shard, kept in its seal record."""
+
+from __future__ import annotations
+
+import heapq
+from contextlib import closing
+from pathlib import Path
+
+from contracts.lifecycle import ClosedConsultations
+from contracts.policy import DEFAULT_POLICY
+from contracts.receipts import ResumePoint
+from stages.persist.rows import ROW_COLUMNS
+from stages.persist.sealed import SealedReader, Selection
+
+BEGINNING = ResumePoint(frontier=b"", duplicates=0, dead_lettered=0, closed=b"")
+"""Before the first shard."""
+
+_CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
+
+
+def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
+    """The point after the sealed shard at `sealed`, from the point before it.
+
+    Segment's memory follows from the stored events; a commit that came again as a duplicate long after leaves no trace
+    in it, as if that had not been sent.
+
+    Raises:
+        ShardCorruptError: the shard cannot be read.
+    """
+    with closing(SealedReader(sealed)) as reader:
+        commits = reader.read("commits")
+        duplicates, dead_lettered = (
+            int(commits[:, ROW_COLUMNS.index(name)].sum()) for name in ("duplicates", "dead_lettered")
+        )
+        closed = ClosedConsultations(before.closed, DEFAULT_POLICY.closed_remembered)
+        for _, event in heapq.merge(
+            *(reader.select(Selection(event_type=name)) for name in _CLOSING_TYPES), key=lambda found: found[0]
+        ):
+            closed.note(event)
+        return ResumePoint(
+            frontier=reader.header.frontier,
+            duplicates=before.duplicates + duplicates,
+            dead_lettered=before.dead_lettered + dead_lettered,
+            closed=closed.packed,
+        )

@@ -1,0 +1,285 @@
+"""Going back: the last place that the files and the cluster's records agree on, and giving up what lies after it.
+
+A partition whose files are damaged or gone is taken back to such a place with a fenced takeover receipt; everything
+after it is made again from `FI_EVENTS` by the stages themselves. Files that are given up are moved aside, not deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import UNSET
+
+from contracts.errors import ShardCorruptError, ShardError
+from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
+from contracts.settings import Settings
+from stages.persist.files import publish_file, sync_dir, sync_file
+from stages.persist.live import LiveReader, open_live
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
+from stages.persist.partition import create_shard
+from stages.persist.records import record_path
+from stages.persist.seal import sealed_info
+from stages.persist.storedir import Store
+
+ASIDE = "superseded"
+"""The directory in a store for files that were given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A point in a partition that a receipt or seal record vouches for.
+
+    Attributes:
+        origin: everything up to here is in the files before it.
+        shard, commits: where it is in the files.
+        tree: the Merkle tree there.
+        duplicates, dead_lettered: running totals there.
+        closed: segment's memory there.
+    """
+
+    origin: int
+    shard: int
+    commits: int
+    tree: MerkleFrontier
+    duplicates: int
+    dead_lettered: int
+    closed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Why the files cannot be followed further than a place.
+
+    Attributes:
+        shard: the number of the shard where they end.
+        file: its path, or the directory where it is missing.
+        why: what is wrong with it.
+    """
+
+    shard: int
+    file: Path
+    why: str
+
+
+def place_after_seals(receipt: Receipt, seals: Sequence[SealRecord]) -> Place:
+    """The last place that the records alone give, without any file: after the last sealed shard, or the beginning.
+
+    Raises:
+        ShardError: the last seal record is of the first builds and does not hold it.
+    """
+    if not seals:
+        return Place(0, FIRST_SHARD, 0, MerkleFrontier(), 0, 0, b"")
+    last = seals[-1]
+    if last.resume is UNSET:
+        raise ShardError(
+            f"the seal record of shard {last.shard} of partition {last.partition} does not hold its Merkle frontier "
+            "(it was written by an older build): the partition cannot be gone on with from there"
+        )
+    tree = MerkleFrontier.from_bytes(last.tree_size, last.resume.frontier)
+    origin = last.last_origin
+    return _place(origin, last.shard + 1, 0, tree, receipt if receipt.origin == origin else last.resume)
+
+
+def _place(origin: int, shard: int, commits: int, tree: MerkleFrontier, told: Receipt | ResumePoint) -> Place:
+    return Place(origin, shard, commits, tree, told.duplicates, told.dead_lettered, told.closed)
+
+
+def last_good_place(
+    store: Store, partition: int, receipts: Sequence[Receipt], seals: Sequence[SealRecord]
+) -> tuple[Place, Damage | None]:
+    """How far the partition's files agree with the cluster's records, and what is wrong after that (None: nothing).
+
+    Reads and hashes every shard from the store's first on.
+
+    Args:
+        store: which owns the partition.
+        partition: lane.
+        receipts, seals: the records in force, in stream order; the last receipt says how far the files must reach.
+
+    Raises:
+        ShardError: as `place_after_seals`, for a store that took the partition over.
+        OSError: the store cannot be read.
+    """
+    last = receipts[-1]
+    end = last.ends.get(store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
+    before = [seal for seal in seals if seal.shard < end.first]
+    walk = _Walk(store, place_after_seals(last, before), receipts, seals)
+    found = {file.shard: file for file in list_shards(store.directory).get(partition, ())}
+    for number in range(end.first, end.shard + 1):
+        file = found.get(number)
+        if file is None:
+            if number < end.shard or end.commits or number == end.first != FIRST_SHARD:
+                walk.damage = Damage(number, store.directory, f"shard {number} is missing")
+        elif file.sealed:
+            walk.sealed(file)
+        else:
+            walk.live(file, end.commits if number == end.shard else None)
+        if walk.damage is not None:
+            break
+    return walk.place, walk.damage
+
+
+class _Walk:
+    """Goes through a partition's shards in order, and remembers the last place that a record vouches for."""
+
+    def __init__(self, store: Store, start: Place, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> None:
+        self.place = start
+        self.damage: Damage | None = None
+        self._store = store
+        self._tree = start.tree.copy()
+        self._receipts = {receipt.origin: receipt for receipt in receipts}
+        self._seals = {seal.shard: seal for seal in seals}
+
+    def sealed(self, file: ShardFile) -> None:
+        record = self._seals.get(file.shard)
+        try:
+            info = sealed_info(file.path)
+            if record is not None and record.sha256 != info.sha256:
+                raise ShardCorruptError(f"{file.path}: is not the file that its seal record speaks of")
+            header = info.header
+            if (header.tree_size_before, header.frontier_before) != (self._tree.size, self._tree.to_bytes()):
+                raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
+        except ShardError as error:
+            live = file.path.with_name(live_name(file.partition, file.shard))
+            if live.exists():
+                self.live(ShardFile(live, file.partition, file.shard, sealed=False), None)
+            else:
+                self.damage = Damage(file.shard, file.path, str(error))
+            return
+        self._tree = info.frontier
+        origin = header.last_origin
+        if record is not None and record.resume is not UNSET:
+            self.place = _place(origin, file.shard + 1, 0, self._tree.copy(), record.resume)
+        self._hold(file, origin, file.shard + 1, 0)
+
+    def live(self, file: ShardFile, commits: int | None) -> None:
+        """`commits`: how many are accepted; None for a full shard, whose owner showed all of them."""
+        try:
+            with LiveReader(file.path) as reader:
+                expected = max(0, reader.watermark()) if commits is None else commits
+                whole = 0
+                for row, records in reader.scan(commits):
+                    for record in records:
+                        self._tree.append(leaf_hash(record))
+                    whole = row.ordinal
+                    self._hold(file, row.origin, file.shard, row.ordinal)
+                    if self.damage is not None:
+                        return
+                if whole < expected:
+                    raise ShardCorruptError(f"{file.path}: only {whole} of {expected} committed rows are whole")
+        except (ShardError, ValueError) as error:
+            self.damage = Damage(file.shard, file.path, str(error))
+
+    def _hold(self, file: ShardFile, origin: int, shard: int, commits: int) -> None:
+        """Holds the tree against the receipt of this origin, if the cluster has it."""
+        receipt = self._receipts.get(origin)
+        if receipt is None:
+            return
+        if (receipt.persisted, receipt.root) != (self._tree.size, self._tree.root().hex()):
+            why = f"{file.path}: its events up to origin {origin} are not those that were committed"
+            self.damage = Damage(file.shard, file.path, why)
+            return
+        self.place = _place(origin, shard, commits, self._tree.copy(), receipt)
+
+
+def given_up(store: Store, partition: int, end: StoreEnd) -> list[ShardFile]:
+    """The partition's files in `store` that hold nothing of what `end` says is accepted."""
+    return [
+        file
+        for file in list_shards(store.directory).get(partition, ())
+        if file.shard > end.shard or (file.shard == end.shard and not end.commits and _holds_rows(file))
+    ]
+
+
+def _holds_rows(file: ShardFile) -> bool:
+    if file.sealed:
+        return True
+    try:
+        with LiveReader(file.path) as reader:
+            return any(row.ordinal for row in reader.read_rows(0, 1))
+    except ShardError:
+        return True
+
+
+def set_aside(store: Store, partition: int, end: StoreEnd, now_ns: int) -> list[Path]:
+    """Takes the partition's files back to `end`: what it gives up is moved to `ASIDE`. The lock must be held.
+
+    If the process dies or the power fails here: some files are moved, others are not; call it again.
+
+    Returns:
+        where the files are now.
+
+    Raises:
+        ShardCorruptError: the live shard has fewer whole commits than `end` keeps.
+        OSError: the disk refused.
+    """
+    aside = store.directory / ASIDE
+    files = given_up(store, partition, end)
+    kept = store.directory / live_name(partition, end.shard)
+    if end.commits and kept.exists():
+        with closing(open_live(kept)) as live:
+            if live.commits > end.commits or live.torn:
+                copy = _copy_aside(kept, aside, now_ns)
+                live.cut(end.commits)
+                return [copy, *_move_aside(files, aside, now_ns)]
+    return _move_aside(files, aside, now_ns)
+
+
+def _move_aside(files: Sequence[ShardFile], aside: Path, now_ns: int) -> list[Path]:
+    moved = []
+    for file in files:
+        _make(aside)
+        for path in (file.path, record_path(file.path)):
+            if path.exists():
+                path.rename(_name_aside(path, aside, now_ns))
+        moved.append(_name_aside(file.path, aside, now_ns))
+        sync_dir(aside)
+        sync_dir(file.path.parent)
+    return moved
+
+
+def _copy_aside(path: Path, aside: Path, now_ns: int) -> Path:
+    _make(aside)
+    final = _name_aside(path, aside, now_ns)
+    tmp = tmp_path(final)
+    shutil.copyfile(path, tmp)
+    fd = os.open(tmp, os.O_RDWR)
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
+    publish_file(tmp, final)
+    return final
+
+
+def _make(aside: Path) -> None:
+    if not aside.is_dir():
+        aside.mkdir(exist_ok=True)
+        sync_dir(aside.parent)
+
+
+def _name_aside(path: Path, aside: Path, now_ns: int) -> Path:
+    return aside / f"{path.name}.{now_ns}"
+
+
+def begin_at(store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]) -> None:
+    """Makes the live shard with which `store` takes the partition over at `place`. The lock must be held.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    create_shard(
+        store.directory / live_name(partition, place.shard),
+        store,
+        partition,
+        place.shard,
+        settings,
+        clock_ns(),
+        begins_after=place.tree,
+    )

@@ -1,0 +1,188 @@
+"""Damaged shards rebuilt from the stream, and partitions taken over by another store, on a running pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from pipeline import Load, Pipeline, extra_stage, running, settings, until, workload
+
+from cluster.audit import audit_store
+from cluster.testing.checker import check
+from contracts.events import Event
+from stages.persist.header import read_live_header
+from stages.persist.names import FIRST_SHARD, list_shards, live_name
+from stages.persist.rewind import ASIDE
+from stages.persist.rows import ROW_BYTES
+from stages.persist.store import EventStore, ShardInfo
+
+pytestmark = pytest.mark.cluster
+
+PARTITIONS = 2
+
+
+async def fi(pipeline: Pipeline, *arguments: str | Path) -> tuple[int, str, str]:
+    """Runs `fi … --dir` on the pipeline and gives exit code, stdout and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cluster", *map(str, arguments), "--dir", str(pipeline.supervisor.directory)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
+    )
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    assert b"Traceback" not in err, err.decode()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def published(pipeline: Pipeline, seed: int, events: int = 200) -> Load:
+    load = Load(workload(seed=seed, events=events))
+    await load.publish(pipeline.client)
+    await pipeline.settled()
+    return load
+
+
+async def sealed(pipeline: Pipeline) -> None:
+    """Stops and starts persist, which seals what is committed."""
+    await pipeline.supervisor.stop_stage("persist")
+    await pipeline.supervisor.start_stage("persist")
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+async def assert_agrees(pipeline: Pipeline, shards: Path) -> int:
+    """The store agrees with the receipts; gives how often its partitions went back."""
+    report = await audit_store(shards, pipeline.supervisor.urls)
+    assert report.store.ok, report.store.problems
+    return len(report.rewinds)
+
+
+async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS, seal_on_drain=False)) as pipeline:
+        earlier, load = [await published(pipeline, seed) for seed in (30, 31)]
+        await pipeline.supervisor.hold_down("persist-0")
+        damaged, deleted = (pipeline.shards / live_name(partition, FIRST_SHARD) for partition in range(PARTITIONS))
+        with EventStore(pipeline.shards) as store:
+            commits = next(info.commits for info in store.shards() if info.partition == 0)
+            event_id = UUID(bytes=next(store.iterate(0)).event.event_id)
+        flip(damaged, read_live_header(damaged).index.offset + (commits // 2) * ROW_BYTES + 9)
+        deleted.unlink()
+        await pipeline.supervisor.bring_back("persist-0")
+        code, out, err = await fi(pipeline, "rebuild", "--dry-run", "--json")
+        assert code == 0, err
+        kept, begun_anew = (row["events"] for row in json.loads(out))
+        assert (kept > 0, begun_anew) == (True, 0)
+        code, out, err = await fi(pipeline, "rebuild")
+        assert code == 0, err
+        assert f"{kept} events stay" in out
+        more = await published(pipeline, seed=32)
+        for one in (earlier, load, more):
+            await pipeline.assert_whole(one)
+        assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
+        (aside,) = (pipeline.shards / ASIDE).glob("*.h5.*")
+        assert aside.name.startswith(damaged.name)
+        assert (await fi(pipeline, "prove", str(event_id)))[0] == 0
+
+
+async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads = []
+        for seed in (33, 34, 35):
+            loads.append(await published(pipeline, seed))
+            await sealed(pipeline)
+        loads.append(await published(pipeline, seed=36))
+        await pipeline.supervisor.hold_down("persist-0")
+        shards = list_shards(pipeline.shards)
+        newest, oldest = ([file for file in shards[lane] if file.sealed][at].path for lane, at in ((0, -1), (1, 0)))
+        whole = oldest.read_bytes()
+        flip(newest, newest.stat().st_size // 2)
+        flip(oldest, oldest.stat().st_size // 2)
+        code, out, err = await fi(pipeline, "rebuild", "--wait", "0")
+        assert code == 1
+        assert "partition 0: " in out
+        assert f"FI_EVENTS no longer has what {oldest} holds" in err
+        oldest.write_bytes(whole)
+        await pipeline.supervisor.bring_back("persist-0")
+        for load in loads:
+            await pipeline.assert_whole(load)
+        assert await assert_agrees(pipeline, pipeline.shards) == 1
+        await sealed(pipeline)
+        assert await assert_agrees(pipeline, pipeline.shards) == 1
+
+
+async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads = [await published(pipeline, seed=37)]
+        await sealed(pipeline)
+        loads.append(await published(pipeline, seed=38))
+        await pipeline.supervisor.hold_down("persist-0")
+        there = tmp_path / "there"
+        async with extra_stage(pipeline, "persist", "persist-there", shards=there) as successor:
+            await successor.start()
+            assert "take it with `fi partitions move 0`" in successor.log_text()
+            code, _, err = await fi(pipeline, "partitions", "move", "0", "1", "--shards", there)
+            assert code == 0, err
+            late = Load(workload(seed=39, events=200))
+            await late.publish(pipeline.client)
+            loads.append(late)
+            await settled(pipeline, there)
+            await pipeline.supervisor.bring_back("persist-0")
+            assert all(file.sealed for files in list_shards(pipeline.shards).values() for file in files)
+            assert len(list((pipeline.shards / ASIDE).glob("*.live.h5.*"))) == PARTITIONS
+            # The owner saw a stranger's receipt, and goes on.
+            loads.append(await published_there(pipeline, there, seed=40))
+            for load in loads:
+                verdict = check(load.attempts, _ours(load, [*stored(pipeline.shards), *stored(there)]))
+                assert verdict.ok, verdict
+                assert verdict.stored == verdict.attempted
+            assert await assert_agrees(pipeline, there) == PARTITIONS
+            assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
+            code, out, _ = await fi(pipeline, "partitions", "ls", "--json")
+            assert {row["store"] for row in json.loads(out)} == {
+                json.loads((there / "store.json").read_bytes())["store_id"]
+            }
+
+
+async def published_there(pipeline: Pipeline, there: Path, seed: int) -> Load:
+    load = Load(workload(seed=seed, events=100))
+    await load.publish(pipeline.client)
+    await settled(pipeline, there)
+    return load
+
+
+async def settled(pipeline: Pipeline, there: Path) -> None:
+    """Waits until everything is committed and can be read in the store at `there`."""
+
+    async def done() -> bool:
+        if await pipeline.unsettled():
+            return False
+        ends = {info.partition: info.last_origin for info in shown(there)}
+        return all(ends[receipt.partition] == receipt.origin for receipt in await pipeline.receipts())
+
+    await until(done, "the other store shows everything that is committed")
+
+
+def shown(shards: Path) -> list[ShardInfo]:
+    with EventStore(shards) as store:
+        return store.shards()
+
+
+def stored(shards: Path) -> list[Event]:
+    with EventStore(shards) as store:
+        return [row.event for row in store.iterate()]
+
+
+def _ours(load: Load, events: list[Event]) -> list[Event]:
+    ours = {attempt.consultation_id for attempt in load.attempts}
+    return sorted((e for e in events if e.consultation_id in ours), key=lambda event: (event.origin, event.index))

@@ -1,0 +1,203 @@
+"""How far a damaged store can be trusted, and what becomes of the files after that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from shard_maker import NOW_NS
+from witnessed import PLAN, Witnessed, events_of
+
+from contracts.hashing import MerkleFrontier
+from contracts.lifecycle import ClosedConsultations
+from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.settings import MIB, Settings
+from stages.persist.audit import in_force
+from stages.persist.header import HEADER_BYTES, read_live_header
+from stages.persist.live import open_live
+from stages.persist.names import list_shards
+from stages.persist.partition import PartitionFiles
+from stages.persist.rewind import (
+    ASIDE,
+    Place,
+    begin_at,
+    given_up,
+    last_good_place,
+    place_after_seals,
+    set_aside,
+)
+from stages.persist.rows import ROW_BYTES
+from stages.persist.store import EventStore
+from stages.persist.storedir import Store
+from stages.persist.verify import verify_store
+
+PARTITION = 3
+EVENTS = [sum(shard) for shard in PLAN]
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Witnessed:
+    """Shards 1 and 2 are sealed, 3 is live with three commits."""
+    maker = Witnessed(tmp_path / "store")
+    maker.fill(*events_of(maker))
+    return maker
+
+
+def path_of(maker: Witnessed, shard: int) -> Path:
+    return next(file.path for file in list_shards(maker.store.directory)[PARTITION] if file.shard == shard)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(data)
+
+
+def place_of(maker: Witnessed) -> tuple[Place, str]:
+    place, damage = last_good_place(maker.store, PARTITION, maker.receipts, maker.seals)
+    return place, "" if damage is None else damage.why
+
+
+def test_a_whole_store_is_good_to_its_end(maker: Witnessed) -> None:
+    place, why = place_of(maker)
+    assert why == ""
+    assert (place.origin, place.shard, place.commits) == (maker.origin, 3, 3)
+    assert place.tree.root().hex() == maker.receipts[-1].root
+
+
+def damage_row(maker: Witnessed) -> None:
+    path = path_of(maker, 3)
+    flip(path, read_live_header(path).index.offset + 2 * ROW_BYTES + 8)
+
+
+def damage_structure(maker: Witnessed) -> None:
+    flip(path_of(maker, 3), HEADER_BYTES + 40)
+
+
+def delete_live(maker: Witnessed) -> None:
+    path_of(maker, 3).unlink()
+
+
+def damage_sealed(maker: Witnessed) -> None:
+    path = path_of(maker, 2)
+    flip(path, path.stat().st_size - 100)
+
+
+def delete_sealed(maker: Witnessed) -> None:
+    path_of(maker, 1).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "shard", "commits", "events"),
+    [
+        (damage_row, 3, 2, EVENTS[0] + EVENTS[1] + PLAN[2][0] + PLAN[2][1]),
+        (damage_structure, 3, 0, EVENTS[0] + EVENTS[1]),
+        (delete_live, 3, 0, EVENTS[0] + EVENTS[1]),
+        (damage_sealed, 2, 0, EVENTS[0]),
+        (delete_sealed, 1, 0, 0),
+    ],
+)
+def test_a_damaged_store_is_good_to_the_last_place_that_a_record_vouches_for(
+    maker: Witnessed, harm: Callable[[Witnessed], None], shard: int, commits: int, events: int
+) -> None:
+    harm(maker)
+    place, why = place_of(maker)
+    assert (place.shard, place.commits, place.tree.size) == (shard, commits, events)
+    assert why != ""
+    receipt = next((one for one in maker.receipts if one.origin == place.origin), None)
+    assert (place.duplicates, place.tree.root()) == (
+        (receipt.duplicates, bytes.fromhex(receipt.root)) if receipt else (0, MerkleFrontier().root())
+    )
+
+
+def test_a_commit_that_was_replaced_with_care_is_not_trusted(maker: Witnessed) -> None:
+    other_root = msgspec.structs.replace(maker.receipts[-1], root="00" * 32)
+    place, damage = last_good_place(maker.store, PARTITION, [*maker.receipts[:-1], other_root], maker.seals)
+    assert damage is not None
+    assert "are not those that were committed" in damage.why
+    assert place.origin == maker.receipts[-2].origin
+
+
+def rewound(maker: Witnessed, place: Place, store: Store, first: int = 1) -> Receipt:
+    """The takeover with which `store` goes back to `place`."""
+    end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
+    return msgspec.structs.replace(
+        maker.receipts[-1],
+        ends={**maker.receipts[-1].ends, store.store_id: end},
+        origin=place.origin,
+        persisted=place.tree.size,
+        root=place.tree.root().hex(),
+        takeover=True,
+    )
+
+
+@pytest.mark.parametrize("harm", [damage_row, damage_structure, delete_live, damage_sealed, delete_sealed])
+def test_what_is_given_up_is_moved_aside_and_the_rest_opens(
+    maker: Witnessed, harm: Callable[[Witnessed], None]
+) -> None:
+    harm(maker)
+    before = {path.name for path in maker.store.directory.glob("*.h5")}
+    place, _ = place_of(maker)
+    receipt = rewound(maker, place, maker.store)
+    end = receipt.ends[maker.store.store_id]
+    moved = set_aside(maker.store, PARTITION, end, NOW_NS)
+    assert set_aside(maker.store, PARTITION, end, NOW_NS) == []
+    assert given_up(maker.store, PARTITION, end) == []
+    kept = {path.name for path in maker.store.directory.glob("*.h5")}
+    assert {path.name.removesuffix(f".{NOW_NS}") for path in moved} | kept == before
+    assert all(path.exists() and path.parent.name == ASIDE for path in moved)
+    files = PartitionFiles.open(maker.store, PARTITION, receipt, Settings(shard_bytes=MIB), lambda: NOW_NS)
+    assert files.frontier.root() == place.tree.root()
+    files.close()
+    assert verify_store(maker.store.directory).ok
+
+
+def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: Path) -> None:
+    place = place_after_seals(maker.receipts[-1], maker.seals)
+    assert (place.shard, place.tree.size) == (3, EVENTS[0] + EVENTS[1])
+    heir = Witnessed(tmp_path / "heir")
+    settings = Settings(shard_bytes=MIB)
+    receipt = rewound(maker, place, heir.store, first=place.shard)
+    begin_at(heir.store, PARTITION, place, settings, lambda: NOW_NS)
+    for _ in range(2):
+        files = PartitionFiles.open(heir.store, PARTITION, receipt, settings, lambda: NOW_NS)
+        assert files.frontier.size == place.tree.size
+        assert files.end == receipt.ends[heir.store.store_id]
+        files.close()
+    with open_live(heir.store.directory / "p003-00000003.live.h5") as live:
+        assert live.header.begins
+    report = verify_store(heir.store.directory)
+    assert report.ok, report.problems
+    with EventStore(heir.store.directory) as store:
+        assert store.ends()[0].root == place.tree.root().hex()
+
+
+def test_records_of_what_was_given_up_are_void(maker: Witnessed) -> None:
+    first = next(at for at, receipt in enumerate(maker.receipts) if receipt.origin == maker.seals[0].last_origin)
+    place = Place(maker.receipts[first].origin, 2, 0, MerkleFrontier(), 0, 0, b"")
+    back = msgspec.structs.replace(maker.receipts[-1], origin=place.origin, takeover=True)
+    again = msgspec.structs.replace(maker.seals[1], sha256="11" * 32)
+    records: list[Receipt | SealRecord] = [*maker.receipts, *maker.seals]
+    assert in_force(records) == (maker.receipts, maker.seals, [])
+    receipts, seals, rewinds = in_force([*records, back, again])
+    assert receipts == [*maker.receipts[: first + 1], back]
+    assert seals == [maker.seals[0], again]
+    assert rewinds == [back]
+
+
+def test_the_memory_of_commits_follows_from_the_stored_events(tmp_path: Path) -> None:
+    maker = Witnessed(tmp_path / "store")
+    commits, origins = events_of(maker)
+    commits[1][0] = msgspec.structs.replace(commits[1][0], event_type="CONSULTATION_COMMITTED")
+    commits[3][-1] = msgspec.structs.replace(commits[3][-1], event_type="CONSULTATION_COMMITTED")
+    maker.fill(commits, origins)
+    closed = ClosedConsultations(b"", 64)
+    last = maker.seals[-1]
+    with EventStore(maker.store.directory) as store:
+        for stored in store.iterate():
+            if stored.event.origin <= last.last_origin:
+                closed.note(stored.event)
+    assert last.resume is not msgspec.UNSET
+    assert last.resume.closed == closed.packed != b""
