@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -199,6 +200,10 @@ class LiveReader:
     def read_blobs(self, start: int, end: int) -> bytes:
         """The frames' bytes in [start, end), unchecked."""
         return os.pread(self._fd, end - start, self.header.frames.offset + start)
+
+    def map(self) -> mmap:
+        """The whole file, to be read in place, as it is at each moment. Raises `OSError`."""
+        return mmap(self._fd, self.header.file_bytes, access=ACCESS_READ)
 
     def blobs(self, commits: int | None = None) -> Iterator[tuple[CommitRow, bytes]]:
         """The valid rows from the first on, each with its blob, at most `commits` of them.

@@ -2,16 +2,21 @@
 
 Takes no locks. A shard that is sealed between being listed and being opened is found under its new name; a live shard
 is read up to its watermark, so nothing is shown that a restart could take back.
+
+Looking for one id asks each shard's sorted ids, or a live shard's index in memory, and opens only what holds it. Both
+are kept between calls, for as long as the directory shows the same files.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
@@ -43,6 +48,8 @@ COLUMNS = (
 """What `EventStore.columns` can give."""
 
 _TRIES_MAX = 10
+_DESCRIPTORS_SHARE = 4
+"""Mapped sealed shards stay so up to one in so many of the file descriptors that the process may have."""
 _SUBDIRECTORY = "shards"
 
 _View = LiveView | SealedReader
@@ -118,12 +125,17 @@ class EventStore:
         """
         self.directory = find_store(Path(path))
         self._sealed: dict[Path, SealedReader] = {}
+        self._live: dict[Path, LiveView] = {}
+        self._files: dict[str, int] = {}
+        self._shards: dict[int, list[ShardFile]] = {}
 
     def close(self) -> None:
         """Closes what is open. The store can still be used."""
-        for reader in self._sealed.values():
-            reader.close()
+        views: list[_View] = [*self._sealed.values(), *self._live.values()]
+        for view in views:
+            view.close()
         self._sealed.clear()
+        self._live.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +169,7 @@ class EventStore:
         `leaf` is as in `StoredEvent`.
         """
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 for row, record in enumerate(view.records()):
                     yield None if leaf is None else leaf + row, record
                 view.close()
@@ -189,7 +201,7 @@ class EventStore:
     def consultation(self, consultation_id: UUID | str | bytes) -> list[StoredEvent]:
         """A consultation's events in order; none when it is not known."""
         wanted = _id_bytes(consultation_id)
-        return list(self._merged(lambda view: view.consultation(wanted), None))
+        return self._look_up(lambda view: view.consultation(wanted))
 
     def event(self, event_id: UUID | str | bytes) -> StoredEvent | None:
         """One event; None when it is not known."""
@@ -199,7 +211,7 @@ class EventStore:
             found = view.find(wanted)
             return iter(()) if found is None else iter((found,))
 
-        return next(self._merged(find, None), None)
+        return next(iter(self._look_up(find)), None)
 
     def columns(self, names: Sequence[str] = COLUMNS) -> dict[str, Array]:
         """Columns of all events in the order of `iterate`, without decoding what is sealed.
@@ -246,46 +258,97 @@ class EventStore:
         columns["timestamp"] = pandas.to_datetime(columns.pop("timestamp_ns"), unit="ns", utc=True)
         return pandas.DataFrame(columns)
 
-    def _list(self) -> dict[int, list[ShardFile]]:
+    def _list(self, *, again: bool = False) -> dict[int, list[ShardFile]]:
         """The shards, listed until two listings agree.
 
-        A directory read while a shard is renamed can show neither of its names.
+        A directory read while a shard is renamed can show neither of its names. The last listing holds for as long as
+        the directory shows the same names with the same inodes, unless `again`.
         """
-        listing = list_shards(self.directory)
-        for _ in range(_TRIES_MAX):
-            again = list_shards(self.directory)
-            if _numbers(again) == _numbers(listing):
-                return again
-            listing = again
-        return listing
+        with os.scandir(self.directory) as entries:
+            files = {entry.name: entry.inode() for entry in entries}
+        if again or files != self._files:
+            listing = list_shards(self.directory)
+            for _ in range(_TRIES_MAX):
+                latest = list_shards(self.directory)
+                if _numbers(latest) == _numbers(listing):
+                    break
+                listing = latest
+            self._forget_gone(files)
+            self._shards, self._files = latest, files
+        return self._shards
 
-    def _views(self, partition: int, opened: ExitStack) -> list[tuple[_View, int | None]]:
+    def _forget_gone(self, files: dict[str, int]) -> None:
+        """Lets go of shards that are gone or another file than before; while one is open, no other has its inode."""
+        gone = {name for name, inode in self._files.items() if files.get(name) != inode}
+        for path in [path for path in self._live if path.name in gone]:
+            self._live.pop(path).close()
+        for path in [path for path in self._sealed if path.name in gone]:
+            # Not closed: an iteration may be in the middle of it.
+            del self._sealed[path]
+
+    def _look_up(self, read: Callable[[_View], _Rows]) -> list[StoredEvent]:
+        """What `read` gives of every shard, in order. Live shards and the ids of sealed ones stay open for the next."""
+        found: list[StoredEvent] = []
+        mapped_max = getrlimit(RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
+        sealed = 0
+        for partition, shards in self._list().items():
+            for view, leaf in self._views(shards, self._live_view):
+                found += [
+                    StoredEvent(event, partition, None if leaf is None else leaf + row) for row, event in read(view)
+                ]
+                if isinstance(view, SealedReader):
+                    sealed += 1
+                    if sealed > mapped_max:
+                        view.close()
+                    else:
+                        view.close_hdf5()
+        found.sort(key=_place)
+        return found
+
+    def _live_view(self, path: Path) -> LiveView:
+        view = self._live.get(path)
+        if view is None:
+            view = self._live[path] = LiveView(path)
+        else:
+            view.refresh()
+        return view
+
+    def _snapshots(self, partition: int, opened: ExitStack) -> list[tuple[_View, int | None]]:
         """The partition's shards in order, each with the leaf index of its first event; closed with `opened`."""
-        views: list[tuple[_View, int | None]] = []
-        leaf: int | None = None
-        for number, shard in enumerate(self._list().get(partition, [])):
-            view = self._open(shard)
+        views = []
+        for view, leaf in self._views(self._list().get(partition, []), LiveView):
             opened.callback(view.close)
-            if isinstance(view, SealedReader):
-                views.append((view, view.header.tree_size_before))
-                leaf = view.header.tree_size
-                continue
-            if number == 0 and view.rows and view.rows[0].prev_origin == 0:
-                leaf = 0
             views.append((view, leaf))
-            leaf = None if leaf is None else leaf + view.count
         return views
 
-    def _open(self, shard: ShardFile) -> _View:
+    def _views(
+        self, shards: list[ShardFile], live_view: Callable[[Path], LiveView]
+    ) -> Iterator[tuple[_View, int | None]]:
+        """A partition's shards in order, each with the leaf index of its first event."""
+        leaf: int | None = None
+        for number, shard in enumerate(shards):
+            view = self._open(shard, live_view)
+            if isinstance(view, SealedReader):
+                yield view, view.header.tree_size_before
+                leaf = view.header.tree_size
+                continue
+            if number == 0 and view.commits and view.row(0).prev_origin == 0:
+                leaf = 0
+            yield view, leaf
+            leaf = None if leaf is None else leaf + view.count
+
+    def _open(self, shard: ShardFile, live_view: Callable[[Path], LiveView]) -> _View:
         for _ in range(_TRIES_MAX):
             try:
                 if not shard.sealed:
-                    return LiveView(shard.path)
+                    return live_view(shard.path)
                 if shard.path not in self._sealed:
                     self._sealed[shard.path] = SealedReader(shard.path)
                 return self._sealed[shard.path]
             except FileNotFoundError:
-                same = [other for other in self._list().get(shard.partition, []) if other.shard == shard.shard]
+                same = [
+                    other for other in self._list(again=True).get(shard.partition, []) if other.shard == shard.shard
+                ]
                 if not same:
                     break
                 shard = same[0]
@@ -297,13 +360,13 @@ class EventStore:
         origin: int | None = None
         tree: MerkleFrontier | None = None
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 if isinstance(view, SealedReader):
                     origin = view.header.last_origin
                     tree = _tree_after(view)
                     continue
-                if view.rows:
-                    origin = view.rows[-1].origin
+                if view.commits:
+                    origin = view.row(view.commits - 1).origin
                 if leaf == 0:
                     tree = MerkleFrontier()
                 if tree is not None:
@@ -315,7 +378,7 @@ class EventStore:
     def _each(self, partition: int, use: Callable[[_View, int | None], Any]) -> list[Any]:
         """What `use` gives for each shard of the partition in order; closes them behind it."""
         with ExitStack() as opened:
-            return [use(view, leaf) for view, leaf in self._views(partition, opened)]
+            return [use(view, leaf) for view, leaf in self._snapshots(partition, opened)]
 
     def _merged(self, read: Callable[[_View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
         partitions = self.partitions() if partition is None else [partition]
@@ -325,7 +388,7 @@ class EventStore:
         self, partition: int, read: Callable[[_View], _Rows], last_origin: float = math.inf
     ) -> Iterator[StoredEvent]:
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 for row, event in read(view):
                     if event.origin > last_origin:
                         return
@@ -346,7 +409,11 @@ def find_store(path: Path) -> Path:
 
 
 def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:
-    return heapq.merge(*lanes, key=lambda stored: (stored.event.origin, stored.event.index))
+    return heapq.merge(*lanes, key=_place)
+
+
+def _place(stored: StoredEvent) -> tuple[int, int]:
+    return stored.event.origin, stored.event.index
 
 
 def _tree_after(view: SealedReader) -> MerkleFrontier:
@@ -375,15 +442,14 @@ def _info(view: _View, _: int | None) -> ShardInfo:
         return ShardInfo(
             view.path, header.partition, header.shard, True, first, last, commits, events, header.file_bytes
         )
-    rows = view.rows
     return ShardInfo(
         view.path,
         header.partition,
         header.shard,
         False,
-        rows[0].prev_origin + 1 if rows else None,
-        rows[-1].origin if rows else None,
-        len(rows),
+        view.row(0).prev_origin + 1 if view.commits else None,
+        view.row(view.commits - 1).origin if view.commits else None,
+        view.commits,
         view.count,
         header.file_bytes,
     )
