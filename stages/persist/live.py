@@ -369,7 +369,8 @@ class LiveShard(LiveReader):
         # The watermark first: a reader must not find it beyond rows that are already gone.
         if self.watermark() > commits or self.watermark() < 0:
             self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
-        self._settle(commits)
+        if commits < self.commits:
+            self._settle(commits)
         index, frames, used = self.header.index, self.header.frames, self.commits * ROW_BYTES
         try:
             rows_gone = zero_dirty(self._fd, index.offset + used, index.bytes - used)
