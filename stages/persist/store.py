@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist.columns import Array
-from stages.persist.liveview import LiveView
-from stages.persist.names import ShardFile, list_shards
+from stages.persist.names import ShardFile
+from stages.persist.openshards import OpenShards, View
 from stages.persist.sealed import SealedReader, Selection
 from stages.persist.storedir import STORE_FILE
 
@@ -47,12 +46,10 @@ COLUMNS = (
 )
 """What `EventStore.columns` can give."""
 
-_TRIES_MAX = 10
 _DESCRIPTORS_SHARE = 4
 """Mapped sealed shards stay so up to one in so many of the file descriptors that the process may have."""
 _SUBDIRECTORY = "shards"
 
-_View = LiveView | SealedReader
 _Rows = Iterator[tuple[int, Event]]
 
 
@@ -124,18 +121,11 @@ class EventStore:
             ShardError: there is no store.
         """
         self.directory = find_store(Path(path))
-        self._sealed: dict[Path, SealedReader] = {}
-        self._live: dict[Path, LiveView] = {}
-        self._files: dict[str, int] = {}
-        self._shards: dict[int, list[ShardFile]] = {}
+        self._opened = OpenShards(self.directory)
 
     def close(self) -> None:
         """Closes what is open. The store can still be used."""
-        views: list[_View] = [*self._sealed.values(), *self._live.values()]
-        for view in views:
-            view.close()
-        self._sealed.clear()
-        self._live.clear()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +135,7 @@ class EventStore:
 
     def partitions(self) -> list[int]:
         """The partitions that have shards here, in order."""
-        return sorted(self._list())
+        return sorted(self._opened.shards())
 
     def shards(self) -> list[ShardInfo]:
         """All shards, by partition and number."""
@@ -207,7 +197,7 @@ class EventStore:
         """One event; None when it is not known."""
         wanted = _id_bytes(event_id)
 
-        def find(view: _View) -> _Rows:
+        def find(view: View) -> _Rows:
             found = view.find(wanted)
             return iter(()) if found is None else iter((found,))
 
@@ -227,7 +217,7 @@ class EventStore:
         read = [*dict.fromkeys([*names, "origin", "index"])]
         pieces: dict[str, list[Array]] = {name: [] for name in read}
 
-        def collect(view: _View, _: int | None) -> None:
+        def collect(view: View, _: int | None) -> None:
             rows = {name: view.column(name) for name in read if name != "partition"}
             rows["partition"] = np.full(len(rows["origin"]), view.header.partition, "<i8")
             for name in read:
@@ -258,41 +248,13 @@ class EventStore:
         columns["timestamp"] = pandas.to_datetime(columns.pop("timestamp_ns"), unit="ns", utc=True)
         return pandas.DataFrame(columns)
 
-    def _list(self, *, again: bool = False) -> dict[int, list[ShardFile]]:
-        """The shards, listed until two listings agree.
-
-        A directory read while a shard is renamed can show neither of its names. The last listing holds for as long as
-        the directory shows the same names with the same inodes, unless `again`.
-        """
-        with os.scandir(self.directory) as entries:
-            files = {entry.name: entry.inode() for entry in entries}
-        if again or files != self._files:
-            listing = list_shards(self.directory)
-            for _ in range(_TRIES_MAX):
-                latest = list_shards(self.directory)
-                if _numbers(latest) == _numbers(listing):
-                    break
-                listing = latest
-            self._forget_gone(files)
-            self._shards, self._files = latest, files
-        return self._shards
-
-    def _forget_gone(self, files: dict[str, int]) -> None:
-        """Lets go of shards that are gone or another file than before; while one is open, no other has its inode."""
-        gone = {name for name, inode in self._files.items() if files.get(name) != inode}
-        for path in [path for path in self._live if path.name in gone]:
-            self._live.pop(path).close()
-        for path in [path for path in self._sealed if path.name in gone]:
-            # Not closed: an iteration may be in the middle of it.
-            del self._sealed[path]
-
-    def _look_up(self, read: Callable[[_View], _Rows]) -> list[StoredEvent]:
+    def _look_up(self, read: Callable[[View], _Rows]) -> list[StoredEvent]:
         """What `read` gives of every shard, in order. Live shards and the ids of sealed ones stay open for the next."""
         found: list[StoredEvent] = []
         mapped_max = getrlimit(RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
         sealed = 0
-        for partition, shards in self._list().items():
-            for view, leaf in self._views(shards, self._live_view):
+        for partition, shards in self._opened.shards().items():
+            for view, leaf in self._views(shards, self._opened.kept):
                 found += [
                     StoredEvent(event, partition, None if leaf is None else leaf + row) for row, event in read(view)
                 ]
@@ -305,29 +267,21 @@ class EventStore:
         found.sort(key=_place)
         return found
 
-    def _live_view(self, path: Path) -> LiveView:
-        view = self._live.get(path)
-        if view is None:
-            view = self._live[path] = LiveView(path)
-        else:
-            view.refresh()
-        return view
-
-    def _snapshots(self, partition: int, opened: ExitStack) -> list[tuple[_View, int | None]]:
+    def _snapshots(self, partition: int, opened: ExitStack) -> list[tuple[View, int | None]]:
         """The partition's shards in order, each with the leaf index of its first event; closed with `opened`."""
         views = []
-        for view, leaf in self._views(self._list().get(partition, []), LiveView):
+        for view, leaf in self._views(self._opened.shards().get(partition, []), self._opened.snapshot):
             opened.callback(view.close)
             views.append((view, leaf))
         return views
 
     def _views(
-        self, shards: list[ShardFile], live_view: Callable[[Path], LiveView]
-    ) -> Iterator[tuple[_View, int | None]]:
+        self, shards: list[ShardFile], view_of: Callable[[ShardFile], View]
+    ) -> Iterator[tuple[View, int | None]]:
         """A partition's shards in order, each with the leaf index of its first event."""
         leaf: int | None = None
         for number, shard in enumerate(shards):
-            view = self._open(shard, live_view)
+            view = view_of(shard)
             if isinstance(view, SealedReader):
                 yield view, view.header.tree_size_before
                 leaf = view.header.tree_size
@@ -336,25 +290,6 @@ class EventStore:
                 leaf = 0
             yield view, leaf
             leaf = None if leaf is None else leaf + view.count
-
-    def _open(self, shard: ShardFile, live_view: Callable[[Path], LiveView]) -> _View:
-        for _ in range(_TRIES_MAX):
-            try:
-                if not shard.sealed:
-                    return live_view(shard.path)
-                if shard.path not in self._sealed:
-                    self._sealed[shard.path] = SealedReader(shard.path)
-                return self._sealed[shard.path]
-            except FileNotFoundError:
-                same = [
-                    other for other in self._list(again=True).get(shard.partition, []) if other.shard == shard.shard
-                ]
-                if not same:
-                    break
-                shard = same[0]
-        raise ShardError(
-            f"{shard.path}: vanished while being read; rebuild it from the stream, or look for who removed it"
-        )
 
     def _end(self, partition: int) -> PartitionEnd:
         origin: int | None = None
@@ -375,17 +310,17 @@ class EventStore:
         size, root = (None, None) if tree is None else (tree.size, tree.root().hex())
         return PartitionEnd(partition, origin, size, root)
 
-    def _each(self, partition: int, use: Callable[[_View, int | None], Any]) -> list[Any]:
+    def _each(self, partition: int, use: Callable[[View, int | None], Any]) -> list[Any]:
         """What `use` gives for each shard of the partition in order; closes them behind it."""
         with ExitStack() as opened:
             return [use(view, leaf) for view, leaf in self._snapshots(partition, opened)]
 
-    def _merged(self, read: Callable[[_View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
+    def _merged(self, read: Callable[[View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
         partitions = self.partitions() if partition is None else [partition]
         return _in_order([self._lane(number, read) for number in partitions])
 
     def _lane(
-        self, partition: int, read: Callable[[_View], _Rows], last_origin: float = math.inf
+        self, partition: int, read: Callable[[View], _Rows], last_origin: float = math.inf
     ) -> Iterator[StoredEvent]:
         with ExitStack() as opened:
             for view, leaf in self._snapshots(partition, opened):
@@ -423,10 +358,6 @@ def _tree_after(view: SealedReader) -> MerkleFrontier:
         raise ShardCorruptError(f"{view.path}: its header gives no Merkle tree ({error}); run `fi verify`") from error
 
 
-def _numbers(listing: dict[int, list[ShardFile]]) -> set[tuple[int, int]]:
-    return {(shard.partition, shard.shard) for shards in listing.values() for shard in shards}
-
-
 def _id_bytes(value: UUID | str | bytes) -> bytes:
     """16 bytes. Raises `ValueError` for text that is not a UUID."""
     if isinstance(value, bytes):
@@ -434,7 +365,7 @@ def _id_bytes(value: UUID | str | bytes) -> bytes:
     return UUID(value).bytes if isinstance(value, str) else value.bytes
 
 
-def _info(view: _View, _: int | None) -> ShardInfo:
+def _info(view: View, _: int | None) -> ShardInfo:
     header = view.header
     if isinstance(view, SealedReader):
         sealed = view.header

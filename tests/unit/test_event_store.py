@@ -10,7 +10,7 @@ from shard_maker import PartitionMaker, filled_store, new_store
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
-from stages.persist import store as store_module
+from stages.persist import openshards
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.store import EventStore
 
@@ -184,7 +184,7 @@ def test_a_shard_sealed_between_listing_and_opening_is_still_read(
     stale = list_shards(tmp_path)
     maker.seal()
     answers: list[dict[int, list[ShardFile]]] = [stale, stale, stale]
-    monkeypatch.setattr(store_module, "list_shards", lambda path: answers.pop() if answers else list_shards(path))
+    monkeypatch.setattr(openshards, "list_shards", lambda path: answers.pop() if answers else list_shards(path))
     with EventStore(tmp_path) as store:
         assert [item.event for item in store.iterate(3)] == maker.events
 

@@ -14,6 +14,7 @@ from contracts.events import Event, encode_event
 from stages.persist import store as store_module
 from stages.persist.header import HEADER_BYTES
 from stages.persist.names import list_shards
+from stages.persist.openshards import OpenShards
 from stages.persist.rows import LENGTH_BYTES, ROW_BYTES, ROW_COLUMNS
 from stages.persist.sealed import SealedReader
 from stages.persist.store import EventStore
@@ -198,16 +199,16 @@ def test_a_shard_sealed_while_it_is_looked_into_is_still_read(
     tmp_path: Path, maker: PartitionMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = maker.commit(30)
-    listed = EventStore._list
+    listed = OpenShards.shards
     with EventStore(tmp_path) as store:
 
-        def list_then_seal(self: EventStore, *, again: bool = False) -> object:
+        def list_then_seal(self: OpenShards, *, again: bool = False) -> object:
             shards = listed(self, again=again)
             if maker.live is not None:
                 maker.seal()
             return shards
 
-        monkeypatch.setattr(EventStore, "_list", list_then_seal)
+        monkeypatch.setattr(OpenShards, "shards", list_then_seal)
         for consultation in maker.consultations:
             assert found(store, consultation) == of(events, consultation)
         assert [shard.sealed for shard in list_shards(tmp_path)[3]] == [True]
