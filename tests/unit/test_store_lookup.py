@@ -16,6 +16,7 @@ from stages.persist.header import HEADER_BYTES
 from stages.persist.names import list_shards
 from stages.persist.openshards import OpenShards
 from stages.persist.rows import LENGTH_BYTES, ROW_BYTES, ROW_COLUMNS
+from stages.persist.seal import CHUNK_BYTES
 from stages.persist.sealed import SealedReader
 from stages.persist.store import EventStore
 
@@ -193,6 +194,23 @@ def test_lookups_in_the_middle_of_an_iteration_disturb_neither(tmp_path: Path, m
             seen.append(stored.event)
         assert seen == maker.events[: len(seen)]
         assert len(seen) >= 117
+
+
+def test_records_across_many_chunks_are_found_also_in_the_middle_of_an_iteration(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    maker.begin(capacity_bytes=4 << 20)
+    for _ in range(8):
+        maker.commit(250)
+    assert maker.seal().header.record_bytes > 3 * CHUNK_BYTES
+    with EventStore(tmp_path) as store:
+        seen = []
+        for number, stored in enumerate(store.iterate()):
+            seen.append(stored.event)
+            if number % 400 == 0:
+                wanted = maker.consultations[number // 400]
+                assert found(store, wanted) == of(maker.events, wanted)
+                assert store.event(maker.events[-1 - number].event_id) is not None
+        assert seen == maker.events
 
 
 def test_a_shard_sealed_while_it_is_looked_into_is_still_read(
