@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -213,6 +214,10 @@ class LiveReader:
         """The frames' bytes in [start, end), unchecked."""
         return os.pread(self._fd, end - start, self.header.frames.offset + start)
 
+    def map(self) -> mmap:
+        """The whole file, to be read in place, as it is at each moment. Raises `OSError`."""
+        return mmap(self._fd, self.header.file_bytes, access=ACCESS_READ)
+
     def blobs(self, commits: int | None = None) -> Iterator[tuple[CommitRow, bytes]]:
         """The valid rows from the first on, each with its blob, at most `commits` of them.
 
@@ -377,7 +382,8 @@ class LiveShard(LiveReader):
         # The watermark first: a reader must not find it beyond rows that are already gone.
         if self.watermark() > commits or self.watermark() < 0:
             self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
-        self._settle(commits)
+        if commits < self.commits:
+            self._settle(commits)
         index, frames, used = self.header.index, self.header.frames, self.commits * ROW_BYTES
         try:
             rows_gone = zero_dirty(self._fd, index.offset + used, index.bytes - used)

@@ -1,58 +1,89 @@
-"""A live shard as its readers may see it: the rows up to the watermark, by event, by id, by consultation, by column.
-
-There is no index yet, so a search runs over the raw bytes (the ids stand in them as they are) and only decodes commits
-that hold a hit.
-"""
+"""A live shard as its readers may see it: the rows up to the watermark, by event, by id, by consultation, by column."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
-from contracts.errors import ShardCorruptError
+from contracts.errors import ShardCorruptError, WireFormatError
 from contracts.events import Event, decode_event
 from stages.persist.columns import Array, as_rows
 from stages.persist.live import LiveReader
-from stages.persist.rows import CommitRow, row_crc32, split_blob
+from stages.persist.liveindex import IdColumn, LiveIndex
+from stages.persist.rows import LENGTH_BYTES, ROW_COLUMNS, CommitRow, row_crc32
 from stages.persist.sealed import Selection
 
-_SEARCH_BYTES = 4 * 1024 * 1024
 _ID_COLUMNS = ("event_id", "consultation_id", "audit_hash")
+_ORDINAL, _END_BYTES, _EVENTS = (ROW_COLUMNS.index(name) for name in ("ordinal", "end_bytes", "events"))
 
 
 class LiveView:
-    """A live shard as it stood when this was made. Every method raises `ShardCorruptError` where a row is not whole."""
+    """A live shard as it stood when this was made or last refreshed.
+
+    Every method raises `ShardCorruptError` where a row is not whole.
+
+    Attributes:
+        path, header: the shard.
+        commits: rows that may be seen.
+        count: events in them.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises as `LiveReader`; a watermark beyond the rows is a `ShardCorruptError`."""
         self._reader = LiveReader(path)
         self.path = path
         self.header = self._reader.header
-        commits = self._reader.watermark()
-        if not 0 <= commits <= self._reader.rows_max:
-            self._reader.close()
-            raise ShardCorruptError(f"{path}: its watermark is {commits} of {self._reader.rows_max} rows")
-        self.rows: list[CommitRow] = self._reader.read_rows(0, commits)
+        self.commits = 0
+        self._numbers = np.zeros(1, "<i8")
+        """How many events there are before each commit, and after the last one."""
+        self._map: mmap | None = None
+        self._index: LiveIndex | None = None
+        self._indexed = 0
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def count(self) -> int:
         """Events that may be seen."""
-        return sum(row.events for row in self.rows)
+        return int(self._numbers[-1])
+
+    def refresh(self) -> None:
+        """Takes in what became visible since. Raises as the constructor."""
+        commits = self._reader.watermark()
+        if not 0 <= commits <= self._reader.rows_max:
+            raise ShardCorruptError(f"{self.path}: its watermark is {commits} of {self._reader.rows_max} rows")
+        if commits < self.commits:
+            self.commits, self._numbers, self._index = commits, self._numbers[: commits + 1], None
+        elif commits > self.commits:
+            events = self._rows()[self.commits : commits, _EVENTS]
+            self._numbers = np.concatenate([self._numbers, self._numbers[-1] + np.cumsum(events)])
+            self.commits = commits
+
+    def row(self, commit: int) -> CommitRow:
+        """The row of a visible commit, counted from 0."""
+        return self._reader.read_rows(commit, commit + 1)[0]
 
     def close(self) -> None:
         """Closes the file. Closing again does nothing."""
+        self._index = None
+        self._map = None
         self._reader.close()
 
     def records(self) -> Iterator[bytes]:
         """The records of all events in order."""
+        visible = self.commits
         commits = 0
-        for _, records in self._reader.scan(len(self.rows)):
+        for _, records in self._reader.scan(visible):
             commits += 1
             yield from records
-        if commits != len(self.rows):
-            raise self._damaged(commits + 1)
+        if commits != visible:
+            raise self._damaged(commits)
 
     def events(self) -> Iterator[tuple[int, Event]]:
         """(row, event) for all events in order."""
@@ -60,11 +91,11 @@ class LiveView:
 
     def find(self, event_id: bytes) -> tuple[int, Event] | None:
         """(row, event) of an event id (16 bytes), or None."""
-        return next(self._holding(event_id, lambda event: event.event_id == event_id), None)
+        return next(self._having("event_id", event_id), None)
 
     def consultation(self, consultation_id: bytes) -> Iterator[tuple[int, Event]]:
         """(row, event) of a consultation's events (16 bytes), in stored order."""
-        return self._holding(consultation_id, lambda event: event.consultation_id == consultation_id)
+        return self._having("consultation_id", consultation_id)
 
     def select(self, wanted: Selection) -> Iterator[tuple[int, Event]]:
         """(row, event) of the events that `wanted` describes, in stored order."""
@@ -78,25 +109,62 @@ class LiveView:
             return as_rows(values, 32 if name == "audit_hash" else 16)
         return np.array(values, "U" if name in ("site", "event_type") else "<i8")
 
-    def _holding(self, needle: bytes, matches: Callable[[Event], bool]) -> Iterator[tuple[int, Event]]:
-        """The matching events in the commits whose bytes hold `needle`."""
-        ends = [0, *(row.end_bytes for row in self.rows)]
-        numbers = np.cumsum([0, *(row.events for row in self.rows)]).tolist()
-        first = 0
-        while first < len(self.rows):
-            last = max(first + 1, int(np.searchsorted(ends, ends[first] + _SEARCH_BYTES, "right")) - 1)
-            data = self._reader.read_blobs(ends[first], ends[last])
-            hit = data.find(needle)
-            while hit >= 0:
-                commit = int(np.searchsorted(ends, ends[first] + hit, "right")) - 1
-                row = self.rows[commit]
-                blob = data[ends[commit] - ends[first] : row.end_bytes - ends[first]]
+    def _having(self, column: IdColumn, wanted: bytes) -> Iterator[tuple[int, Event]]:
+        """The events with the id `wanted` in `column`; each one's commit is checked before it is believed."""
+        index = self._up_to_date_index()
+        found = index.find(column, wanted)
+        commits = np.searchsorted(self._numbers, found, "right") - 1
+        checked, start, blob = -1, 0, b""
+        for number, commit in zip(found.tolist(), commits.tolist(), strict=True):
+            if commit != checked:
+                row = self.row(commit)
+                start = self.row(commit - 1).end_bytes if commit else 0
+                blob = self._reader.read_blobs(start, row.end_bytes)
                 if row_crc32(row, blob) != row.crc32:
-                    raise self._damaged(commit + 1)
-                events = map(decode_event, split_blob(blob))
-                yield from ((number, event) for number, event in enumerate(events, numbers[commit]) if matches(event))
-                hit = data.find(needle, row.end_bytes - ends[first])
-            first = last
+                    raise self._damaged(commit)
+                checked = commit
+            event = self._event(blob, index.start_of(number) - start, commit)
+            if getattr(event, column) == wanted:
+                yield number, event
+
+    def _event(self, blob: bytes, at: int, commit: int) -> Event:
+        """The event whose record's length stands at `at`."""
+        begin = at + LENGTH_BYTES
+        try:
+            return decode_event(blob[begin : begin + int.from_bytes(blob[at:begin], "little")])
+        except WireFormatError as error:
+            raise self._damaged(commit) from error
+
+    def _up_to_date_index(self) -> LiveIndex:
+        """The index over all visible commits."""
+        frames = self.header.frames
+        if self._index is None:
+            self._index = LiveIndex(np.frombuffer(self._mapped(), "u1", frames.bytes, frames.offset))
+            self._indexed = 0
+        if self._indexed < self.commits:
+            first, rows = self._indexed, self._rows()[: self.commits]
+            ends = rows[first:, _END_BYTES].copy()
+            starts = np.concatenate([rows[first - 1 : first, _END_BYTES] if first else [0], ends[:-1]])
+            events = rows[first:, _EVENTS].copy()
+            sizes = ends - starts
+            good = (rows[first:, _ORDINAL] == np.arange(first + 1, self.commits + 1)) & (ends <= frames.bytes)
+            good &= (events >= 0) & (events <= sizes // LENGTH_BYTES)
+            damaged = self._index.extend(starts, ends, events) if good.all() else int(np.argmin(good))
+            if damaged is not None:
+                raise self._damaged(first + damaged)
+            self._indexed = self.commits
+        return self._index
+
+    def _rows(self) -> Array:
+        """All rows there is room for, as i8, mapped."""
+        index = self.header.index
+        columns = len(ROW_COLUMNS)
+        return np.frombuffer(self._mapped(), "<i8", index.bytes // 8, index.offset).reshape(-1, columns)
+
+    def _mapped(self) -> mmap:
+        if self._map is None:
+            self._map = self._reader.map()
+        return self._map
 
     def _damaged(self, commit: int) -> ShardCorruptError:
-        return ShardCorruptError(f"{self.path}: commit {commit} is not whole; rebuild the shard from the stream")
+        return ShardCorruptError(f"{self.path}: commit {commit + 1} is not whole; rebuild the shard from the stream")

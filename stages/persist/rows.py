@@ -8,9 +8,10 @@ or blob did not reach the disk whole is never taken for a commit.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from isal import isal_zlib
 
 _ROW = struct.Struct("<9q")
 _COVERED = struct.Struct("<8q")
@@ -50,7 +51,7 @@ ROW_COLUMNS = CommitRow._fields
 
 def row_crc32(row: CommitRow, blob: bytes) -> int:
     """What `row.crc32` must be."""
-    return zlib.crc32(blob, zlib.crc32(_COVERED.pack(row.ordinal, row.end_bytes, *row[3:])))
+    return isal_zlib.crc32(blob, isal_zlib.crc32(_COVERED.pack(row.ordinal, row.end_bytes, *row[3:])))
 
 
 def encode_row(row: CommitRow) -> bytes:
@@ -80,13 +81,14 @@ def split_blob(blob: bytes) -> list[bytes]:
         ValueError: a length points beyond the blob.
     """
     records = []
-    at = 0
-    while at < len(blob):
-        if at + LENGTH_BYTES > len(blob):
-            raise ValueError("a record's length is cut short")
+    at, end = 0, len(blob)
+    length_at = _LENGTH.unpack_from
+    while at < end:
         start = at + LENGTH_BYTES
-        at = start + _LENGTH.unpack_from(blob, at)[0]
-        if at > len(blob):
+        if start > end:
+            raise ValueError("a record's length is cut short")
+        at = start + length_at(blob, at)[0]
+        if at > end:
             raise ValueError("a record reaches beyond its commit")
         records.append(blob[start:at])
     return records

@@ -1,10 +1,15 @@
-"""Reading one sealed shard: by row, by event id, by consultation, and by column."""
+"""Reading one sealed shard: by row, by event id, by consultation, and by column.
+
+Whether a shard holds an id is asked of its sorted ids, mapped and not read; HDF5 opens the file only for what is in it,
+and only the chunks that hold a wanted event are unpacked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +17,19 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from contracts.errors import ShardCorruptError
+from contracts.errors import ShardCorruptError, WireFormatError
 from contracts.events import Event, decode_event
-from stages.persist.columns import Array, as_text
+from stages.persist.columns import Array
 from stages.persist.header import HEADER_BYTES, read_sealed_header
+from stages.persist.idfilter import ID_BYTES
 
 _BLOCK_BYTES = 4 * 1024 * 1024
-_TOGETHER_BYTES = 1024 * 1024
+_OFFSET_BYTES = 8
+_OFFSETS_AT_ONCE = 32 * 1024
+_ID_TEXT = f"S{ID_BYTES}"
 # isal's type stub calls this class an instance.
 _DECOMPRESS_ERROR = cast(type[Exception], isal_zlib.error)
+_NO_ROWS: Array = np.empty(0, "<u4")
 _READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError, _DECOMPRESS_ERROR)
 
 
@@ -51,11 +60,47 @@ class Selection:
         )
 
 
+class _Chunked:
+    """The bytes of a compressed dataset in one row of chunks. Its methods raise one of `_READ_ERRORS`.
+
+    Unpacked here: several times faster than by HDF5's filter. The chunk unpacked last is kept.
+    """
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self._id = dataset.id
+        self._chunk_items = int(dataset.chunks[0])
+        self._chunk_bytes = self._chunk_items * dataset.dtype.itemsize
+        self._bytes = int(dataset.nbytes)
+        self._number = -1
+        self._chunk = b""
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes [start, end)."""
+        if not 0 <= start <= end <= self._bytes:
+            raise ValueError(f"bytes {start} to {end} are not in it")
+        parts = []
+        while start < end:
+            number, at = divmod(start, self._chunk_bytes)
+            part = self._unpack(number)[at : at + end - start]
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _unpack(self, number: int) -> bytes:
+        if self._number != number:
+            _, packed = self._id.read_direct_chunk((number * self._chunk_items,))
+            chunk = isal_zlib.decompress(packed, bufsize=self._chunk_bytes)
+            if len(chunk) != self._chunk_bytes:
+                raise ValueError(f"chunk {number} holds {len(chunk)} bytes, not {self._chunk_bytes}")
+            self._number, self._chunk = number, chunk
+        return self._chunk
+
+
 class SealedReader:
     """One sealed shard, opened without a lock. Its methods raise `ShardCorruptError` where it cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the header; HDF5 opens the file when it is first needed.
+        """Reads the header; the rest of the file is opened when it is first needed.
 
         Raises:
             ShardCorruptError, ShardError: not a whole sealed shard of a known format.
@@ -64,16 +109,24 @@ class SealedReader:
         self.path = path
         self.header = read_sealed_header(path)
         self._file: h5py.File | None = None
+        self._chunked: dict[str, _Chunked] = {}
         self._offsets: Array | None = None
-        self._last_chunk = (-1, b"")
+        self._map: mmap | None = None
+        self._arrays: dict[str, Array] = {}
 
     def close(self) -> None:
-        """Closes the file. It opens again when it is used again."""
+        """Closes the file and lets go of its mapping. It opens again when it is used again."""
+        self.close_hdf5()
+        self._arrays.clear()
+        self._map = None
+
+    def close_hdf5(self) -> None:
+        """Gives back what reading events and columns took; what looking for ids needs stays mapped."""
+        self._chunked.clear()
+        self._offsets = None
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._offsets = None
-        self._last_chunk = (-1, b"")
 
     def read(self, name: str) -> Array:
         """A whole dataset, by HDF5 path."""
@@ -97,7 +150,7 @@ class SealedReader:
         while first < end:
             stop = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK_BYTES, "right")) - 1)
             stop = min(stop, end)
-            data = self._record_bytes(int(offsets[first]), int(offsets[stop]))
+            data = self._bytes_of("records", int(offsets[first]), int(offsets[stop]))
             base = int(offsets[first])
             bounds = offsets[first : stop + 1].tolist()
             for start, after in pairwise(bounds):
@@ -111,64 +164,83 @@ class SealedReader:
 
     def find(self, event_id: bytes) -> tuple[int, Event] | None:
         """(row, event) of an event id (16 bytes), or None."""
-        at = _search(self._mapped("by_event_id/ids"), event_id)
+        at = self._search("by_event_id/ids", event_id)
         if at is None:
             return None
-        return next(self._events_at([int(self._mapped("by_event_id/rows")[at])]))
+        row, event = next(self._events_at(self._mapped("by_event_id/rows")[at : at + 1]))
+        if event.event_id != event_id:
+            raise self._unreadable("by_event_id", ValueError(f"event {row} has another id"))
+        return row, event
 
     def consultation(self, consultation_id: bytes) -> Iterator[tuple[int, Event]]:
         """(row, event) of a consultation's events (16 bytes), in stored order."""
-        yield from self._events_at(self._consultation_rows(consultation_id).tolist())
+        for row, event in self._events_at(self._consultation_rows(consultation_id)):
+            if event.consultation_id != consultation_id:
+                raise self._unreadable("by_consultation", ValueError(f"event {row} is of another consultation"))
+            yield row, event
 
     def select(self, wanted: Selection) -> Iterator[tuple[int, Event]]:
         """(row, event) of the events that `wanted` describes, in stored order."""
         yield from self.events() if wanted == Selection() else self._events_at(self._rows_of(wanted))
 
-    def _events_at(self, rows: Sequence[int]) -> Iterator[tuple[int, Event]]:
-        """Reads the events in ascending `rows`, neighbours together."""
-        offsets = self._record_offsets()
-        at = 0
-        while at < len(rows):
-            base = int(offsets[rows[at]])
-            end = at + 1
-            while end < len(rows) and offsets[rows[end] + 1] - base <= _TOGETHER_BYTES:
-                end += 1
-            data = self._record_bytes(base, int(offsets[rows[end - 1] + 1]))
-            for row in rows[at:end]:
-                yield row, decode_event(data[int(offsets[row]) - base : int(offsets[row + 1]) - base])
-            at = end
+    def _events_at(self, rows: Array) -> Iterator[tuple[int, Event]]:
+        """The events in ascending `rows`."""
+        if not len(rows):
+            return
+        # A row and the one after it: where its record begins and ends.
+        bounds = self._offsets_at(np.concatenate([rows, rows + 1]).astype("<i8"))
+        for row, start, end in zip(rows.tolist(), *bounds.reshape(2, -1).tolist(), strict=True):
+            record = self._bytes_of("records", start, end)
+            try:
+                event = decode_event(record)
+            except WireFormatError as error:
+                raise self._unreadable("records", error) from error
+            yield row, event
 
-    def _rows_of(self, wanted: Selection) -> Sequence[int]:
+    def _offsets_at(self, rows: Array) -> Array:
+        """`offset` at `rows`."""
+        if int(rows.max()) > self.header.events:
+            raise self._unreadable("its index", ValueError(f"it has {self.header.events} events, not {rows.max()}"))
+        offsets = np.empty(len(rows), "<i8")
+        blocks = rows // _OFFSETS_AT_ONCE
+        for block in np.unique(blocks).tolist():
+            first = block * _OFFSETS_AT_ONCE
+            last = min(first + _OFFSETS_AT_ONCE, self.header.events + 1)
+            values = np.frombuffer(self._bytes_of("offset", first * _OFFSET_BYTES, last * _OFFSET_BYTES), "<i8")
+            chosen = blocks == block
+            offsets[chosen] = values[rows[chosen] - first]
+        return offsets
+
+    def _rows_of(self, wanted: Selection) -> Array:
         site, event_type, since_ns, until_ns = wanted.site, wanted.event_type, wanted.since_ns, wanted.until_ns
         header = self.header
         if header.events == 0 or (since_ns is not None and header.timestamp_ns_max < since_ns):
-            return []
+            return _NO_ROWS
         if until_ns is not None and header.timestamp_ns_min >= until_ns:
-            return []
+            return _NO_ROWS
         chosen = np.ones(header.events, bool)
         if wanted.consultation_id is not None:
             rows = self._consultation_rows(wanted.consultation_id)
             if not len(rows):
-                return []
+                return _NO_ROWS
             chosen[:] = False
             chosen[rows] = True
         for column, name in (("site", site), ("event_type", event_type)):
             if name is not None:
                 codes = np.flatnonzero(self._names(column) == name)
                 if not len(codes):
-                    return []
+                    return _NO_ROWS
                 chosen &= self.read(column) == codes[0]
         if since_ns is not None:
             chosen &= self.read("timestamp_ns") >= since_ns
         if until_ns is not None:
             chosen &= self.read("timestamp_ns") < until_ns
-        found: list[int] = np.flatnonzero(chosen).tolist()
-        return found
+        return np.flatnonzero(chosen)
 
     def _consultation_rows(self, consultation_id: bytes) -> Array:
-        at = _search(self._mapped("by_consultation/ids"), consultation_id)
+        at = self._search("by_consultation/ids", consultation_id)
         if at is None:
-            return np.empty(0, "<u4")
+            return _NO_ROWS
         start, end = self._mapped("by_consultation/start")[at : at + 2].tolist()
         return self._mapped("by_consultation/rows")[start:end]
 
@@ -192,56 +264,53 @@ class SealedReader:
             self._offsets = self.read("offset")
         return self._offsets
 
-    def _record_bytes(self, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the records. Decompressed here: several times faster than by HDF5's filter."""
+    def _bytes_of(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a compressed dataset in one row of chunks."""
         try:
-            records = self._open()["records"]
-            size = records.chunks[0]
-            if not 0 <= start <= end <= len(records):
-                raise ValueError(f"bytes {start} to {end} are not in it")
-            first, last = start // size, -(-end // size)
-            data = b"".join([self._chunk(records, number, size) for number in range(first, last)])
+            if name not in self._chunked:
+                self._chunked[name] = _Chunked(self._open()[name])
+            return self._chunked[name].read(start, end)
         except _READ_ERRORS as error:
-            raise self._unreadable("records", error) from error
-        return data[start - first * size : end - first * size]
+            raise self._unreadable(name, error) from error
 
-    def _chunk(self, records: h5py.Dataset, number: int, size: int) -> bytes:
-        if self._last_chunk[0] != number:
-            _, packed = records.id.read_direct_chunk((number * size,))
-            chunk = isal_zlib.decompress(packed, bufsize=size)
-            if len(chunk) != size:
-                raise ValueError(f"chunk {number} holds {len(chunk)} bytes, not {size}")
-            self._last_chunk = (number, chunk)
-        return self._last_chunk[1]
+    def _search(self, name: str, wanted: bytes) -> int | None:
+        """Where `wanted` (16 bytes) is in the sorted ids `name`."""
+        ids = self._mapped(name)
+        at = int(ids.searchsorted(np.frombuffer(wanted, _ID_TEXT))[0])
+        # As a string numpy drops an id's zero bytes at the end.
+        return at if at < len(ids) and bytes(ids[at]).ljust(ID_BYTES, b"\0") == wanted else None
 
     def _mapped(self, name: str) -> Array:
         """A contiguous dataset, mapped: only the pages that are touched are read."""
-        kind, width = _MAPPED[name]
-        area = self.header.areas.get(name)
-        if area is None or (area.bytes and not HEADER_BYTES <= area.offset <= self.header.file_bytes - area.bytes):
+        array = self._arrays.get(name)
+        if array is None:
+            array = self._arrays[name] = self._place(name)
+        return array
+
+    def _place(self, name: str) -> Array:
+        kind = np.dtype(_MAPPED[name])
+        header = self.header
+        area = header.areas.get(name)
+        if area is None or (area.bytes and not HEADER_BYTES <= area.offset <= header.file_bytes - area.bytes):
             raise ShardCorruptError(f"{self.path}: its header does not place {name}; rebuild it from the stream")
         if area.bytes == 0:
-            return np.empty((0, width) if width > 1 else 0, kind)
-        shape = (area.bytes // width, width) if width > 1 else (area.bytes // np.dtype(kind).itemsize,)
-        return np.memmap(self.path, kind, "r", area.offset, shape)
+            return np.empty(0, kind)
+        if self._map is None:
+            with self.path.open("rb") as file:
+                try:
+                    self._map = mmap(file.fileno(), header.file_bytes, access=ACCESS_READ)
+                except ValueError as error:
+                    raise self._unreadable(name, error) from error
+        return np.frombuffer(self._map, kind, area.bytes // kind.itemsize, area.offset)
 
     def _unreadable(self, name: str, error: Exception) -> ShardCorruptError:
         return ShardCorruptError(f"{self.path}: {name} cannot be read ({error}); rebuild the shard from the stream")
 
 
-_MAPPED: dict[str, tuple[str, int]] = {
-    "by_event_id/ids": ("u1", 16),
-    "by_event_id/rows": ("<u4", 1),
-    "by_consultation/ids": ("u1", 16),
-    "by_consultation/start": ("<u4", 1),
-    "by_consultation/rows": ("<u4", 1),
+_MAPPED = {
+    "by_event_id/ids": _ID_TEXT,
+    "by_event_id/rows": "<u4",
+    "by_consultation/ids": _ID_TEXT,
+    "by_consultation/start": "<u4",
+    "by_consultation/rows": "<u4",
 }
-
-
-def _search(rows: Array, wanted: bytes) -> int | None:
-    """Where `wanted` (16 bytes) is in the sorted n×16 u1 `rows`."""
-    if not len(rows):
-        return None
-    text = as_text(rows)
-    at = int(np.searchsorted(text, np.frombuffer(wanted, "S16"))[0])
-    return at if at < len(text) and rows[at].tobytes() == wanted else None

@@ -2,6 +2,9 @@
 
 Takes no locks. A shard that is sealed between being listed and being opened is found under its new name; a live shard
 is read up to its watermark, so nothing is shown that a restart could take back.
+
+Looking for one id asks each shard's sorted ids, or a live shard's index in memory, and opens only what holds it. Both
+are kept between calls, for as long as the directory shows the same files.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
@@ -21,8 +25,8 @@ from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist.columns import Array
-from stages.persist.liveview import LiveView
-from stages.persist.names import ShardFile, list_shards
+from stages.persist.names import ShardFile
+from stages.persist.openshards import OpenShards, View
 from stages.persist.sealed import SealedReader, Selection
 from stages.persist.storedir import STORE_FILE
 
@@ -42,10 +46,10 @@ COLUMNS = (
 )
 """What `EventStore.columns` can give."""
 
-_TRIES_MAX = 10
+_DESCRIPTORS_SHARE = 4
+"""Mapped sealed shards stay so up to one in so many of the file descriptors that the process may have."""
 _SUBDIRECTORY = "shards"
 
-_View = LiveView | SealedReader
 _Rows = Iterator[tuple[int, Event]]
 
 
@@ -117,13 +121,11 @@ class EventStore:
             ShardError: there is no store.
         """
         self.directory = find_store(Path(path))
-        self._sealed: dict[Path, SealedReader] = {}
+        self._opened = OpenShards(self.directory)
 
     def close(self) -> None:
         """Closes what is open. The store can still be used."""
-        for reader in self._sealed.values():
-            reader.close()
-        self._sealed.clear()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +135,7 @@ class EventStore:
 
     def partitions(self) -> list[int]:
         """The partitions that have shards here, in order."""
-        return sorted(self._list())
+        return sorted(self._opened.shards())
 
     def shards(self) -> list[ShardInfo]:
         """All shards, by partition and number."""
@@ -157,7 +159,7 @@ class EventStore:
         `leaf` is as in `StoredEvent`.
         """
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 for row, record in enumerate(view.records()):
                     yield None if leaf is None else leaf + row, record
                 view.close()
@@ -189,17 +191,17 @@ class EventStore:
     def consultation(self, consultation_id: UUID | str | bytes) -> list[StoredEvent]:
         """A consultation's events in order; none when it is not known."""
         wanted = _id_bytes(consultation_id)
-        return list(self._merged(lambda view: view.consultation(wanted), None))
+        return self._look_up(lambda view: view.consultation(wanted))
 
     def event(self, event_id: UUID | str | bytes) -> StoredEvent | None:
         """One event; None when it is not known."""
         wanted = _id_bytes(event_id)
 
-        def find(view: _View) -> _Rows:
+        def find(view: View) -> _Rows:
             found = view.find(wanted)
             return iter(()) if found is None else iter((found,))
 
-        return next(self._merged(find, None), None)
+        return next(iter(self._look_up(find)), None)
 
     def columns(self, names: Sequence[str] = COLUMNS) -> dict[str, Array]:
         """Columns of all events in the order of `iterate`, without decoding what is sealed.
@@ -215,7 +217,7 @@ class EventStore:
         read = [*dict.fromkeys([*names, "origin", "index"])]
         pieces: dict[str, list[Array]] = {name: [] for name in read}
 
-        def collect(view: _View, _: int | None) -> None:
+        def collect(view: View, _: int | None) -> None:
             rows = {name: view.column(name) for name in read if name != "partition"}
             rows["partition"] = np.full(len(rows["origin"]), view.header.partition, "<i8")
             for name in read:
@@ -246,66 +248,62 @@ class EventStore:
         columns["timestamp"] = pandas.to_datetime(columns.pop("timestamp_ns"), unit="ns", utc=True)
         return pandas.DataFrame(columns)
 
-    def _list(self) -> dict[int, list[ShardFile]]:
-        """The shards, listed until two listings agree.
+    def _look_up(self, read: Callable[[View], _Rows]) -> list[StoredEvent]:
+        """What `read` gives of every shard, in order. Live shards and the ids of sealed ones stay open for the next."""
+        found: list[StoredEvent] = []
+        mapped_max = getrlimit(RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
+        sealed = 0
+        for partition, shards in self._opened.shards().items():
+            for view, leaf in self._views(shards, self._opened.kept):
+                found += [
+                    StoredEvent(event, partition, None if leaf is None else leaf + row) for row, event in read(view)
+                ]
+                if isinstance(view, SealedReader):
+                    sealed += 1
+                    if sealed > mapped_max:
+                        view.close()
+                    else:
+                        view.close_hdf5()
+        found.sort(key=_place)
+        return found
 
-        A directory read while a shard is renamed can show neither of its names.
-        """
-        listing = list_shards(self.directory)
-        for _ in range(_TRIES_MAX):
-            again = list_shards(self.directory)
-            if _numbers(again) == _numbers(listing):
-                return again
-            listing = again
-        return listing
-
-    def _views(self, partition: int, opened: ExitStack) -> list[tuple[_View, int | None]]:
+    def _snapshots(self, partition: int, opened: ExitStack) -> list[tuple[View, int | None]]:
         """The partition's shards in order, each with the leaf index of its first event; closed with `opened`."""
-        views: list[tuple[_View, int | None]] = []
-        leaf: int | None = None
-        for number, shard in enumerate(self._list().get(partition, [])):
-            view = self._open(shard)
+        views = []
+        for view, leaf in self._views(self._opened.shards().get(partition, []), self._opened.snapshot):
             opened.callback(view.close)
+            views.append((view, leaf))
+        return views
+
+    def _views(
+        self, shards: list[ShardFile], view_of: Callable[[ShardFile], View]
+    ) -> Iterator[tuple[View, int | None]]:
+        """A partition's shards in order, each with the leaf index of its first event."""
+        leaf: int | None = None
+        for number, shard in enumerate(shards):
+            view = view_of(shard)
             if isinstance(view, SealedReader):
-                views.append((view, view.header.tree_size_before))
+                yield view, view.header.tree_size_before
                 leaf = view.header.tree_size
                 continue
             if view.header.begins:
                 leaf = view.header.tree_size_before
-            elif number == 0 and view.rows and view.rows[0].prev_origin == 0:
+            elif number == 0 and view.commits and view.row(0).prev_origin == 0:
                 leaf = 0
-            views.append((view, leaf))
+            yield view, leaf
             leaf = None if leaf is None else leaf + view.count
-        return views
-
-    def _open(self, shard: ShardFile) -> _View:
-        for _ in range(_TRIES_MAX):
-            try:
-                if not shard.sealed:
-                    return LiveView(shard.path)
-                if shard.path not in self._sealed:
-                    self._sealed[shard.path] = SealedReader(shard.path)
-                return self._sealed[shard.path]
-            except FileNotFoundError:
-                same = [other for other in self._list().get(shard.partition, []) if other.shard == shard.shard]
-                if not same:
-                    break
-                shard = same[0]
-        raise ShardError(
-            f"{shard.path}: vanished while being read; rebuild it from the stream, or look for who removed it"
-        )
 
     def _end(self, partition: int) -> PartitionEnd:
         origin: int | None = None
         tree: MerkleFrontier | None = None
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 if isinstance(view, SealedReader):
                     origin = view.header.last_origin
                     tree = _tree(view.path, view.header.tree_size, view.header.frontier)
                     continue
-                if view.rows:
-                    origin = view.rows[-1].origin
+                if view.commits:
+                    origin = view.row(view.commits - 1).origin
                 if view.header.begins:
                     tree = _tree(view.path, view.header.tree_size_before, view.header.frontier_before)
                 elif leaf == 0:
@@ -316,20 +314,20 @@ class EventStore:
         size, root = (None, None) if tree is None else (tree.size, tree.root().hex())
         return PartitionEnd(partition, origin, size, root)
 
-    def _each(self, partition: int, use: Callable[[_View, int | None], Any]) -> list[Any]:
+    def _each(self, partition: int, use: Callable[[View, int | None], Any]) -> list[Any]:
         """What `use` gives for each shard of the partition in order; closes them behind it."""
         with ExitStack() as opened:
-            return [use(view, leaf) for view, leaf in self._views(partition, opened)]
+            return [use(view, leaf) for view, leaf in self._snapshots(partition, opened)]
 
-    def _merged(self, read: Callable[[_View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
+    def _merged(self, read: Callable[[View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
         partitions = self.partitions() if partition is None else [partition]
         return _in_order([self._lane(number, read) for number in partitions])
 
     def _lane(
-        self, partition: int, read: Callable[[_View], _Rows], last_origin: float = math.inf
+        self, partition: int, read: Callable[[View], _Rows], last_origin: float = math.inf
     ) -> Iterator[StoredEvent]:
         with ExitStack() as opened:
-            for view, leaf in self._views(partition, opened):
+            for view, leaf in self._snapshots(partition, opened):
                 for row, event in read(view):
                     if event.origin > last_origin:
                         return
@@ -350,7 +348,11 @@ def find_store(path: Path) -> Path:
 
 
 def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:
-    return heapq.merge(*lanes, key=lambda stored: (stored.event.origin, stored.event.index))
+    return heapq.merge(*lanes, key=_place)
+
+
+def _place(stored: StoredEvent) -> tuple[int, int]:
+    return stored.event.origin, stored.event.index
 
 
 def _tree(path: Path, size: int, frontier: bytes) -> MerkleFrontier:
@@ -360,10 +362,6 @@ def _tree(path: Path, size: int, frontier: bytes) -> MerkleFrontier:
         raise ShardCorruptError(f"{path}: its header gives no Merkle tree ({error}); run `fi verify`") from error
 
 
-def _numbers(listing: dict[int, list[ShardFile]]) -> set[tuple[int, int]]:
-    return {(shard.partition, shard.shard) for shards in listing.values() for shard in shards}
-
-
 def _id_bytes(value: UUID | str | bytes) -> bytes:
     """16 bytes. Raises `ValueError` for text that is not a UUID."""
     if isinstance(value, bytes):
@@ -371,7 +369,7 @@ def _id_bytes(value: UUID | str | bytes) -> bytes:
     return UUID(value).bytes if isinstance(value, str) else value.bytes
 
 
-def _info(view: _View, _: int | None) -> ShardInfo:
+def _info(view: View, _: int | None) -> ShardInfo:
     header = view.header
     if isinstance(view, SealedReader):
         sealed = view.header
@@ -379,15 +377,14 @@ def _info(view: _View, _: int | None) -> ShardInfo:
         return ShardInfo(
             view.path, header.partition, header.shard, True, first, last, commits, events, header.file_bytes
         )
-    rows = view.rows
     return ShardInfo(
         view.path,
         header.partition,
         header.shard,
         False,
-        rows[0].prev_origin + 1 if rows else None,
-        rows[-1].origin if rows else None,
-        len(rows),
+        view.row(0).prev_origin + 1 if view.commits else None,
+        view.row(view.commits - 1).origin if view.commits else None,
+        view.commits,
         view.count,
         header.file_bytes,
     )

@@ -1,15 +1,16 @@
-import importlib.util
 import os
+import sys
 import threading
 from pathlib import Path
 from uuid import UUID
 
+import pandas
 import pytest
 from shard_maker import PartitionMaker, filled_store, new_store
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
-from stages.persist import store as store_module
+from stages.persist import openshards
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.store import EventStore
 
@@ -105,8 +106,37 @@ def test_columns_are_those_of_the_events_in_order(two_partitions: tuple[Path, li
             store.columns(["colour"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pandas") is not None, reason="pandas is installed")
-def test_a_dataframe_without_pandas_says_what_to_install(two_partitions: tuple[Path, list[Event]]) -> None:
+def test_a_dataframe_has_a_row_for_each_event_in_order(two_partitions: tuple[Path, list[Event]]) -> None:
+    path, events = two_partitions
+    with EventStore(path) as store:
+        frame = store.to_dataframe()
+        stored = list(store.iterate())
+    assert [*frame["event_id"]] == [str(UUID(bytes=event.event_id)) for event in events]
+    assert [*frame["consultation_id"]] == [str(UUID(bytes=event.consultation_id)) for event in events]
+    assert [*frame["audit_hash"]] == [event.audit_hash.hex() for event in events]
+    assert [time.value for time in frame["timestamp"]] == [event.timestamp_ns for event in events]
+    assert {str(time.tz) for time in frame["timestamp"]} == {"UTC"}
+    assert [*frame["partition"]] == [item.partition for item in stored]
+    for name in ("site", "event_type", "origin", "index"):
+        assert [*frame[name]] == [getattr(event, name) for event in events]
+    by_site = frame.groupby("site").size().to_dict()
+    assert by_site == {site: sum(event.site == site for event in events) for site in by_site}
+    hour = frame[frame["timestamp"] >= pandas.Timestamp(events[10].timestamp_ns, unit="ns", tz="UTC")]
+    assert len(hour) == len(events) - 10
+
+
+def test_an_empty_store_gives_an_empty_dataframe(tmp_path: Path) -> None:
+    new_store(tmp_path)
+    with EventStore(tmp_path) as store:
+        frame = store.to_dataframe()
+    assert len(frame) == 0
+    assert {"event_id", "timestamp", "partition"} <= set(frame.columns)
+
+
+def test_a_dataframe_without_pandas_says_what_to_install(
+    two_partitions: tuple[Path, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with EventStore(two_partitions[0]) as store, pytest.raises(ShardError, match="pandas is not installed"):
         store.to_dataframe()
 
@@ -154,7 +184,7 @@ def test_a_shard_sealed_between_listing_and_opening_is_still_read(
     stale = list_shards(tmp_path)
     maker.seal()
     answers: list[dict[int, list[ShardFile]]] = [stale, stale, stale]
-    monkeypatch.setattr(store_module, "list_shards", lambda path: answers.pop() if answers else list_shards(path))
+    monkeypatch.setattr(openshards, "list_shards", lambda path: answers.pop() if answers else list_shards(path))
     with EventStore(tmp_path) as store:
         assert [item.event for item in store.iterate(3)] == maker.events
 

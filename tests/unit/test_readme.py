@@ -1,0 +1,57 @@
+"""The README's Python runs as it stands, and shows what is stored."""
+
+import re
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from shard_maker import PartitionMaker, new_store
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+CONSULTATION = UUID("aac18039-54dd-5c5d-a12f-d0aaa1882a18")
+
+
+def snippets() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PartitionMaker:
+    """A store in `.fi` of the working directory: a sealed shard and a live one with a commit that is not accepted."""
+    (tmp_path / ".fi").mkdir()
+    maker = PartitionMaker(new_store(tmp_path / ".fi" / "shards"), 3)
+    maker.consultations = [CONSULTATION.bytes]
+    maker.begin()
+    maker.commit(4)
+    maker.seal()
+    live = maker.begin()
+    maker.commit(3)
+    maker.commit(0)
+    maker.commit(2)
+    shown = live.commits
+    maker.commit(5)
+    del maker.events[-5:]
+    live.set_watermark(shown)
+    maker.close()
+    monkeypatch.chdir(tmp_path)
+    return maker
+
+
+def test_the_event_store_example_shows_the_consultation(
+    maker: PartitionMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, object] = {}
+    exec(snippets()[0], names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{event.timestamp_ns} {event.event_type} {event.payload!r}" for event in maker.events]
+    assert len(names["frame"]) == len(maker.events)  # type: ignore[arg-type]
+
+
+def test_the_plain_h5py_example_shows_every_committed_event_and_no_other(
+    maker: PartitionMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(snippets()[1], {})
+    lines = capsys.readouterr().out.splitlines()
+    live, first = maker.events[4:], maker.events[0]
+    expected = [f"{event.event_id.hex()} {event.event_type} {event.payload!r}" for event in live]
+    assert lines == [*expected, f"4 {first.event_type} {first.payload!r}"]
