@@ -1,14 +1,16 @@
 """Which event ids a partition has stored, for ever, in little memory.
 
 Ids of live shards are a set each. Of a sealed shard only its filter (`idfilter`, 1.5 bytes an event) is resident; its
-"perhaps" is settled by binary search in the file's sorted ids, mapped and not read. Answers are exact.
+"perhaps" is settled by binary search in the file's sorted ids, mapped and not read. Answers are exact. Only the shards
+asked last stay mapped: each mapping holds a file descriptor, and a store grows to thousands of shards.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from stages.persist.idfilter import ID_BYTES, Words, hash_ids, masks_of, word_in
 
 Text = np.ndarray[Any, Any]
 
+_MAPPED_MAX = 16
+"""Sealed shards of a partition that stay mapped."""
 _GROUP_SHARDS_MAX = 64
 """Filters are joined in groups, so that one numpy operation asks many; adding a shard copies only the last group."""
 
@@ -29,6 +33,7 @@ class SeenIds:
     def __init__(self) -> None:
         self._live: dict[int, set[bytes]] = {}
         self._groups: list[_Group] = []
+        self._mapped = _Mapped()
 
     def add(self, shard: int, ids: Iterable[bytes]) -> None:
         """Notes ids (16 bytes each) as stored in live shard number `shard`."""
@@ -60,7 +65,7 @@ class SeenIds:
             return
         last = self._groups[-1] if self._groups else None
         if last is None or last.store_id != header.store or last.shards == _GROUP_SHARDS_MAX:
-            last = _Group(header.store)
+            last = _Group(header.store, self._mapped)
             self._groups.append(last)
         last.add(path, header)
 
@@ -82,12 +87,13 @@ class SeenIds:
 class _Group:
     """Sealed shards of one store whose filters lie in one array."""
 
-    def __init__(self, store_id: str) -> None:
+    def __init__(self, store_id: str, mapped: _Mapped) -> None:
         self.store_id = store_id
         self.words: Words = np.empty(0, np.uint64)
         self._first: Words = np.empty(0, np.uint64)
         self._count: Words = np.empty(0, np.uint64)
-        self._sorted: list[Text] = []
+        self._sorted: list[_SortedIds] = []
+        self._mapped = mapped
 
     @property
     def shards(self) -> int:
@@ -101,7 +107,7 @@ class _Group:
         self._first = np.append(self._first, np.uint64(len(self.words)))
         self._count = np.append(self._count, np.uint64(len(words)))
         self.words = np.concatenate([self.words, words])
-        self._sorted.append(np.memmap(path, f"S{ID_BYTES}", "r", ids.offset, (header.events,)))
+        self._sorted.append(_SortedIds(path, ids.offset, header.events))
 
     def find(self, rows: np.ndarray[Any, np.dtype[np.uint8]], text: Text) -> list[int]:
         """Positions in `rows` (n×16 u1; `text` is the same as strings) of ids that are in one of the shards."""
@@ -112,11 +118,41 @@ class _Group:
         found: list[int] = []
         for shard in np.unique(shards):
             candidates = needles[shards == shard]
-            stored = self._sorted[shard]
+            stored = self._mapped.ids_of(self._sorted[shard])
             wanted = text[candidates]
             at = np.minimum(np.searchsorted(stored, wanted), len(stored) - 1)
             found.extend(candidates[stored[at] == wanted].tolist())
         return found
+
+
+class _SortedIds(NamedTuple):
+    """Where a sealed shard's sorted ids lie."""
+
+    path: Path
+    offset: int
+    events: int
+
+
+class _Mapped:
+    """The sorted ids of the shards that were asked last."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[_SortedIds, Text] = OrderedDict()
+
+    def ids_of(self, place: _SortedIds) -> Text:
+        """The shard's ids, mapped. Raises `ShardCorruptError` where the file is no longer what it was."""
+        ids = self._ids.pop(place, None)
+        if ids is None:
+            try:
+                ids = np.memmap(place.path, f"S{ID_BYTES}", "r", place.offset, (place.events,))
+            except (FileNotFoundError, ValueError) as error:
+                raise ShardCorruptError(
+                    f"{place.path}: was removed or cut short while in use: {error}"
+                ) from error
+            if len(self._ids) >= _MAPPED_MAX:
+                self._ids.popitem(last=False)
+        self._ids[place] = ids
+        return ids
 
 
 def _area(path: Path, header: SealedHeader, name: str) -> Area:

@@ -1,3 +1,4 @@
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -141,3 +142,29 @@ def test_a_cut_short_sealed_shard_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ShardCorruptError, match="bytes long"):
         SeenIds().add_sealed(path)
+
+
+def test_descriptors_do_not_grow_with_the_sealed_shards(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    seen = SeenIds()
+    ids: list[bytes] = []
+    open_before = len(os.listdir("/proc/self/fd"))
+    for _ in range(40):
+        maker.begin()
+        ids.append(maker.commit(1)[0].event_id)
+        seen.add_sealed(maker.seal().path)
+    assert all(seen.seen(ids))
+    assert not any(seen.seen([event_id[::-1] for event_id in ids]))
+    assert len(os.listdir("/proc/self/fd")) - open_before <= 16
+
+
+def test_a_sealed_shard_that_was_removed_is_said(tmp_path: Path) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    maker.begin()
+    (event,) = maker.commit(1)
+    path = maker.seal().path
+    seen = SeenIds()
+    seen.add_sealed(path)
+    path.unlink()
+    with pytest.raises(ShardCorruptError, match="removed or cut short"):
+        seen.seen([event.event_id])
