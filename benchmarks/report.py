@@ -37,6 +37,7 @@ def machine(scratch: Path) -> dict[str, Any]:
     return {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpus": os.cpu_count(),
+        "load_1_min": round(os.getloadavg()[0], 2),
         "machine": platform.machine(),
         "kernel": platform.release(),
         "python": platform.python_version(),

@@ -26,7 +26,7 @@ from benchmarks.tables import as_markdown, headline
 
 DEFAULT_DATA = DATA_SET if DATA_SET.exists() else None
 QUICK = Effort(80_000, repetitions=2, long_repetitions=1, commits=50, ids=300_000, look_ups=50, shard_bytes=16 << 20)
-QUICK_CLASSIC = ClassicEffort((0, 100, 1000), appends=25, seconds_max=10.0)
+QUICK_CLASSIC = ClassicEffort((0, 100, 1000), appends=25, cpu_s_max=10.0)
 PLAIN_OPENS = 1000
 QUICK_PLAIN_OPENS = 100
 QUIET_EVENTS = 50_000
@@ -76,7 +76,7 @@ def measure(
     environment = machine(scratch) | {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
     result: dict[str, Any] = {
         "environment": environment,
-        "effort": {**effort._asdict(), "classic_sizes": classic.sizes, "classic_seconds_max": classic.seconds_max},
+        "effort": {**effort._asdict(), "classic_sizes": classic.sizes, "classic_cpu_s_max": classic.cpu_s_max},
         "samples": {
             "source": samples.source,
             "round_events": samples.round_events,

@@ -67,8 +67,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     parts = [
         "# Storage benchmark\n",
         f"`make bench-storage` wrote this at {environment['taken']}: {environment['cpus']} CPUs "
-        f"({environment['machine']}, shared with other work), kernel {environment['kernel']}, Python "
-        f"{environment['python']}, h5py {environment['h5py']}, HDF5 {environment['hdf5']}; 4 KB fdatasync p50 "
+        f"({environment['machine']}), load average {environment['load_1_min']} before it began, kernel "
+        f"{environment['kernel']}, Python {environment['python']}, h5py {environment['h5py']}, HDF5 "
+        f"{environment['hdf5']}; 4 KB fdatasync p50 "
         f"{sync['p50']} ms, p95 {sync['p95']} ms. Events: {result['samples']['source']}, "
         f"{result['samples']['round_events']:,} over and over under new ids. Figures are medians of "
         f"{result['effort']['repetitions']} interleaved repetitions (least-greatest).\n",

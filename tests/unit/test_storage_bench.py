@@ -63,7 +63,7 @@ def test_samples_do_not_repeat_an_id_and_mix_their_consultations(samples: Sample
 
 def test_a_tiny_run_fills_every_table(tmp_path: Path) -> None:
     effort = Effort(6000, repetitions=1, long_repetitions=1, commits=5, ids=12_000, look_ups=5, shard_bytes=1 << 20)
-    classic = ClassicEffort((0, 100), appends=5, seconds_max=5.0)
+    classic = ClassicEffort((0, 100), appends=5, cpu_s_max=5.0)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     result = measure(scratch, None, effort, classic, 5, lambda _: None)
