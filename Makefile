@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
 
-.PHONY: help setup demo up down check test crash bench clean
+.PHONY: help setup demo up down check test crash bench bench-storage clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install into .venv
 
@@ -41,6 +41,9 @@ crash: setup ## kill -9 and power cuts against persist's files (N=1000 SEED=1), 
 
 bench: setup ## latency and throughput, about five minutes
 	$(BIN)/python -m benchmarks
+
+bench-storage: setup ## the store's files beside classic HDF5 designs (EVENTS=1000000), about ten minutes
+	$(BIN)/python -m benchmarks.storage $(if $(EVENTS),--events $(EVENTS))
 
 clean: ## remove .venv, caches and the default data directory
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info $(DIR)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 import typer
 import uvloop
 from rich.console import Console
@@ -21,15 +18,13 @@ from rich.table import Table
 
 from benchmarks.latency import RATES_PER_S, measure_latency
 from benchmarks.load import running_pipeline
+from benchmarks.report import RESULTS, machine, spread
 from benchmarks.throughput import MESSAGES, measure_throughput
 from cluster.nodes import find_nats_server
 from contracts.settings import load_settings
-from stages.persist.files import sync_data, write_all_at
 
-RESULTS = Path(__file__).parent / "results"
 LATENCY_TARGET_MS_P95 = {500: 50.0}
 THROUGHPUT_TARGET_PER_S = 5000
-SYNC_TRIES = 200
 PARTITIONS = 4
 """As many lanes as two cores can use; ``FI_PARTITIONS`` chooses others."""
 
@@ -86,31 +81,8 @@ def _rate(rows: list[dict[str, Any]], batch: int, kind: str) -> int:
 
 
 def _environment(scratch: Path) -> dict[str, Any]:
-    """What the figures were taken on, the disk's own sync time among it."""
     version = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
-    times_ms = []
-    fd = os.open(scratch / "sync", os.O_RDWR | os.O_CREAT)
-    try:
-        for number in range(SYNC_TRIES):
-            start_s = time.perf_counter()
-            write_all_at(fd, bytes(4096), number % 16 * 4096)
-            sync_data(fd)
-            times_ms.append((time.perf_counter() - start_s) * 1e3)
-    finally:
-        os.close(fd)
-    return {
-        "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "nats_server": version.strip(),
-        "fdatasync_4k_ms": {"p50": _percentile(times_ms, 50), "p95": _percentile(times_ms, 95)},
-    }
-
-
-def _percentile(values: list[float], percent: int) -> float:
-    return round(float(np.percentile(values, percent)), 3)
+    return {**machine(scratch), "nats_server": version.strip()}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -121,7 +93,7 @@ def _show(result: dict[str, Any]) -> None:
     for rate in RATES_PER_S:
         rows = [row for row in result["latency"] if row["rate_per_s"] == rate]
         cells = [
-            _spread([row[kind][p] for row in rows])
+            spread([row[kind][p] for row in rows])
             for kind in ("accepted_ms", "durable_ms")
             for p in ("p50", "p95", "p99")
         ]
@@ -135,16 +107,12 @@ def _show(result: dict[str, Any]) -> None:
         rows = [row for row in result["throughput"] if row["batch"] == batch]
         throughput.add_row(
             str(batch),
-            _spread([row["events_per_s"] for row in rows], 0),
-            _spread([row["ceiling_events_per_s"] for row in rows], 0),
+            spread([row["events_per_s"] for row in rows], 0),
+            spread([row["ceiling_events_per_s"] for row in rows], 0),
             f"{result['headline'][f'vs_ceiling_batch_{batch}']:.2f}",
         )
     out.print(throughput)
     out.print(f"{result['environment']}", markup=False)
-
-
-def _spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
 
 
 if __name__ == "__main__":

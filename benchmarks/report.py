@@ -1,0 +1,70 @@
+"""What the benchmarks' reports have in common: the machine they ran on, percentiles with their spread, Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.track import percentiles_ms
+from stages.persist.files import sync_data, write_all_at
+
+RESULTS = Path(__file__).parent / "results"
+Say = Callable[[str], None]
+"""Tells a person what is being done now."""
+
+_SYNC_TRIES = 200
+
+
+def machine(scratch: Path) -> dict[str, Any]:
+    """What figures were taken on, the sync time of the disk that `scratch` is on among it."""
+    times_ms = []
+    fd = os.open(scratch / "sync", os.O_RDWR | os.O_CREAT)
+    try:
+        for number in range(_SYNC_TRIES):
+            start_s = time.perf_counter()
+            write_all_at(fd, bytes(4096), number % 16 * 4096)
+            sync_data(fd)
+            times_ms.append((time.perf_counter() - start_s) * 1e3)
+    finally:
+        os.close(fd)
+    return {
+        "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpus": os.cpu_count(),
+        "load_1_min": round(os.getloadavg()[0], 2),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "fdatasync_4k_ms": {"p50": percentile(times_ms, 50), "p95": percentile(times_ms, 95)},
+    }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """A percentile of `values`, with three digits after the point."""
+    return round(float(np.percentile(values, percent)), 3)
+
+
+def costs_ms(taken_ns: Sequence[int]) -> dict[str, float]:
+    """``{"p50", "p95", "p99", "mean"}`` in milliseconds."""
+    return {**percentiles_ms(taken_ns), "mean": round(statistics.fmean(taken_ns) / 1e6, 3)}
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """``median (least-greatest)``."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a line break or bar in a cell does not break it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
