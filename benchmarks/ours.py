@@ -176,7 +176,7 @@ def _bytes_per_event(directory: Path, samples: Samples) -> dict[str, float]:
             record_bytes += header.record_bytes
         else:
             view = LiveView(shard.path)
-            live_bytes += view.rows[-1].end_bytes + len(view.rows) * ROW_BYTES if view.rows else 0
+            live_bytes += view.row(view.commits - 1).end_bytes + view.commits * ROW_BYTES if view.commits else 0
             live_events += view.count
             view.close()
     result = {"json_line": samples.line_bytes, "payload_json": samples.payload_bytes}
