@@ -66,7 +66,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     sync = environment["fdatasync_4k_ms"]
     parts = [
         "# Storage benchmark\n",
-        f"`make bench-storage` wrote this at {environment['taken']}: {environment['cpus']} CPUs "
+        f"Written by `benchmarks/storage.py` at {environment['taken']}: {environment['cpus']} CPUs "
         f"({environment['machine']}), load average {environment['load_1_min']} before it began, kernel "
         f"{environment['kernel']}, Python {environment['python']}, h5py {environment['h5py']}, HDF5 "
         f"{environment['hdf5']}; 4 KB fdatasync p50 "
