@@ -11,6 +11,9 @@ from pathlib import Path
 
 _ZEROS = bytes(1024 * 1024)
 
+SYNC_EVERY_BYTES = 4 * 1024 * 1024
+"""Whoever writes a large file beside commits syncs it so often: their fdatasync waits for what is on its way."""
+
 _fdatasync = getattr(os, "fdatasync", os.fsync)
 
 
@@ -91,10 +94,15 @@ def zero_fill(fd: int, start: int, length: int) -> None:
     its time (measured). If the process dies or the power fails here: part of the range may hold what was there before.
     """
     end = start + length
+    unsynced = 0
     while start < end:
         size = min(len(_ZEROS), end - start)
         write_all_at(fd, memoryview(_ZEROS)[:size], start)
         start += size
+        unsynced += size
+        if unsynced >= SYNC_EVERY_BYTES:
+            sync_data(fd)
+            unsynced = 0
 
 
 def zero_dirty(fd: int, start: int, length: int) -> bool:

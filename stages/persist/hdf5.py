@@ -12,7 +12,7 @@ from typing import cast
 
 import h5py
 
-from stages.persist.files import write_all_at
+from stages.persist.files import SYNC_EVERY_BYTES, sync_data, write_all_at
 from stages.persist.header import HEADER_BYTES
 
 _LIBVER = ("earliest", "v110")
@@ -61,6 +61,7 @@ class _Disk(io.RawIOBase):
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._at = 0
         self._size = 0
+        self._unsynced = 0
         self.refused: OSError | None = None
 
     def readable(self) -> bool:
@@ -91,6 +92,10 @@ class _Disk(io.RawIOBase):
         if self.refused is None:
             try:
                 write_all_at(self._fd, view, self._at)
+                self._unsynced += len(view)
+                if self._unsynced >= SYNC_EVERY_BYTES:
+                    sync_data(self._fd)
+                    self._unsynced = 0
             except OSError as error:
                 self.refused = OSError(error.errno, error.strerror, str(self._path))
         self._at += len(view)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ class _Group:
             raise ShardCorruptError(f"{path}: its header contradicts itself; rebuild it from the stream")
         self._first = np.append(self._first, np.uint64(len(self.words)))
         self._count = np.append(self._count, np.uint64(len(words)))
-        self.words = np.concatenate([self.words, words])
+        self.words = _joined(self.words, words)
         self._sorted.append(_SortedIds(path, ids.offset, header.events))
 
     def find(self, rows: np.ndarray[Any, np.dtype[np.uint8]], text: Text) -> list[int]:
@@ -146,13 +147,18 @@ class _Mapped:
             try:
                 ids = np.memmap(place.path, f"S{ID_BYTES}", "r", place.offset, (place.events,))
             except (FileNotFoundError, ValueError) as error:
-                raise ShardCorruptError(
-                    f"{place.path}: was removed or cut short while in use: {error}"
-                ) from error
+                raise ShardCorruptError(f"{place.path}: was removed or cut short while in use: {error}") from error
             if len(self._ids) >= _MAPPED_MAX:
                 self._ids.popitem(last=False)
         self._ids[place] = ids
         return ids
+
+
+def _joined(first: Words, second: Words) -> Words:
+    """Both, in memory of their own that is given back whole: the heap would keep what each former array took."""
+    words = np.frombuffer(mmap(-1, first.nbytes + second.nbytes), np.uint64)
+    np.concatenate([first, second], out=words)
+    return words
 
 
 def _area(path: Path, header: SealedHeader, name: str) -> Area:

@@ -277,14 +277,17 @@ class PartitionFiles:
         """Makes `number` the live shard, from the prepared file if there is one."""
         path = self._store.directory / live_name(self._partition, number)
         prepared = self._store.directory / next_name(self._partition, number)
+        used = path.exists() and not prepared.exists()
         if prepared.exists():
             publish_file(prepared, path)
-        elif not path.exists():
+        elif not used:
             self._create(path, number)
         self._live = open_live(path)
         self._check_belongs(path, self._live.header, number)
         self._check_shown(self._live, 0)
-        self._live.cut(0)
+        if used or self._live.commits or self._live.torn:
+            # Reads all of the file; one that was made ready and never appended to is zero.
+            self._live.cut(0)
         self._frontier_before = self.frontier.copy()
         self._first_ns = None
 
