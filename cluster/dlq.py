@@ -44,7 +44,7 @@ from stages.runtime.writer import FencedWriter
 
 PAGE: Final = 256
 PAGE_BYTES: Final = 8 * 1024 * 1024
-DELETES_AT_ONCE: Final = 32
+DELETES_AT_ONCE: Final = 64
 DEADLINE_S: Final = 30.0
 """How long one publish or removal may take before it is given up."""
 
@@ -289,10 +289,10 @@ class DeadLetters:
             return Replayed(letter, f"{publish_subject(letter.site, letter.consultation)}: {error}")
         return Replayed(letter, origin=accepted.origin, repeated=accepted.duplicate)
 
-    async def remove(self, letters: Sequence[Letter]) -> int:
+    async def remove(self, letters: Sequence[Letter], *, erase: bool = False) -> int:
         """Deletes letters, and marks that are no longer the last of their subject. Returns how many letters went.
 
-        What somebody else deleted meanwhile is passed over.
+        What somebody else deleted meanwhile is passed over. With `erase` the servers overwrite the bytes.
 
         Raises:
             ClusterUnavailableError: not done in time; what is left can be removed again.
@@ -308,7 +308,7 @@ class DeadLetters:
                 f"{DLQ} took no mark within {DEADLINE_S:.0f} s; is it full? Remove older letters first, or raise "
                 "dlq_bytes_max with `fi cluster apply`"
             ) from None
-        gone = await asyncio.gather(*(self._delete(letter) for letter in doomed), return_exceptions=True)
+        gone = await asyncio.gather(*(self._delete(letter, erase) for letter in doomed), return_exceptions=True)
         for failure in gone:
             if isinstance(failure, BaseException):
                 raise failure
@@ -352,12 +352,12 @@ class DeadLetters:
             # A stage buried another, or somebody else was faster: the caller looks again.
             return
 
-    async def _delete(self, letter: Letter) -> bool:
+    async def _delete(self, letter: Letter, erase: bool) -> bool:
         """Deletes one message; False when it was gone."""
         async with self._deletes:
             try:
                 async with asyncio.timeout(DEADLINE_S):
-                    return await self._api.delete(DLQ, letter.seq)
+                    return await self._api.delete(DLQ, letter.seq, erase=erase)
             except TimeoutError:
                 raise ClusterUnavailableError(
                     f"{DLQ} did not delete letter {letter.seq} within {DEADLINE_S:.0f} s; repeat, nothing is doubled"

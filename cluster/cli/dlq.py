@@ -98,6 +98,8 @@ def ls(
     async def work() -> None:
         async with _opened(urls) as dead:
             span = await dead.span(selection)
+            if not as_json and not only_summary:
+                print(shown.HEADINGS)
             with progress_bar("reading") as tell:
                 async with aclosing(dead.letters(selection, span, tell)) as letters:
                     async for letter in letters:
@@ -108,8 +110,6 @@ def ls(
                         if not limit:
                             print(newest.pop())
 
-    if not as_json and not only_summary:
-        print(shown.HEADINGS)
     run_async(work())
     for row in newest:
         print(row)
@@ -241,13 +241,16 @@ def drop(
         Path | None,
         typer.Option("--output", metavar="FILE", help="First append the letters there, one a line (NDJSON)."),
     ] = None,
+    erase: Annotated[
+        bool, typer.Option("--erase", help="Have the servers overwrite the bytes on their disks: 50 letters a second.")
+    ] = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Deletes dead letters for good; their bytes are overwritten. Exits 1 when a SEQ is not there.
+    """Deletes dead letters for good. Exits 1 when a SEQ is not there.
 
     With --output each letter is safely in the file before it is deleted. Use this and no `nats stream purge`: the
     stages take the last message of each subject for their checkpoint.
@@ -267,7 +270,7 @@ def drop(
             return
         if output is not None:
             _append(output, [whole(letter) | ({"why": why} if why else {}) for letter in page])
-        report["dropped"] += await dead.remove(page)
+        report["dropped"] += await dead.remove(page, erase=erase)
 
     urls = find_servers(directory, nats)
     missing = run_async(_go(urls, seqs, selection, "drop", act, dry_run=dry_run, yes=yes))
