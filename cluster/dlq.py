@@ -298,42 +298,42 @@ class DeadLetters:
             ClusterUnavailableError: not done in time; what is left can be removed again.
             TopologyError: there is no `FI_DLQ`.
         """
-        doomed: list[Letter] = []
+        older: list[Letter] = []
+        newest: list[Letter] = []
+        for _, group in groupby(sorted(letters, key=_place), key=lambda letter: letter.subject):
+            *before, last = group
+            older += before
+            newest.append(last)
+        # These have the newest after them. Going first, they make room for a mark in a full stream.
+        removed = await self._delete_all(older, erase)
         try:
             async with asyncio.timeout(DEADLINE_S):
-                for subject, group in groupby(sorted(letters, key=_by_subject), key=_by_subject):
-                    doomed += await self._spare_newest(subject, sorted(group, key=lambda letter: letter.seq))
+                may_go = [letter for letter in newest if await self._may_go(letter)]
         except TimeoutError:
             raise ClusterUnavailableError(
                 f"{DLQ} took no mark within {DEADLINE_S:.0f} s; is it full? Remove older letters first, or raise "
                 "dlq_bytes_max with `fi cluster apply`"
             ) from None
-        gone = await asyncio.gather(*(self._delete(letter, erase) for letter in doomed), return_exceptions=True)
-        for failure in gone:
-            if isinstance(failure, BaseException):
-                raise failure
-        return sum(done is True and not letter.handled for letter, done in zip(doomed, gone, strict=True))
+        return removed + await self._delete_all(may_go, erase)
 
-    async def _spare_newest(self, subject: str, letters: list[Letter]) -> list[Letter]:
-        """Those of `letters` that may go: each has a later message on `subject`, if need be a mark made here.
+    async def _may_go(self, letter: Letter) -> bool:
+        """True once there is a later message on the letter's subject, if need be a mark made here.
 
         A read may be stale; that there is something later is true for ever once it was seen, since nobody deletes the
         newest.
         """
-        while letters:
-            newest = letters[-1]
-            last = await self._api.last_message(DLQ, subject)
-            if last is not None and last.seq > newest.seq:
-                return letters
-            if last is None or last.seq < newest.seq:
-                if await self._api.message_at(DLQ, newest.seq) is None:
-                    letters.pop()
+        while True:
+            last = await self._api.last_message(DLQ, letter.subject)
+            if last is not None and last.seq > letter.seq:
+                return True
+            if last is None or last.seq < letter.seq:
+                if await self._api.message_at(DLQ, letter.seq) is None:
+                    return False
                 await self._api.pause()
-            elif newest.handled:
-                letters.pop()
+            elif letter.handled:
+                return False
             else:
-                await self._mark(newest)
-        return letters
+                await self._mark(letter)
 
     async def _mark(self, newest: Letter) -> None:
         """Stores a mark after `newest` if it is still the last message of its subject."""
@@ -352,6 +352,13 @@ class DeadLetters:
             # A stage buried another, or somebody else was faster: the caller looks again.
             return
 
+    async def _delete_all(self, letters: Sequence[Letter], erase: bool) -> int:
+        gone = await asyncio.gather(*(self._delete(letter, erase) for letter in letters), return_exceptions=True)
+        for failure in gone:
+            if isinstance(failure, BaseException):
+                raise failure
+        return sum(done is True and not letter.handled for letter, done in zip(letters, gone, strict=True))
+
     async def _delete(self, letter: Letter, erase: bool) -> bool:
         """Deletes one message; False when it was gone."""
         async with self._deletes:
@@ -368,5 +375,5 @@ def _read(message: StoredMessage) -> Letter:
     return read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers)
 
 
-def _by_subject(letter: Letter) -> str:
-    return letter.subject
+def _place(letter: Letter) -> tuple[str, int]:
+    return letter.subject, letter.seq

@@ -15,7 +15,7 @@ from cluster.apply import apply
 from cluster.dlq import DeadLetters, Selection, Span
 from contracts.errors import InvalidEventError
 from contracts.letters import Letter, read_letter
-from contracts.settings import Settings
+from contracts.settings import MIB, Settings
 from contracts.subjects import DLQ, SEGMENT, dlq_subject
 from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_ORIGIN
 from stages.ingest.actor import IngestCore
@@ -104,6 +104,22 @@ async def test_a_mark_goes_when_there_is_a_letter_after_it(client: Client) -> No
     await graveyard.bury([refused(2)])
     assert await dead.remove([letter for letter in await everything(dead) if letter.handled]) == 0
     assert [(letter.origin, letter.handled) for letter in await everything(dead)] == [(2, False)]
+
+
+async def test_letters_can_be_removed_from_a_full_stream_and_the_stage_it_holds_goes_on(client: Client) -> None:
+    api = await ready(client, dlq_bytes_max=MIB)
+    dead = DeadLetters(api, "c")
+    large = [msgspec.structs.replace(refused(n), data=b"x" * 340_000) for n in range(1, 5)]
+    burying = asyncio.create_task(Graveyard(api, "ingest", 0, "first").bury(large))
+
+    async def full() -> bool:
+        return len(await buried(dead)) == 3
+
+    await until(full, "three letters fill it", 60)
+    assert await dead.remove(await everything(dead)) == 3
+    async with asyncio.timeout(60):
+        await burying
+    assert await buried(dead) == [(4, 0)]
 
 
 async def test_removed_by_several_at_once_while_a_stage_buries_and_is_killed_each_letter_is_there_once(
