@@ -26,7 +26,7 @@ from nats.errors import Error as NatsError
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, publish_subject
-from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_MSG_ID, HEADER_TRACEPARENT
+from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_FIRST_SEEN, HEADER_MSG_ID, HEADER_TRACEPARENT
 from stages.runtime.api import ApiError
 from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer
 
@@ -139,6 +139,7 @@ class Gateway:
         event_id: str,
         *,
         traceparent: str = "",
+        first_seen: str = "",
         deadline_s: float | None = None,
     ) -> Accepted:
         """Publishes one message and returns once it is accepted. Calls for one consultation take effect in call order.
@@ -148,6 +149,7 @@ class Gateway:
             site, consultation: the subject's tokens; both must be tokens (`contracts.subjects.is_token`).
             event_id: what makes it this message and no other; for several events see `batch_id`.
             traceparent: W3C trace context to send along.
+            first_seen: of a replay: where the events first came in (`contracts.letters`).
             deadline_s: give up this long after the first try; None: never.
 
         Raises:
@@ -162,6 +164,8 @@ class Gateway:
         headers = {HEADER_MSG_ID: event_id, HEADER_EXPECTED_STREAM: EVENTS}
         if traceparent:
             headers[HEADER_TRACEPARENT] = traceparent
+        if first_seen:
+            headers[HEADER_FIRST_SEEN] = first_seen
         async with self._turn(consultation), self._permits:
             return await self._send(subject, event_bytes, headers, deadline_s)
 

@@ -49,6 +49,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         receipts_kept: commit receipts kept for each partition.
         drain_s: how long a stage may take to finish after SIGTERM.
         signing_key_file: Ed25519 key (`fi key new`) that persist signs receipts and seal records with; empty: none.
+        dead_share_max: a process that would dead-letter a larger share of its last events holds instead; 1: never.
+        dead_events_min: that share is judged over so many events at least.
+        breaker_pause_s: a process that holds tries again after so long, and doubles it each time in vain.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -82,6 +85,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     receipts_kept: _Positive = 1024
     drain_s: _Seconds = 20.0
     signing_key_file: str = ""
+    dead_share_max: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    dead_events_min: _Positive = 200
+    breaker_pause_s: _Seconds = 5.0
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:

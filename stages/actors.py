@@ -11,6 +11,7 @@ from contracts.subjects import Stage
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
+from stages.runtime.breaker import Breaker
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.lane import Lane
 from stages.runtime.process import LaneMaker, RunnableLane
@@ -30,9 +31,10 @@ def lane_maker(stage: Stage, shards: Path) -> LaneMaker:
     if stage == "persist":
         return _persist_maker(shards)
     core = _CORES[stage]
+    breaker = cache(Breaker)
 
     def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
-        return Lane(api, core(), partition, nonce, on_open)
+        return Lane(api, core(), partition, nonce, on_open, breaker=breaker(api.settings))
 
     return make
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import keys, partitions, proof, store, topology
+from cluster.cli import dlq, keys, partitions, proof, store, topology
 from cluster.cli.common import FAILED, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
@@ -32,6 +32,7 @@ app = typer.Typer(
 key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
 partitions_app = typer.Typer(help="Partitions: who owns which, and moving one.", no_args_is_help=True)
 cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
+dlq_app = typer.Typer(help="Dead letters: events that were refused, with the reason.", no_args_is_help=True)
 
 
 @app.callback()
@@ -54,7 +55,10 @@ partitions_app.command("ls")(partitions.list_partitions)
 partitions_app.command("move")(partitions.move)
 for verb in (topology.plan, topology.apply, topology.status):
     cluster_app.command()(verb)
+for dlq_verb in (dlq.ls, dlq.show, dlq.replay, dlq.drop):
+    dlq_app.command()(dlq_verb)
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(dlq_app, name="dlq")
 app.add_typer(key_app, name="key")
 app.add_typer(partitions_app, name="partitions")
 

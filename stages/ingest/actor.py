@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contracts.frames import Dead
 from contracts.subjects import Stage, split_raw_subject
-from contracts.telemetry import HEADER_TRACEPARENT
+from contracts.telemetry import HEADER_FIRST_SEEN, HEADER_TRACEPARENT
 from stages.ingest.core import parse_message
 from stages.runtime.api import StoredMessage
 from stages.runtime.work import DeadLetter, Step
@@ -35,6 +35,7 @@ class IngestCore:
             accepted_ns=message.time_ns,
             traceparent=message.headers.get(HEADER_TRACEPARENT, ""),
             now_ns=now_ns,
+            first_seen=message.headers.get(HEADER_FIRST_SEEN, ""),
         )
         dead = [Dead(message.seq, len(parsed.rejected))] if parsed.rejected else []
         letters = [DeadLetter(message.seq, row.index, row.error, row.raw) for row in parsed.rejected]

@@ -43,6 +43,7 @@ from contracts.events import (
     parse_rfc3339,
     split_body,
 )
+from contracts.letters import FirstSeen, parse_first_seen
 from contracts.policy import EVENT_TYPES
 from contracts.subjects import is_token
 from stages.ingest.explain import duplicate_field, explain_decoding, explain_part, quoted
@@ -86,6 +87,7 @@ class _Message(msgspec.Struct, frozen=True, gc=False):
     consultation: str
     origin: int
     accepted_ns: int
+    first: FirstSeen
     traceparent: str
     now_ns: int
 
@@ -114,6 +116,7 @@ def parse_message(
     accepted_ns: int,
     traceparent: str,
     now_ns: int,
+    first_seen: str = "",
 ) -> Parsed:
     """Takes one gateway message apart. Never raises for anything a gateway can send.
 
@@ -127,9 +130,11 @@ def parse_message(
         accepted_ns: when `FI_EVENTS` stored it.
         traceparent: the header's text; anything that is not a W3C trace context is ignored.
         now_ns: the time now, stored as `ingest_ns`.
+        first_seen: of a replayed message, where it first came in: what ids and times are derived from.
     """
+    first = parse_first_seen(first_seen) or FirstSeen(origin, accepted_ns, 0)
     trace = traceparent if _is_traceparent(traceparent) else ""
-    message = _Message(subject_site, subject_consultation, origin, accepted_ns, trace, now_ns)
+    message = _Message(subject_site, subject_consultation, origin, accepted_ns, first, trace, now_ns)
     lines = split_body(body)
     if len(lines) == 1:
         return _parse_parts(message, lines, body)
@@ -193,14 +198,15 @@ def _parse_event(message: _Message, index: int, text: bytes) -> Event:
     time_ns = _parse_time(wire.timestamp) if isinstance(wire.timestamp, str) else None
     _check_duplicates(text, wire, payload, metadata)
     _check_payload(payload)
+    first = message.first.at(index)
     return Event(
         origin=message.origin,
         index=index,
-        event_id=event_id or derive_event_id(message.origin, message.accepted_ns, index),
+        event_id=event_id or derive_event_id(first.origin, first.accepted_ns, first.index),
         consultation_id=consultation_id,
         site=message.site,
         event_type=wire.event_type,
-        timestamp_ns=message.accepted_ns if time_ns is None else time_ns,
+        timestamp_ns=first.accepted_ns if time_ns is None else time_ns,
         stamped=time_ns is not None,
         payload=payload,
         metadata=_complete_metadata(metadata, message.site),

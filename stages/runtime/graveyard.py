@@ -1,7 +1,8 @@
 """Where refused events go: `FI_DLQ`, each once, acknowledged before the frame that covers it.
 
 The subject's last message is the checkpoint here too: letters at or before it are already buried. The fence
-refuses a second process that dead-letters the same events at the same time.
+refuses a second process that dead-letters the same events at the same time. So the last message of a subject is never
+deleted: who removes that letter first puts a message after it that says so (`cluster.dlq`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 
 from contracts.errors import FencedError
 from contracts.events import split_body
+from contracts.letters import FirstSeen, parse_first_seen
 from contracts.subjects import DLQ, EVENTS, Stage, dlq_subject
 from contracts.telemetry import (
     DEAD_DETAIL,
@@ -20,6 +22,7 @@ from contracts.telemetry import (
     DEAD_REASON,
     DEAD_STAGE,
     DEAD_SUBJECT,
+    HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
 )
 from stages.runtime.api import Api, StoredMessage
@@ -95,6 +98,9 @@ class Graveyard:
         data = letter.data
         if original is not None:
             headers[DEAD_SUBJECT] = original.subject
+            before = parse_first_seen(original.headers.get(HEADER_FIRST_SEEN, ""))
+            first = before or FirstSeen(letter.origin, original.time_ns, 0)
+            headers[HEADER_FIRST_SEEN] = str(first.at(letter.index))
             if trace := original.headers.get(HEADER_TRACEPARENT):
                 headers[HEADER_TRACEPARENT] = _one_line(trace)
             if data is None:

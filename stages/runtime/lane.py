@@ -2,11 +2,15 @@
 
 Invariant: a frame is published only when everything it covers is either in it or acknowledged by `FI_DLQ`, and the
 cursor moves only after the frame is acknowledged. So a lane may be killed at any instruction.
+
+What the process's breaker does not allow is neither buried nor published: it goes back to the reader, and the lane
+holds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Final
@@ -17,10 +21,13 @@ from contracts.frames import Dead, Frame, encode_frame
 from contracts.subjects import OUTPUT_STREAM, output_subject
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
+from stages.runtime.breaker import Breaker
 from stages.runtime.checkpoint import Cursor, read_checkpoint
 from stages.runtime.graveyard import Graveyard
 from stages.runtime.work import DeadLetter, StageCore
 from stages.runtime.writer import FencedWriter
+
+log = logging.getLogger(__name__)
 
 OFFLOAD_BYTES_MIN: Final = 256 * 1024
 """Input of this size is worked on in a thread, so that the event loop keeps turning."""
@@ -29,7 +36,10 @@ HEADERS_BYTES_MAX: Final = 4096
 
 
 class Lane(LaneBase):
-    """Runs a `StageCore` over one partition. Arguments as `LaneBase`; `clock_ns` is the wall clock."""
+    """Runs a `StageCore` over one partition.
+
+    Arguments as `LaneBase`; `clock_ns` is the wall clock, `breaker` the process's (None: one of the lane's own).
+    """
 
     def __init__(
         self,
@@ -39,11 +49,13 @@ class Lane(LaneBase):
         nonce: str,
         on_open: Callable[[int], None],
         clock_ns: Callable[[], int] = time.time_ns,
+        breaker: Breaker | None = None,
     ) -> None:
         super().__init__(api, core.stage, partition, nonce, on_open)
         self._core = core
         self._clock_ns = clock_ns
         self._output = output_subject(core.stage, partition)
+        self._breaker = breaker or Breaker(api.settings)
         self._graveyard = Graveyard(api, core.stage, partition, nonce)
         self._writer = FencedWriter(api, OUTPUT_STREAM[core.stage], self._output, nonce)
 
@@ -55,7 +67,12 @@ class Lane(LaneBase):
         feed = self._open_feed(nonce, checkpoint.cursor)
         try:
             while await self._await_input(feed):
-                await self._advance(feed)
+                if hold_s := self._breaker.hold_s(time.monotonic()):
+                    await self._rest(hold_s)
+                    # Others may have taken the partition over meanwhile.
+                    self._suspicious = True
+                else:
+                    await self._advance(feed)
         finally:
             await feed.reader.close()
 
@@ -67,7 +84,8 @@ class Lane(LaneBase):
     async def _advance(self, feed: InputFeed) -> None:
         """One frame: work on what waits, bury what is refused, publish what passed, move the cursor."""
         settings = self._api.settings
-        messages = feed.reader.take(settings.frame_events_max, settings.frame_bytes_max)
+        count_max = 1 if self._breaker.is_open else settings.frame_events_max
+        messages = feed.reader.take(count_max, settings.frame_bytes_max)
         while True:
             frame, letters, input_seq = await self._work(messages, feed.cursor)
             if frame is None:
@@ -80,10 +98,39 @@ class Lane(LaneBase):
             feed.reader.put_back(messages[half:])
             messages = messages[:half]
             self._core.open(feed.cursor.closed)
+        if not self._allowed(len(frame.events), letters):
+            feed.reader.put_back(messages)
+            self._core.open(feed.cursor.closed)
+            return
         await self._graveyard.bury(letters)
         await self._writer.publish(data, str(frame.last))
         feed.cursor = Cursor(frame.last, input_seq, frame.closed)
         self._holes = 0
+
+    def _allowed(self, passed: int, letters: list[DeadLetter]) -> bool:
+        """Asks the breaker, and says so when it opens, closes or stays open."""
+        breaker, now_s = self._breaker, time.monotonic()
+        was_open, held_s = breaker.is_open, breaker.hold_s(now_s)
+        allowed = breaker.allows(passed, letters, now_s)
+        place = f"{self._stage} partition {self._partition}"
+        if was_open and not breaker.is_open:
+            log.warning("breaker closed by %s: going on", place)
+        elif breaker.is_open and not was_open:
+            log.error(
+                "breaker opened by %s: %s. Nothing is buried or published by this process, and nothing is lost; trying "
+                "again in %.0f s. Is a new build or policy wrong? If the events are, start with FI_DEAD_SHARE_MAX=1",
+                place,
+                breaker.explain(letters),
+                breaker.hold_s(now_s),
+            )
+        elif was_open and breaker.hold_s(now_s) > held_s:
+            log.warning(
+                "breaker stays open: %s still refuses, e.g. %s; trying again in %.0f s",
+                place,
+                letters[0].error,
+                breaker.hold_s(now_s),
+            )
+        return allowed
 
     async def _work(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Frame | None, list[DeadLetter], int]:
         """`_build`, in a thread when there is much to do."""

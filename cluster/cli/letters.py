@@ -1,0 +1,133 @@
+"""How `fi dlq` shows letters.
+
+Everything that came from outside is shown without control characters: an event must not be able to steer a terminal.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from cluster.dlq import obstacle
+from contracts.events import format_rfc3339, is_json
+
+if TYPE_CHECKING:
+    from cluster.dlq import Counts
+    from contracts.letters import Letter
+
+FIRST_CHARS: Final = 60
+HEADINGS: Final = (
+    f"{'SEQ':>8} {'WHEN':<24} {'STAGE':<8} {'P':>3} {'EVENT':<12} {'REASON':<22} {'FIELD':<20} FIRST BYTES"
+)
+
+
+def plain(text: str) -> str:
+    """`text` without what a terminal would obey."""
+    return "".join(char if char.isprintable() else "·" for char in text)
+
+
+def first_bytes(data: bytes) -> str:
+    """The beginning of `data`, for one line."""
+    return plain(data[: 4 * FIRST_CHARS].decode(errors="replace"))[:FIRST_CHARS]
+
+
+def line(letter: Letter) -> str:
+    """The letter on one line, under `HEADINGS`."""
+    when = format_rfc3339(letter.time_ns // 1_000_000 * 1_000_000)
+    return plain(
+        f"{letter.seq:>8} {when:<24} {letter.stage:<8} {letter.partition:>3} {f'{letter.origin}/{letter.index}':<12} "
+        f"{letter.reason:<22} {letter.field or '-':<20} {first_bytes(letter.data)}"
+    )
+
+
+def brief(letter: Letter) -> dict[str, Any]:
+    """The letter as JSON, with the beginning of its bytes only."""
+    return {**_head(letter), "first": first_bytes(letter.data)}
+
+
+def whole(letter: Letter) -> dict[str, Any]:
+    """The letter as JSON, with all of its bytes: as text where they are UTF-8."""
+    try:
+        return {**_head(letter), "body": letter.data.decode()}
+    except UnicodeDecodeError:
+        return {**_head(letter), "body_base64": b64encode(letter.data).decode()}
+
+
+def _head(letter: Letter) -> dict[str, Any]:
+    return {
+        "seq": letter.seq,
+        "time": format_rfc3339(letter.time_ns),
+        "stage": letter.stage,
+        "partition": letter.partition,
+        "origin": letter.origin,
+        "index": letter.index,
+        "reason": letter.reason,
+        "field": letter.field,
+        "detail": letter.detail,
+        "site": letter.site,
+        "consultation": letter.consultation,
+        "traceparent": letter.traceparent,
+        "first_seen": letter.first_seen,
+        "bytes": len(letter.data),
+    }
+
+
+def counted(counts: Counts) -> dict[str, Any]:
+    """Counts as JSON, the commonest first."""
+    rows = [
+        {"stage": stage, "reason": reason, "letters": count}
+        for (stage, reason), count in counts.by_reason.most_common()
+    ]
+    return {"letters": counts.letters, "by_reason": rows}
+
+
+def counted_lines(counts: Counts) -> str:
+    """Counts for people, the commonest first."""
+    rows = [
+        f"{count:>8} {plain(stage):<8} {plain(reason)}" for (stage, reason), count in counts.by_reason.most_common()
+    ]
+    return "\n".join([*rows, f"{counts.letters:>8} dead letters"])
+
+
+def page(letter: Letter) -> str:
+    """Everything about one letter."""
+    where = f"{letter.stage} partition {letter.partition}"
+    trace = letter.traceparent.split("-")
+    rows = {
+        "letter": f"{letter.seq}, dead-lettered {format_rfc3339(letter.time_ns)}",
+        "refused by": where,
+        "reason": letter.reason,
+        "field": letter.field or "the whole message",
+        "detail": letter.detail,
+        "site": letter.site,
+        "consultation": letter.consultation,
+        "event": f"number {letter.index} of message {letter.origin} in FI_EVENTS",
+        "first seen": "at that place" if letter.first_seen.startswith(f"{letter.origin}/") else letter.first_seen,
+        "trace": trace[1] if len(trace) > 2 else "",
+        "bytes": str(len(letter.data)),
+    }
+    head = "\n".join(f"{name + ':':<14}{plain(text)}" for name, text in rows.items() if text)
+    return f"{head}\n\n{_body(letter.data)}\n\nnext: {plain(advice(letter))}"
+
+
+def _body(data: bytes) -> str:
+    text = msgspec.json.format(data, indent=2) if is_json(data) else data
+    return "\n".join(plain(row) for row in text.decode(errors="replace").split("\n"))
+
+
+def advice(letter: Letter) -> str:
+    """What can be done about it, in a sentence or two."""
+    drop = f"`fi dlq drop {letter.seq}` deletes it"
+    if why := obstacle(letter):
+        return f"a replay cannot help: {why}. {drop}"
+    again = f"`fi dlq replay {letter.seq}`"
+    mend = f"`fi dlq show {letter.seq} --raw > event.json`, mend it, `fi dlq replay {letter.seq} --body event.json`"
+    if letter.reason == "lifecycle.closed":
+        return f"publish a CONSULTATION_RESET of the consultation first if it goes on, then {again}; {drop}"
+    if letter.reason == "event_type.unknown":
+        return f"once a build that knows the type runs: {again}. If the gateway is wrong: {mend}. {drop}"
+    if letter.stage == "ingest":
+        return f"the event breaks the contract (`fi schema`): {mend}. Tell the site's gateway. {drop}"
+    return f"if the rule was wrong and was changed: {again}. If the event is: {mend}. {drop}"

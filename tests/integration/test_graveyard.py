@@ -1,0 +1,233 @@
+"""Removing dead letters while stages bury them and are killed, and the breaker of a lane, on real streams."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from pipeline import until
+
+from cluster.apply import apply
+from cluster.dlq import DeadLetters, Selection, Span
+from contracts.errors import InvalidEventError
+from contracts.letters import Letter, read_letter
+from contracts.settings import MIB, Settings
+from contracts.subjects import DLQ, SEGMENT
+from stages.ingest.actor import IngestCore
+from stages.runtime.api import Api
+from stages.runtime.graveyard import Graveyard
+from stages.runtime.lane import Lane
+from stages.runtime.work import DeadLetter
+
+pytestmark = pytest.mark.cluster
+
+
+def refused(origin: int, index: int = 0) -> DeadLetter:
+    return DeadLetter(origin, index, InvalidEventError("json.malformed", "", "not JSON"), b"x")
+
+
+async def ready(client: Client, **changes: Any) -> Api:
+    chosen = Settings(**{"partitions": 1, "probe_s": 0.5, **changes})
+    await apply(client, chosen)
+    return Api(client, chosen)
+
+
+async def everything(dead: DeadLetters) -> list[Letter]:
+    """All letters and marks, as the stream's leader has them."""
+    found: list[Letter] = []
+    span = await dead.span(Selection())
+    seq = 1
+    while (message := await dead._api.first_message(DLQ, "fi.dlq.*.*", from_seq=seq)) and message.seq <= span.last:
+        seq = message.seq + 1
+        found.append(read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers))
+    return found
+
+
+async def buried(dead: DeadLetters) -> list[tuple[int, int]]:
+    return [(letter.origin, letter.index) for letter in await everything(dead) if not letter.handled]
+
+
+async def test_a_stage_killed_between_bury_and_publish_buries_nothing_again_though_all_letters_were_removed(
+    client: Client,
+) -> None:
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    of_a_frame = [refused(5), refused(5, 1), refused(9)]
+    killed = Graveyard(api, "ingest", 0, "first")
+    await killed.bury(of_a_frame)
+    assert await buried(dead) == [(5, 0), (5, 1), (9, 0)]
+    assert await dead.remove(await everything(dead)) == 3
+    assert await buried(dead) == []
+
+    restarted = Graveyard(api, "ingest", 0, "second")
+    await restarted.bury(of_a_frame)
+    assert await buried(dead) == []
+    await restarted.bury([refused(9), refused(9, 1), refused(12)])
+    assert await buried(dead) == [(9, 1), (12, 0)]
+
+
+async def test_without_a_mark_it_would_bury_them_again(client: Client) -> None:
+    """What the mark is for: the same with the newest letter simply deleted."""
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    await Graveyard(api, "ingest", 0, "first").bury([refused(5), refused(9)])
+    await api.request(f"$JS.API.STREAM.MSG.DELETE.{DLQ}", b'{"seq":2}')
+    await Graveyard(api, "ingest", 0, "second").bury([refused(5), refused(9)])
+    assert await buried(dead) == [(5, 0), (9, 0)]
+    assert (await everything(dead))[-1].seq == 3
+
+
+async def test_a_stage_that_goes_on_meets_the_mark_and_loses_and_doubles_nothing(client: Client) -> None:
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    living = Graveyard(api, "ingest", 0, "living")
+    for origin in range(1, 6):
+        await living.bury([refused(origin)])
+        assert await dead.remove(await everything(dead)) == 1
+        await living.bury([refused(origin)])
+        assert await buried(dead) == []
+    (mark,) = await everything(dead)
+    assert (mark.origin, mark.index, mark.handled) == (5, 0, True)
+
+
+async def test_a_mark_goes_when_there_is_a_letter_after_it(client: Client) -> None:
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    graveyard = Graveyard(api, "ingest", 0, "first")
+    await graveyard.bury([refused(1)])
+    await dead.remove(await everything(dead))
+    await graveyard.bury([refused(2)])
+    assert await dead.remove([letter for letter in await everything(dead) if letter.handled]) == 0
+    assert [(letter.origin, letter.handled) for letter in await everything(dead)] == [(2, False)]
+
+
+async def test_letters_can_be_removed_from_a_full_stream_and_the_stage_it_holds_goes_on(client: Client) -> None:
+    api = await ready(client, dlq_bytes_max=MIB)
+    dead = DeadLetters(api, "c")
+    large = [msgspec.structs.replace(refused(n), data=b"x" * 340_000) for n in range(1, 5)]
+    burying = asyncio.create_task(Graveyard(api, "ingest", 0, "first").bury(large))
+
+    async def full() -> bool:
+        return len(await buried(dead)) == 3
+
+    await until(full, "three letters fill it", 60)
+    assert await dead.remove(await everything(dead)) == 3
+    async with asyncio.timeout(60):
+        await burying
+    assert await buried(dead) == [(4, 0)]
+
+
+async def test_removed_by_several_at_once_while_a_stage_buries_and_is_killed_each_letter_is_there_once(
+    client: Client,
+) -> None:
+    api = await ready(client)
+    frames = [[refused(n, i) for i in range(3)] for n in range(1, 41)]
+    seen: dict[int, tuple[int, int]] = {}
+
+    async def remove_all(dead: DeadLetters) -> None:
+        """Whatever is removed was read before, so that `seen` misses nothing."""
+        letters = await everything(dead)
+        seen.update({letter.seq: (letter.origin, letter.index) for letter in letters if not letter.handled})
+        await dead.remove(letters)
+
+    async def bury() -> None:
+        for number, letters in enumerate(frames):
+            # Each frame is buried twice, the second time by a process that knows nothing: killed before it published.
+            await Graveyard(api, "ingest", 0, f"killed-{number}").bury(letters)
+            await Graveyard(api, "ingest", 0, f"restarted-{number}").bury(letters)
+
+    async def remove(burying: asyncio.Task[None]) -> None:
+        dead = DeadLetters(api, "c")
+        while not burying.done():
+            await remove_all(dead)
+
+    burying = asyncio.create_task(bury())
+    async with asyncio.timeout(120):
+        await asyncio.gather(burying, remove(burying), remove(burying))
+    dead = DeadLetters(api, "c")
+    await remove_all(dead)
+    assert await buried(dead) == []
+    await Graveyard(api, "ingest", 0, "last").bury([letter for letters in frames for letter in letters])
+    assert await buried(dead) == []
+    expected = [(letter.origin, letter.index) for letters in frames for letter in letters]
+    assert sorted(seen.values()) == expected
+
+
+async def test_letters_are_found_by_time_in_a_stream_with_gaps_and_page_by_page(client: Client) -> None:
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    graveyard = Graveyard(api, "ingest", 0, "first")
+    await graveyard.bury([refused(n) for n in range(1, 701)])
+    letters = await everything(dead)
+    assert [letter.origin for letter in letters] == list(range(1, 701))
+    await dead.remove(letters[100:300])
+    middle, late = letters[350], letters[500]
+    since = Selection(since_ns=middle.time_ns, until_ns=late.time_ns)
+    assert await dead.span(since) == Span(middle.seq, late.seq)
+    found = [letter.origin async for letter in dead.letters(since, await dead.span(since), lambda done, total: None)]
+    assert found == list(range(351, 502)), "both ends belong to it"
+    gone = Selection(until_ns=letters[200].time_ns)
+
+    async def only_the_first_hundred() -> bool:
+        span = await dead.span(gone)
+        found = [letter.origin async for letter in dead.letters(gone, span, lambda done, total: None)]
+        return found == list(range(1, 101))
+
+    await until(only_the_first_hundred, "what was removed is no longer listed", 60)
+
+
+async def test_reading_ends_though_what_was_still_to_come_is_removed_by_somebody_else(client: Client) -> None:
+    api = await ready(client)
+    dead = DeadLetters(api, "c")
+    graveyard = Graveyard(api, "ingest", 0, "first")
+    await graveyard.bury([refused(n) for n in range(1, 11)])
+    letters = await everything(dead)
+    span = await dead.span(Selection())
+    await dead.remove(letters[3:])
+    async with asyncio.timeout(60):
+        pages = [page async for page in dead.pages(Selection(), Span(1, span.last + 5), lambda done, total: None)]
+    assert [letter.origin for page in pages for letter in page if not letter.handled][:3] == [1, 2, 3]
+
+
+async def test_a_lane_whose_input_is_all_bad_holds_loses_nothing_stops_when_told_and_resumes_when_allowed(
+    client: Client,
+) -> None:
+    api = await ready(client, dead_events_min=50, breaker_pause_s=3600.0)
+    jetstream = client.jetstream(timeout=5)
+    subject = f"fi.events.clinic-1.{UUID(int=1, version=4)}"
+    for number in range(120):
+        await jetstream.publish(subject, b"not JSON %d" % number)
+    lane = Lane(api, IngestCore(), 0, "nonce", lambda _: None)
+    running_lane = asyncio.create_task(lane.run())
+
+    async def holds() -> bool:
+        return lane._breaker.is_open
+
+    await until(holds, "the breaker opens", 60)
+    letters = (await jetstream.stream_info(DLQ)).state.messages
+    assert letters < 50
+    last = await api.last_message(SEGMENT, "fi.segment.0")
+    lane.nudge()
+    lane.stop()
+    async with asyncio.timeout(60):
+        await running_lane
+    assert (await jetstream.stream_info(DLQ)).state.messages == letters
+    assert await api.last_message(SEGMENT, "fi.segment.0") == last
+
+    allowed = Api(client, msgspec.structs.replace(api.settings, dead_share_max=1.0))
+    lane = Lane(allowed, IngestCore(), 0, "other", lambda _: None)
+    running_lane = asyncio.create_task(lane.run())
+
+    async def all_dead() -> bool:
+        return (await jetstream.stream_info(DLQ)).state.messages == 120
+
+    try:
+        await until(all_dead, "all of them are dead letters", 60)
+    finally:
+        lane.stop()
+        await running_lane
+    assert [letter.origin for letter in await everything(DeadLetters(api, "c"))] == list(range(1, 121))
