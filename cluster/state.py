@@ -25,13 +25,11 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
         name: such as ``n1`` or ``segment-0``.
         kind: ``server`` or the stage.
         pid: None while it is down.
-        partitions: that a stage process holds.
     """
 
     name: str
     kind: str
     pid: int | None
-    partitions: tuple[int, ...] = ()
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="cluster.1"):

@@ -23,7 +23,7 @@ from cluster.keeper import Keeper, OnEvent, ProcessEvent
 from cluster.lock import DirectoryLock
 from cluster.nodes import STOP_LIMIT_S, EmbeddedCluster
 from cluster.process import ManagedProcess
-from cluster.stageprocess import StageCommand, StageProcess, partitions_of
+from cluster.stageprocess import StageCommand, StageProcess
 from cluster.state import ProcessState, State, process_started, write_state
 from contracts.errors import SettingsError
 from contracts.settings import Settings
@@ -47,12 +47,8 @@ class RunningProcess(msgspec.Struct, frozen=True):
 def run_command(directory: Path) -> StageCommand:
     """How a stage is run from `directory`: ``python -m cluster run STAGE …``."""
 
-    def command(stage: Stage, name: str, partitions: Sequence[int]) -> list[str]:
-        lanes = ",".join(map(str, partitions))
-        return [
-            *(sys.executable, "-m", "cluster", "run", stage),
-            *("--dir", str(directory), "--partitions", lanes, "--name", name),
-        ]
+    def command(stage: Stage, name: str) -> list[str]:
+        return [sys.executable, "-m", "cluster", "run", stage, "--dir", str(directory), "--name", name]
 
     return command
 
@@ -193,20 +189,21 @@ class Supervisor:
         Raises:
             ProcessError: one of them did not come up; holds the end of its log.
         """
-        if len(self._stages[stage]) != self._scale[stage]:
-            self._stages[stage] = [self._new_keeper(stage, index) for index in range(self._scale[stage])]
-        await _all([keeper.start() for keeper in self._stages[stage]])
+        keepers = self._stages[stage]
+        keepers += [self._new_keeper(stage, index) for index in range(len(keepers), self._scale[stage])]
+        await _all([keeper.start() for keeper in keepers])
         self._write_state()
 
     async def scale(self, stage: Stage, count: int) -> None:
-        """Runs a stage with `count` processes from now on: stops the present ones, which drain, and starts the new.
+        """Runs a stage with `count` processes from now on: starts new ones, or stops the last ones, which drain.
 
         Raises:
             SettingsError: more processes than partitions.
             ProcessError: as `start_stage`.
         """
         self._scale[stage] = self._checked(stage, count)
-        await self.stop_stage(stage)
+        await self._stop_keepers(self._stages[stage][count:], self.settings.drain_s)
+        del self._stages[stage][count:]
         await self.start_stage(stage)
 
     async def kill(self, name: str) -> None:
@@ -236,7 +233,6 @@ class Supervisor:
         process = StageProcess(
             stage,
             name,
-            partitions_of(index, self._scale[stage], self.settings.partitions),
             log=self.directory / "logs" / f"{name}.log",
             settings=self.settings,
             command=self._command,
@@ -291,9 +287,7 @@ class Supervisor:
     def _write_state(self) -> None:
         processes = []
         for kind, keeper in self._keepers():
-            process = keeper.process
-            partitions = process.partitions if isinstance(process, StageProcess) else ()
-            processes.append(ProcessState(name=process.name, kind=kind, pid=process.pid, partitions=partitions))
+            processes.append(ProcessState(name=keeper.process.name, kind=kind, pid=keeper.process.pid))
         pid = os.getpid()
         write_state(
             self.directory,

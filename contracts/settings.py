@@ -47,6 +47,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         receipts_kept: commit receipts kept for each partition.
         drain_s: how long a stage may take to finish after SIGTERM.
         signing_key_file: Ed25519 key (`fi key new`) that persist signs receipts and seal records with; empty: none.
+        member_ttl_s: a process that was silent for so long counts as dead, and others take its partitions over.
+        member_renew_s: how often a process announces itself and looks at the others.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -79,6 +81,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     receipts_kept: _Positive = 1024
     drain_s: _Seconds = 20.0
     signing_key_file: str = ""
+    member_ttl_s: _Positive = 3
+    member_renew_s: _Seconds = 0.5
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:

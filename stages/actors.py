@@ -13,7 +13,8 @@ from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.lane import Lane
-from stages.runtime.process import LaneMaker, RunnableLane
+from stages.runtime.lanes import RunnableLane
+from stages.runtime.process import LaneMaker
 from stages.runtime.work import StageCore
 from stages.segment.core import SegmentCore
 
@@ -35,6 +36,22 @@ def lane_maker(stage: Stage, shards: Path) -> LaneMaker:
         return Lane(api, core(), partition, nonce, on_open)
 
     return make
+
+
+def store_finder(stage: Stage, shards: Path) -> Callable[[ClusterFacts], str]:
+    """How a process of `stage` learns the id of its store; it is empty for stages that have none.
+
+    What is returned works on the disk, and raises as `stages.persist.storedir.open_store`.
+    """
+
+    def find(facts: ClusterFacts) -> str:
+        if stage != "persist":
+            return ""
+        from stages.persist.storedir import open_store
+
+        return open_store(shards, facts.cluster_id, now_ns=time.time_ns()).store_id
+
+    return find
 
 
 def _persist_maker(shards: Path) -> LaneMaker:

@@ -234,8 +234,11 @@ class PersistLane(LaneBase):
         self._seal_work.set()
 
     async def _seal_rest(self) -> None:
-        """On drain: what is committed is sealed. Interrupted, it stays in the live shard, where it is as safe."""
-        if self._api.settings.seal_on_drain and self._files.holds_events():
+        """On drain: what is committed is sealed. Interrupted, it stays in the live shard, where it is as safe.
+
+        Not when the partition is handed over: its next owner appends to the same shard.
+        """
+        if self._api.settings.seal_on_drain and not self._handing_over and self._files.holds_events():
             self._all_sealed.clear()
             await self._roll()
             sealing = self._background[-1]
