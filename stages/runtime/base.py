@@ -64,7 +64,7 @@ class LaneBase(ABC):
         api: the process's connection.
         stage: which stage.
         partition: which lane.
-        nonce: of this process.
+        nonce: of this lane; no other lane ever had it.
         on_open: called each time the lane has found its place.
     """
 

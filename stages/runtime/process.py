@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from nats.aio.client import Client
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 LaneMaker = Callable[[Api, ClusterFacts, int, str, Callable[[int], None]], RunnableLane]
-"""(api, cluster, partition, process nonce, on_open) → lane."""
+"""(api, cluster, partition, nonce of the lane, on_open) → lane."""
 
 
 class StageProcess:
@@ -109,8 +110,12 @@ class StageProcess:
                 pinned=self._pinned(facts),
             )
 
+            lanes = count(1)
+
             def make(partition: int, on_open: Callable[[int], None]) -> RunnableLane:
-                return self._make_lane(api, facts, partition, self._nonce, on_open)
+                # A lane of a partition that was here before must not be taken for that one: names and message ids
+                # are made of the nonce.
+                return self._make_lane(api, facts, partition, f"{self._nonce}_{next(lanes)}", on_open)
 
             self._lanes = LaneSet(make, self._changed)
             self._membership = Membership(api, me, facts.partitions, self._lanes, self._changed)

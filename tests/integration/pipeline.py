@@ -263,17 +263,19 @@ async def running(
             await client.close()
 
 
-class Extra:
-    """A stage process that no supervisor looks after, told to hold every partition."""
+ALL = "all"
 
-    def __init__(self, pipeline: Pipeline, stage: Stage, name: str, shards: Path) -> None:
+
+class Extra:
+    """A stage process that no supervisor looks after, told which partitions to hold: None for its share."""
+
+    def __init__(self, pipeline: Pipeline, stage: Stage, name: str, shards: Path, partitions: str | None) -> None:
         supervisor = pipeline.supervisor
         urls = [part for url in supervisor.urls for part in ("--nats", url)]
-        lanes = ",".join(map(str, range(supervisor.settings.partitions)))
-        self._command = [
-            *(sys.executable, "-m", "cluster", "run", stage, *urls, "--partitions", lanes),
-            *("--name", name, "--shards", str(shards)),
-        ]
+        self._command = [sys.executable, "-m", "cluster", "run", stage, *urls, "--name", name, "--shards", str(shards)]
+        if partitions is not None:
+            every = ",".join(map(str, range(supervisor.settings.partitions)))
+            self._command += ["--partitions", every if partitions == ALL else partitions]
         self._environment = os.environ | settings_environment(supervisor.settings)
         self._log = supervisor.directory / f"{name}.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -302,13 +304,19 @@ class Extra:
 
 @contextlib.asynccontextmanager
 async def extra_stage(
-    pipeline: Pipeline, stage: Stage, name: str, *, shards: Path | None = None, frozen: str = ""
+    pipeline: Pipeline,
+    stage: Stage,
+    name: str,
+    *,
+    shards: Path | None = None,
+    frozen: str = "",
+    partitions: str | None = ALL,
 ) -> AsyncIterator[Extra]:
     """One more process of `stage`, to be started within the block and killed when it ends.
 
     A supervised process named `frozen` is thawed then, whatever happened.
     """
-    extra = Extra(pipeline, stage, name, shards or pipeline.shards)
+    extra = Extra(pipeline, stage, name, shards or pipeline.shards, partitions)
     try:
         yield extra
     finally:
