@@ -52,6 +52,18 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="memb
         return owners.get(partition, self.store) == self.store
 
 
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="pause.1"):
+    """What stands in `FI_CONTROL` under ``pause.<stage>`` while a stage is paused.
+
+    Attributes:
+        since_ns: when it was asked for.
+        by: who asked, as ``user@node``.
+    """
+
+    since_ns: int
+    by: str
+
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Member)
 

@@ -27,7 +27,7 @@ from nats.errors import Error as NatsError
 
 from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
 from contracts.membership import Member, decode_member, encode_member, shares
-from contracts.receipts import decode_receipt
+from contracts.receipts import Receipt
 from contracts.subjects import (
     BUCKETS,
     CONTROL,
@@ -36,10 +36,10 @@ from contracts.subjects import (
     member_subject,
     members_pattern,
     pause_subject,
-    receipt_subject,
 )
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, HEADER_TTL, KV_DELETED
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
+from stages.runtime.checkpoint import last_receipt
 from stages.runtime.lanes import LaneSet
 from stages.runtime.writer import decode_pub_answer
 
@@ -228,7 +228,9 @@ class Membership:
             return
         now_s = time.monotonic()
         if self._owners is None or changed or now_s >= self._owners_s + self._api.settings.member_ttl_s:
-            self._owners, self._owners_s = await read_owners(self._api, self._partitions), now_s
+            receipts = await read_receipts(self._api, self._partitions)
+            self._owners = {partition: receipt.store for partition, receipt in receipts.items()}
+            self._owners_s = now_s
 
     def _act(self) -> None:
         """Starts and lets go of lanes as the assignment says."""
@@ -286,26 +288,25 @@ def readable(messages: dict[str, StoredMessage]) -> dict[str, Member]:
     return members
 
 
-async def read_owners(api: Api, partitions: int) -> dict[int, str]:
-    """Partition → id of the store that owns it; those that never had an owner are left out.
+async def read_receipts(api: Api, partitions: int) -> dict[int, Receipt]:
+    """Partition → its last receipt, which says whose disk has it; partitions that never had an owner are left out.
 
     Raises:
         ClusterUnavailableError: the receipts cannot be read now.
     """
     limit = asyncio.Semaphore(READS_AT_ONCE)
 
-    async def owner(partition: int) -> str | None:
-        async with limit:
-            message = await api.last_message(RECEIPTS, receipt_subject(partition))
+    async def last(partition: int) -> Receipt | None:
         try:
-            return None if message is None else decode_receipt(message.data).store
+            async with limit:
+                return (await last_receipt(api, partition))[0]
         except WireFormatError:
             # Its lane will say so; nobody else can tell whose it is.
             return None
 
     try:
         async with asyncio.timeout(api.settings.api_timeout_s * 2):
-            found = await asyncio.gather(*map(owner, range(partitions)))
+            found = await asyncio.gather(*map(last, range(partitions)))
     except TimeoutError:
         raise ClusterUnavailableError(f"{RECEIPTS} has no leader now; see `fi cluster status`") from None
-    return {partition: store for partition, store in enumerate(found) if store is not None}
+    return {partition: receipt for partition, receipt in enumerate(found) if receipt is not None}
