@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contracts.subjects import Stage
 from stages.hash.core import HashCore
@@ -17,6 +18,9 @@ from stages.runtime.lanes import RunnableLane
 from stages.runtime.process import LaneMaker
 from stages.runtime.work import StageCore
 from stages.segment.core import SegmentCore
+
+if TYPE_CHECKING:
+    from stages.persist.storedir import Store
 
 _CORES: dict[Stage, Callable[[], StageCore]] = {"ingest": IngestCore, "segment": SegmentCore, "hash": HashCore}
 
@@ -45,25 +49,28 @@ def store_finder(stage: Stage, shards: Path) -> Callable[[ClusterFacts], str]:
     """
 
     def find(facts: ClusterFacts) -> str:
-        if stage != "persist":
-            return ""
-        from stages.persist.storedir import open_store
-
-        return open_store(shards, facts.cluster_id, now_ns=time.time_ns()).store_id
+        return _open_store(shards, facts.cluster_id).store_id if stage == "persist" else ""
 
     return find
+
+
+@cache
+def _open_store(shards: Path, cluster_id: str) -> Store:
+    """Once for all lanes of the process: lanes are made on the event loop."""
+    from stages.persist.storedir import open_store
+
+    return open_store(shards, cluster_id, now_ns=time.time_ns())
 
 
 def _persist_maker(shards: Path) -> LaneMaker:
     # h5py and numpy are loaded in persist processes only.
     from stages.persist.actor import PersistLane
     from stages.persist.keys import load_key
-    from stages.persist.storedir import open_store
 
     load_once = cache(load_key)
 
     def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
-        store = open_store(shards, facts.cluster_id, now_ns=time.time_ns())
+        store = _open_store(shards, facts.cluster_id)
         key_file = api.settings.signing_key_file
         signer = load_once(Path(key_file)) if key_file else None
         return PersistLane(api, store, partition, nonce, on_open, signer=signer)

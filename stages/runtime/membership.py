@@ -228,9 +228,14 @@ class Membership:
             return
         now_s = time.monotonic()
         if self._owners is None or changed or now_s >= self._owners_s + self._api.settings.member_ttl_s:
-            receipts = await read_receipts(self._api, self._partitions)
-            self._owners = {partition: receipt.store for partition, receipt in receipts.items()}
             self._owners_s = now_s
+            try:
+                receipts = await read_receipts(self._api, self._partitions)
+            except ClusterUnavailableError:
+                if self._owners is None:
+                    raise
+            else:
+                self._owners = {partition: receipt.store for partition, receipt in receipts.items()}
 
     def _act(self) -> None:
         """Starts and lets go of lanes as the assignment says."""
@@ -305,7 +310,7 @@ async def read_receipts(api: Api, partitions: int) -> dict[int, Receipt]:
             return None
 
     try:
-        async with asyncio.timeout(api.settings.api_timeout_s * 2):
+        async with asyncio.timeout(api.settings.api_timeout_s):
             found = await asyncio.gather(*map(last, range(partitions)))
     except TimeoutError:
         raise ClusterUnavailableError(f"{RECEIPTS} has no leader now; see `fi cluster status`") from None

@@ -149,6 +149,14 @@ class Pipeline:
         self.api = Api(client, supervisor.settings)
         self.shards = supervisor.directory / "shards"
 
+    @contextlib.asynccontextmanager
+    async def disconnected(self) -> AsyncIterator[None]:
+        """Without our connection: nats-py leaks a socket for every attempt that a frozen server leaves unanswered."""
+        await self.client.close()
+        yield
+        self.client = await connect(self.supervisor.urls, "test", wait_s=30)
+        self.api = Api(self.client, self.supervisor.settings)
+
     async def receipts(self) -> list[Receipt]:
         """The last receipt of every partition that has one."""
         found = [await last_receipt(self.api, p) for p in range(self.supervisor.settings.partitions)]
@@ -256,11 +264,11 @@ async def running(
 ) -> AsyncIterator[Pipeline]:
     """A pipeline of real processes; all of them are gone when the block ends, however it ends."""
     async with Supervisor(directory, chosen, scale) as supervisor:
-        client = await connect(supervisor.urls, "test", wait_s=30)
+        pipeline = Pipeline(supervisor, await connect(supervisor.urls, "test", wait_s=30))
         try:
-            yield Pipeline(supervisor, client)
+            yield pipeline
         finally:
-            await client.close()
+            await pipeline.client.close()
 
 
 ALL = "all"

@@ -125,6 +125,33 @@ async def test_a_frozen_process_is_replaced_and_lets_go_or_shares_when_it_thaws(
         await supervisor.scale(stage, 1)
 
 
+async def test_servers_that_answer_nobody_for_a_while_make_nobody_dead(pipeline: Pipeline) -> None:
+    """All announcements expire at once: who is back first must not take everything over."""
+    supervisor, servers = pipeline.supervisor, ("n1", "n2", "n3")
+    load = Load(workload(seed=130, events=2000))
+    await supervisor.scale("segment", 3)
+    await moved(pipeline, "segment", names("segment", 3))
+    logs = [supervisor.directory / "logs" / f"{name}.log" for name in names("segment", 3)]
+    before = [log.stat().st_size for log in logs]
+    try:
+        async with pipeline.disconnected():
+            for server in servers:
+                supervisor.freeze(server)
+            await asyncio.sleep(supervisor.settings.member_ttl_s + 2)
+            for server in servers:
+                supervisor.thaw(server)
+        await load.publish(pipeline.client, rate_per_s=500)
+        await moved(pipeline, "segment", names("segment", 3))
+        await pipeline.assert_whole(load)
+        for log, size in zip(logs, before, strict=True):
+            assert "letting go" not in log.read_text()[size:]
+    finally:
+        for server in servers:
+            supervisor.thaw(server)
+        await supervisor.scale("segment", 1)
+        await moved(pipeline, "segment", names("segment", 1))
+
+
 async def test_a_restarted_process_has_its_old_share_and_the_others_move_nothing(pipeline: Pipeline) -> None:
     supervisor = pipeline.supervisor
     await supervisor.scale("segment", 3)
