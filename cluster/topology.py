@@ -53,7 +53,7 @@ _COMPARED = (
 _COMPARED_IN_BUCKETS = ("allow_msg_ttl", "allow_rollup_hdrs", "deny_delete")
 """What makes a stream a key-value bucket."""
 _IDENTITY = frozenset({"subject_transform", META_PARTITIONS, META_PARTITION_BY, META_CLUSTER_ID})
-_FIXED = frozenset({"storage", "retention", "deny_delete"})
+_FIXED = frozenset({"storage", "retention"})
 
 
 class Drift(msgspec.Struct, frozen=True):

@@ -107,6 +107,18 @@ async def test_drift_is_shown_field_by_field_and_repaired(client: Client) -> Non
     assert (await jetstream.stream_info(subjects.HASH)).config.description == "theirs"
 
 
+async def test_a_bucket_made_by_hand_is_completed_and_keeps_its_keys(client: Client) -> None:
+    jetstream = client.jetstream(timeout=10)
+    await jetstream.add_stream(name=subjects.CONTROL, subjects=["$KV.FI_CONTROL.>"], num_replicas=3)
+    await put(client, "$KV.FI_CONTROL.pause.hash")
+    drifted = [change for change in (await plan(client, SETTINGS)).changes if change.stream == subjects.CONTROL]
+    assert {drift.field for change in drifted for drift in change.drifts} >= {"allow_msg_ttl", "deny_delete"}
+    await apply(client, SETTINGS)
+    assert (await plan(client, SETTINGS)).changes == ()
+    entry = await (await jetstream.key_value("FI_CONTROL")).get("pause.hash")
+    assert entry.value == b"{}"
+
+
 async def test_limits_change_under_data_without_losing_it(client: Client) -> None:
     await apply(client, SETTINGS)
     for _ in range(5):
