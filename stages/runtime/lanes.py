@@ -72,6 +72,7 @@ class LaneSet:
     def let_go(self, partition: int) -> None:
         """Ends the partition's lane for another process: it finishes its frame, or is cut off after `LET_GO_S_MAX`."""
         if partition in self._tasks and partition not in self._going:
+            log.info("letting go", extra={"partition": partition})
             self._lanes[partition].stop(handing_over=True)
             going = asyncio.create_task(self._cut_off(partition, self._tasks[partition]), name=f"let go {partition}")
             self._going[partition] = going

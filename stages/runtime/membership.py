@@ -239,7 +239,7 @@ class Membership:
 
     def _act(self) -> None:
         """Starts and lets go of lanes as the assignment says."""
-        mine, assigned = self._shares()
+        mine = self._share()
         taken = {
             partition
             for key, member in self._members.items()
@@ -250,7 +250,6 @@ class Membership:
         held = set(self._lanes.held)
         if not self._me.draining:
             for partition in sorted(held - mine):
-                log.info("letting go", extra={"partition": partition, "to": assigned.get(partition)})
                 self._lanes.let_go(partition)
             for partition in sorted(mine - held):
                 if self._me.pinned is not None or partition not in taken:
@@ -259,14 +258,14 @@ class Membership:
             self.planned = True
             self._on_planned()
 
-    def _shares(self) -> tuple[set[int], dict[int, str]]:
-        """The partitions that this process should run, and who should run which."""
-        assigned = shares(self._members, self._partitions, self._owners or {})
+    def _share(self) -> set[int]:
+        """The partitions that this process should run."""
         if self._superseded or self._paused:
-            return set(), assigned
+            return set()
         if self._me.pinned is not None:
-            return set(self._me.pinned), assigned
-        return {partition for partition, key in assigned.items() if key == self._subject}, assigned
+            return set(self._me.pinned)
+        assigned = shares(self._members, self._partitions, self._owners or {})
+        return {partition for partition, key in assigned.items() if key == self._subject}
 
     async def _rest(self) -> None:
         """Until it is time to renew, or there is something to see or to say."""
