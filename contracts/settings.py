@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         drain_s: how long a stage may take to finish after SIGTERM.
         signing_key_file: Ed25519 key (`fi key new`) that persist signs receipts and seal records with; empty: none.
         member_ttl_s: a process that was silent for so long counts as dead, and others take its partitions over.
-        member_renew_s: how often a process announces itself and looks at the others.
+        member_renew_s: how often a process announces itself and looks at the others; well below `member_ttl_s`.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -82,7 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s: _Seconds = 20.0
     signing_key_file: str = ""
     member_ttl_s: _Positive = 3
-    member_renew_s: _Seconds = 0.5
+    member_renew_s: _Seconds = 1.0
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:

@@ -1,8 +1,8 @@
 """A process among its like: it announces itself, watches the others, and runs the lanes that fall to it.
 
 The bucket `FI_MEMBERS` is the only truth: everybody computes the same assignment from it. What is heard as it is
-published only says that the bucket is worth a look now; a look is taken at fixed intervals anyway, since an expired key
-tells nobody. Three rules keep partitions from being fought over:
+published only says that the bucket is worth a look now; a look is taken with every renewal anyway, and when a key must
+have expired, which tells nobody. Three rules keep partitions from being fought over:
 
 - a lane is started only when no living process announces the partition as its own: who has to let go finishes first;
 - a process that cannot be seen in the bucket (cut off, or frozen and thawed) changes nothing until it can;
@@ -46,6 +46,7 @@ from stages.runtime.writer import decode_pub_answer
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S: Final = 0.02
+EXPIRED_LOOK_S: Final = 0.1
 LOOKS_MAX: Final = 10
 """How often the bucket is looked at again when it does not show yet what was heard or said."""
 READS_AT_ONCE: Final = 16
@@ -78,6 +79,8 @@ class Membership:
         self._owners: dict[int, str] | None = None
         self._owners_s = 0.0
         self._raw: dict[str, bytes] = {}
+        self._renewed_s: dict[str, float] = {}
+        """Key of another process → when it was last heard."""
         self._heard: dict[str, bytes] = {}
         self._looks = 0
         self._poked = asyncio.Event()
@@ -147,6 +150,8 @@ class Membership:
 
     async def _hear(self, message: Msg) -> None:
         """Something was published; whether it is stored, the bucket will show."""
+        if message.subject in self._renewed_s:
+            self._renewed_s[message.subject] = time.monotonic()
         if message.data == self._raw.get(message.subject, b""):
             return
         self._heard[message.subject] = message.data
@@ -155,20 +160,23 @@ class Membership:
 
     async def _announce(self) -> None:
         """Says how things stand, if that is news or it is time to renew."""
+        now_s = time.monotonic()
         if self._superseded:
+            self._tried_s = now_s
             return
         self._me = msgspec.structs.replace(
             self._me, partitions=self._lanes.held, opening=self._lanes.opening, paused=self._paused
         )
         said = encode_member(self._me)
-        now_s = time.monotonic()
         if said == self._said and now_s < self._tried_s + self._api.settings.member_renew_s:
             return
         self._tried_s = now_s
         if await self._put(said, {}):
             now_s = time.monotonic()
-            if now_s - self._said_s > self._api.settings.member_ttl_s / 2:
-                self._doubt_until_s = now_s + self._api.settings.member_ttl_s if self._said else 0.0
+            settings = self._api.settings
+            # Was the cluster silent for so long, keys of living processes have expired.
+            if self._said and now_s - self._said_s > settings.member_ttl_s - settings.member_renew_s:
+                self._doubt_until_s = now_s + settings.member_ttl_s
             self._said, self._said_s = said, now_s
             self._heard[self._subject] = said
             self._looks = 0
@@ -202,13 +210,15 @@ class Membership:
             return False
         self._raw = {subject: message.data for subject, message in (members | control).items()}
         self._heard = {s: data for s, data in self._heard.items() if self._raw.get(s, b"") != data}
+        now_s = time.monotonic()
+        self._renewed_s = {key: self._renewed_s.get(key, now_s) for key in members if key != self._subject}
         self._paused = bool(self._raw.get(pause_subject(self._me.stage)))
         seen = readable(members)
         mine = seen.get(self._subject)
         self._judge_name(mine)
         if not self._superseded and (mine is None or mine.nonce != self._me.nonce):
             return False
-        if time.monotonic() < self._doubt_until_s:
+        if now_s < self._doubt_until_s:
             silent = {key: member for key, member in self._members.items() if key not in members}
             seen = silent | seen
         self._members = seen
@@ -269,7 +279,10 @@ class Membership:
 
     async def _rest(self) -> None:
         """Until it is time to renew, or there is something to see or to say."""
-        limit_s = self._api.settings.member_renew_s
+        limit_s = self._tried_s + self._api.settings.member_renew_s - time.monotonic()
+        if self._renewed_s:
+            limit_s = min(limit_s, min(self._renewed_s.values()) + self._api.settings.member_ttl_s - time.monotonic())
+        limit_s = max(limit_s, EXPIRED_LOOK_S)
         if self._heard and self._looks < LOOKS_MAX:
             self._looks += 1
             limit_s = LOOK_AGAIN_S
