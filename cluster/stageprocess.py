@@ -1,4 +1,4 @@
-"""A stage as a child process: what it is told, which partitions it holds, and when it is ready."""
+"""A stage as a child process: what it is told, and when it is ready."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ READY_LINE = b"READY"
 READY_LIMIT_S = 90.0
 """How long a stage may take to recover its partitions. Persist checks the tails of its live shards."""
 
-StageCommand = Callable[[Stage, str, Sequence[int]], list[str]]
-"""(stage, process name, partitions) → the command to run. It prints ``READY`` once all its partitions run."""
+StageCommand = Callable[[Stage, str], list[str]]
+"""(stage, process name) → the command to run. It prints ``READY`` once its share of the partitions runs."""
 
 
 def settings_environment(settings: Settings) -> dict[str, str]:
@@ -30,24 +30,17 @@ def settings_environment(settings: Settings) -> dict[str, str]:
     return {ENV_PREFIX + name.upper(): str(value) for name, value in values.items() if value != getattr(defaults, name)}
 
 
-def partitions_of(index: int, processes: int, partitions: int) -> tuple[int, ...]:
-    """The partitions of process `index` (from 0) of `processes` that share `partitions`: every n-th."""
-    return tuple(range(index, partitions, processes))
-
-
 class StageProcess(ManagedProcess):
     """One process of a stage. Serving means: it said ``READY``.
 
     Attributes:
         stage: which stage.
-        partitions: what it holds.
     """
 
     def __init__(
         self,
         stage: Stage,
         name: str,
-        partitions: Sequence[int],
         *,
         log: Path,
         settings: Settings,
@@ -56,7 +49,6 @@ class StageProcess(ManagedProcess):
     ) -> None:
         super().__init__(name, log, inherited_fds=inherited_fds)
         self.stage: Stage = stage
-        self.partitions = tuple(partitions)
         self._settings = settings
         self._command = command
         self._ready = asyncio.Event()
@@ -65,7 +57,7 @@ class StageProcess(ManagedProcess):
 
     def command(self) -> list[str]:
         """As the supervisor was told."""
-        return self._command(self.stage, self.name, self.partitions)
+        return self._command(self.stage, self.name)
 
     def environment(self) -> Mapping[str, str]:
         """Ours, with exactly the settings of this run."""

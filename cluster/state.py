@@ -25,13 +25,11 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
         name: such as ``n1`` or ``segment-0``.
         kind: ``server`` or the stage.
         pid: None while it is down.
-        partitions: that a stage process holds.
     """
 
     name: str
     kind: str
     pid: int | None
-    partitions: tuple[int, ...] = ()
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="cluster.1"):
@@ -45,6 +43,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="clust
         urls: client URLs of the servers; empty until they run.
         processes: all it looks after.
         settings: everything the run was started with.
+        control: path of the socket that takes requests; empty while none are taken.
     """
 
     status: Literal["starting", "ready", "stopping", "stopped"]
@@ -53,6 +52,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="clust
     urls: tuple[str, ...]
     processes: tuple[ProcessState, ...]
     settings: Settings
+    control: str = ""
 
 
 def write_state(directory: Path, state: State) -> None:

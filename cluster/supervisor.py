@@ -19,13 +19,14 @@ from typing import Any, Literal
 import msgspec
 
 from cluster.apply import apply
+from cluster.control import ControlServer, ScaleAnswer, socket_path
 from cluster.keeper import Keeper, OnEvent, ProcessEvent
 from cluster.lock import DirectoryLock
 from cluster.nodes import STOP_LIMIT_S, EmbeddedCluster
 from cluster.process import ManagedProcess
-from cluster.stageprocess import StageCommand, StageProcess, partitions_of
+from cluster.stageprocess import StageCommand, StageProcess
 from cluster.state import ProcessState, State, process_started, write_state
-from contracts.errors import SettingsError
+from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 from stages.runtime.connection import connect
@@ -47,12 +48,8 @@ class RunningProcess(msgspec.Struct, frozen=True):
 def run_command(directory: Path) -> StageCommand:
     """How a stage is run from `directory`: ``python -m cluster run STAGE …``."""
 
-    def command(stage: Stage, name: str, partitions: Sequence[int]) -> list[str]:
-        lanes = ",".join(map(str, partitions))
-        return [
-            *(sys.executable, "-m", "cluster", "run", stage),
-            *("--dir", str(directory), "--partitions", lanes, "--name", name),
-        ]
+    def command(stage: Stage, name: str) -> list[str]:
+        return [sys.executable, "-m", "cluster", "run", stage, "--dir", str(directory), "--name", name]
 
     return command
 
@@ -90,6 +87,7 @@ class Supervisor:
         self._scale: dict[Stage, int] = dict.fromkeys(STAGES, 1)
         for stage, count in (scale or {}).items():
             self._scale[stage] = self._checked(stage, count)
+        self._control: ControlServer | None = None
         self._on_event = on_event
         self._command = command or run_command(self.directory)
         self._lock = DirectoryLock(self.directory / "lock")
@@ -140,6 +138,8 @@ class Supervisor:
             finally:
                 await client.close()
             await _all([self.start_stage(stage) for stage in STAGES])
+            self._control = ControlServer(socket_path(self.directory), self._scale_all)
+            await self._control.start()
             self._set_status("ready")
         except BaseException:
             self._force.set()
@@ -169,7 +169,10 @@ class Supervisor:
             await self._stopped.wait()
             return
         try:
+            control, self._control = self._control, None
             self._set_status("stopping")
+            if control is not None:
+                await control.close()
             for stage in STAGES:
                 await self.stop_stage(stage)
             await self._stop_keepers(self._servers, STOP_LIMIT_S)
@@ -193,21 +196,35 @@ class Supervisor:
         Raises:
             ProcessError: one of them did not come up; holds the end of its log.
         """
-        if len(self._stages[stage]) != self._scale[stage]:
-            self._stages[stage] = [self._new_keeper(stage, index) for index in range(self._scale[stage])]
-        await _all([keeper.start() for keeper in self._stages[stage]])
+        keepers = self._stages[stage]
+        keepers += [self._new_keeper(stage, index) for index in range(len(keepers), self._scale[stage])]
+        await _all([keeper.start() for keeper in keepers])
         self._write_state()
 
     async def scale(self, stage: Stage, count: int) -> None:
-        """Runs a stage with `count` processes from now on: stops the present ones, which drain, and starts the new.
+        """Runs a stage with `count` processes from now on: starts new ones, or stops the last ones, which drain.
 
         Raises:
             SettingsError: more processes than partitions.
             ProcessError: as `start_stage`.
         """
         self._scale[stage] = self._checked(stage, count)
-        await self.stop_stage(stage)
+        await self._stop_keepers(self._stages[stage][count:], self.settings.drain_s)
+        del self._stages[stage][count:]
         await self.start_stage(stage)
+
+    async def _scale_all(self, counts: dict[Stage, int]) -> ScaleAnswer:
+        """`scale` for several stages, in flow order, on behalf of another process."""
+        before = dict(self._scale)
+        try:
+            for stage, count in counts.items():
+                self._checked(stage, count)
+            for stage in STAGES:
+                if stage in counts:
+                    await self.scale(stage, counts[stage])
+        except FiError as error:
+            return ScaleAnswer(before, dict(self._scale), str(error), isinstance(error, SettingsError))
+        return ScaleAnswer(before, dict(self._scale))
 
     async def kill(self, name: str) -> None:
         """SIGKILL to a process, which is then started again like after any death. Raises `KeyError`."""
@@ -236,7 +253,6 @@ class Supervisor:
         process = StageProcess(
             stage,
             name,
-            partitions_of(index, self._scale[stage], self.settings.partitions),
             log=self.directory / "logs" / f"{name}.log",
             settings=self.settings,
             command=self._command,
@@ -291,9 +307,7 @@ class Supervisor:
     def _write_state(self) -> None:
         processes = []
         for kind, keeper in self._keepers():
-            process = keeper.process
-            partitions = process.partitions if isinstance(process, StageProcess) else ()
-            processes.append(ProcessState(name=process.name, kind=kind, pid=process.pid, partitions=partitions))
+            processes.append(ProcessState(name=keeper.process.name, kind=kind, pid=keeper.process.pid))
         pid = os.getpid()
         write_state(
             self.directory,
@@ -304,6 +318,7 @@ class Supervisor:
                 urls=self.urls,
                 processes=tuple(processes),
                 settings=self.settings,
+                control="" if self._control is None else str(self._control.path),
             ),
         )
 

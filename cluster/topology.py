@@ -1,6 +1,6 @@
 """The cluster's streams as data, and what differs from them. Pure: no I/O here (`cluster.apply` does it).
 
-Always true: nothing is ever dropped for its age or to make room (`discard: new`, no `max_age`), and the number of
+Always true: no event is ever dropped for its age or to make room (`discard: new`, no `max_age`), and the number of
 partitions never changes while any stream holds data that was partitioned by it.
 """
 
@@ -22,11 +22,16 @@ from nats.js.api import (
 
 from contracts import subjects
 from contracts.events import MESSAGE_BYTES_MAX
-from contracts.settings import Settings
+from contracts.settings import MIB, Settings
 from stages.runtime.facts import META_CLUSTER_ID, META_PARTITION_BY, META_PARTITIONS
 
 DEDUP_WINDOW_S = 120.0
 """Of streams only stages write to: a retry comes within seconds, and the fence holds after that."""
+
+MEMBERS_BYTES_MAX = 8 * MIB
+CONTROL_BYTES_MAX = 64 * MIB
+CONTROL_HISTORY = 64
+"""Values kept of each key, the most a bucket can keep."""
 
 _COMPARED = (
     "subjects",
@@ -45,6 +50,8 @@ _COMPARED = (
     "metadata",
 )
 """Fields we set, in the order they are shown. All others are left as they are found."""
+_COMPARED_IN_BUCKETS = ("allow_msg_ttl", "allow_rollup_hdrs", "deny_delete")
+"""What makes a stream a key-value bucket."""
 _IDENTITY = frozenset({"subject_transform", META_PARTITIONS, META_PARTITION_BY, META_CLUSTER_ID})
 _FIXED = frozenset({"storage", "retention"})
 
@@ -102,6 +109,7 @@ def streams(settings: Settings, cluster_id: str) -> tuple[StreamConfig, ...]:
         receipts.evolve(metadata=identity),
         dead,
         *hops,
+        *_buckets(settings),
         events.evolve(
             metadata=identity,
             subject_transform=SubjectTransform(src=source, dest=destination),
@@ -130,6 +138,21 @@ def _stream(settings: Settings, name: str, listens_on: list[str], bytes_max: int
     )
 
 
+def _buckets(settings: Settings) -> tuple[StreamConfig, ...]:
+    """Key-value buckets, as any NATS client makes and reads them.
+
+    Announcements are soft state, written many times a minute: in memory they cost no fsync. What operators said must
+    outlive all servers. Both may be read from a follower: what is stale is read again a moment later.
+    """
+    bucket = {"allow_msg_ttl": True, "allow_rollup_hdrs": True, "deny_delete": True, "allow_direct": True}
+    members = _stream(settings, subjects.MEMBERS, [subjects.bucket_pattern(subjects.MEMBERS)], MEMBERS_BYTES_MAX)
+    control = _stream(settings, subjects.CONTROL, [subjects.bucket_pattern(subjects.CONTROL)], CONTROL_BYTES_MAX)
+    return (
+        members.evolve(**bucket, storage=StorageType.MEMORY, max_msgs_per_subject=1),
+        control.evolve(**bucket, max_msgs_per_subject=CONTROL_HISTORY),
+    )
+
+
 def diff(wanted: Sequence[StreamConfig], found: Mapping[str, StreamConfig]) -> list[Drift]:
     """What differs, field by field, in the streams that exist. Missing streams are not drift.
 
@@ -152,7 +175,7 @@ def diff(wanted: Sequence[StreamConfig], found: Mapping[str, StreamConfig]) -> l
 
 def _comparable(config: StreamConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for field in _COMPARED:
+    for field in _fields(config):
         value = getattr(config, field)
         if field == "metadata":
             values.update({f"metadata.{key}": text for key, text in (value or {}).items()})
@@ -163,6 +186,10 @@ def _comparable(config: StreamConfig) -> dict[str, Any]:
         else:
             values[field] = value
     return values
+
+
+def _fields(config: StreamConfig) -> tuple[str, ...]:
+    return _COMPARED + (_COMPARED_IN_BUCKETS if config.name in subjects.BUCKETS else ())
 
 
 def remedy(drift: Drift) -> Remedy:
@@ -206,7 +233,7 @@ def _changes(drifts: Sequence[Drift]) -> str:
 
 def merge(found: StreamConfig, wanted: StreamConfig) -> StreamConfig:
     """The configuration to send as an update: ours for the fields we set, theirs for all others."""
-    ours = {field: getattr(wanted, field) for field in _COMPARED}
+    ours = {field: getattr(wanted, field) for field in _fields(wanted)}
     # The server adds keys of its own under this prefix, and refuses to be told them.
     kept = {key: text for key, text in (found.metadata or {}).items() if not key.startswith("_nats.")}
     return found.evolve(**ours | {"metadata": kept | (wanted.metadata or {})})

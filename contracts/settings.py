@@ -52,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         dead_share_max: a process that would dead-letter a larger share of its last events holds instead; 1: never.
         dead_events_min: that share is judged over so many events at least.
         breaker_pause_s: a process that holds tries again after so long, and doubles it each time in vain.
+        member_ttl_s: a process that was silent for so long counts as dead, and others take its partitions over.
+        member_renew_s: how often a process announces itself and looks at the others; well below `member_ttl_s`.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -88,6 +90,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dead_share_max: Annotated[float, Meta(gt=0, le=1)] = 0.5
     dead_events_min: _Positive = 200
     breaker_pause_s: _Seconds = 5.0
+    member_ttl_s: _Positive = 3
+    member_renew_s: _Seconds = 1.0
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:

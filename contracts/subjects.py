@@ -16,9 +16,14 @@ HASH = "FI_HASH"
 PERSIST = "FI_PERSIST"
 RECEIPTS = "FI_RECEIPTS"
 DLQ = "FI_DLQ"
+MEMBERS = "KV_FI_MEMBERS"
+"""The stream of the key-value bucket `FI_MEMBERS`: which processes live. Its keys expire."""
+CONTROL = "KV_FI_CONTROL"
+"""The stream of the bucket `FI_CONTROL`: what operators told all processes. Its keys stay."""
 
 HOPS = (SEGMENT, HASH, PERSIST)
-STREAMS = (EVENTS, *HOPS, RECEIPTS, DLQ)
+BUCKETS = (MEMBERS, CONTROL)
+STREAMS = (EVENTS, *HOPS, RECEIPTS, DLQ, *BUCKETS)
 
 Stage = Literal["ingest", "segment", "hash", "persist"]
 STAGES: tuple[Stage, ...] = ("ingest", "segment", "hash", "persist")
@@ -79,6 +84,30 @@ def seal_subject(partition: int) -> str:
 def dlq_subject(stage: Stage, partition: int) -> str:
     """Subject of what one stage dead-lettered in one partition."""
     return f"fi.dlq.{stage}.{partition}"
+
+
+def bucket_pattern(stream: str) -> str:
+    """Every subject of a key-value bucket, by the name of its stream."""
+    return f"$KV.{stream.removeprefix('KV_')}.>"
+
+
+def member_subject(stage: Stage, node: str, name: str) -> str:
+    """Where a process announces itself: the key ``member.<stage>.<node>.<name>`` of `FI_MEMBERS`."""
+    return f"$KV.FI_MEMBERS.member.{stage}.{_as_token(node)}.{_as_token(name)}"
+
+
+def members_pattern(stage: Stage) -> str:
+    """Matches the announcements of all processes of a stage."""
+    return f"$KV.FI_MEMBERS.member.{stage}.*.*"
+
+
+def pause_subject(stage: Stage) -> str:
+    """The key ``pause.<stage>`` of `FI_CONTROL`: there while the stage is paused."""
+    return f"$KV.FI_CONTROL.pause.{stage}"
+
+
+def _as_token(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"
 
 
 def split_raw_subject(subject: str) -> tuple[int, str, str]:

@@ -30,6 +30,9 @@ DURABLE_BUDGET_MS_P95: Final = 2000
 HEADER_MSG_ID: Final = "Nats-Msg-Id"
 HEADER_EXPECTED_STREAM: Final = "Nats-Expected-Stream"
 HEADER_EXPECTED_LAST_SUBJECT_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
+HEADER_TTL: Final = "Nats-TTL"
+HEADER_KV_OPERATION: Final = "KV-Operation"
+KV_DELETED: Final = "DEL"
 HEADER_TRACEPARENT: Final = "traceparent"
 
 DEAD_REASON: Final = "Fi-Dead-Reason"

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import dlq, keys, partitions, proof, store, topology
+from cluster.cli import dlq, keys, members, partitions, proof, store, topology
 from cluster.cli.common import FAILED, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
@@ -46,6 +46,8 @@ def options(
 
 for verb in (demo, up, down, run, publish, store.events, export, store.verify, store.shards, schema):
     app.command()(verb)
+for running in (members.members, members.scale, members.pause, members.resume, members.drain):
+    app.command()(running)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
 key_app.command("new")(keys.new)

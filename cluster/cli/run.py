@@ -21,20 +21,25 @@ def run(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     partitions: Annotated[
-        str | None, typer.Option(help="Lanes to hold, e.g. 0,2,5-7. Default: all of the cluster's.")
+        str | None, typer.Option(help="Lanes to hold whoever else runs, e.g. 0,2,5-7. Default: a share.")
     ] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Store directory on local disk (persist). Default: DIR/shards.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Shown in logs and by the servers. Default: the stage.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Unique for stage and node; kept over restarts. Default: stage and process id.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Runs one process of STAGE until SIGTERM, then drains and exits 0.
 
-    Prints READY on stdout once every lane has found its place; logs go to stderr as JSON lines. Settings come from FI_
-    environment variables.
+    All processes of a stage, on any node, share the partitions; `fi members` shows who has which. A process that is
+    started again under its old name gets its old share.
 
-    Example: fi run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --partitions 0-3
+    Prints READY on stdout once every lane of its share has found its place; logs go to stderr as JSON lines.
+    Settings come from FI_ environment variables.
+
+    Example: fi run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --name segment-a
     """
     if stage not in STAGES:
         raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")
@@ -45,11 +50,12 @@ def run(
         raise SettingsError("persist needs a store: give --shards DIR, a directory on this node's own disk")
     store = shards or directory / SHARDS
 
-    from stages.actors import lane_maker
+    from stages.actors import arrival, lane_maker
     from stages.runtime.logs import configure_logging
     from stages.runtime.process import StageProcess
 
-    configure_logging(name or stage, log_level)
+    own_name = name or f"{stage}-{os.getpid()}"
+    configure_logging(own_name, log_level)
 
     async def serve() -> None:
         await StageProcess(
@@ -57,8 +63,9 @@ def run(
             urls,
             settings,
             lane_maker(chosen, store),
+            arrive=arrival(chosen, store),
             partitions=None if partitions is None else parse_partitions(partitions),
-            name=name or stage,
+            name=own_name,
             on_ready=lambda: print("READY", flush=True),
         ).run()
 

@@ -176,7 +176,7 @@ class PersistLane(LaneBase):
         self._writer = FencedWriter(self._api, RECEIPTS, self._subject, nonce)
         self._writer.expected_seq = seq
         if last is not None and last.store != store.store_id:
-            await self._let_go(last, nonce)
+            await _let_go(self._store, last, self._writer, nonce, self._signer, self._clock_ns)
             raise NotOursError(
                 f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} "
                 f"in {store.directory}; start persist there, or take it with `fi partitions move {self._partition}`"
@@ -205,27 +205,6 @@ class PersistLane(LaneBase):
         claim = self._signed(claim)
         await self._writer.publish(encode_receipt(claim), f"takeover/{claim.origin}")
         self._receipt = claim
-
-    async def _let_go(self, last: Receipt, nonce: str) -> None:
-        """The partition was taken by another store: what that one did not accept of our files is moved aside.
-
-        What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the
-        last one. (The owner sees a stranger's receipt, and takes over again.)
-        """
-        end = last.ends.get(self._store.store_id)
-        if end is None or not await run_blocking(given_up, self._store, self._partition, end):
-            return
-        witness = self._signed(msgspec.structs.replace(last, writer=nonce, takeover=True))
-        await self._writer.publish(encode_receipt(witness), f"witness/{last.origin}")
-        with disk_of(self._store):
-            moved = await run_blocking(set_aside, self._store, self._partition, end, self._clock_ns())
-        for path in moved:
-            log.warning(
-                "persist partition %d: store %s has it now and made its end again; given up: %s",
-                self._partition,
-                last.store,
-                path,
-            )
 
     async def _check_output(self) -> None:
         for task in self._background:
@@ -287,9 +266,7 @@ class PersistLane(LaneBase):
 
     def _signed(self, record: Record) -> Record:
         """The record with our signature; without a key, with none (a receipt follows from the one before)."""
-        if self._signer is None:
-            return msgspec.structs.replace(record, signature=UNSET)
-        return self._signer.sign(record)
+        return _signed(record, self._signer)
 
     async def _roll(self) -> None:
         """A new live shard; the full one is sealed in the background. Every commit in it is accepted by now."""
@@ -298,8 +275,11 @@ class PersistLane(LaneBase):
         self._seal_work.set()
 
     async def _seal_rest(self) -> None:
-        """On drain: what is committed is sealed. Interrupted, it stays in the live shard, where it is as safe."""
-        if self._api.settings.seal_on_drain and self._files.holds_events():
+        """On drain: what is committed is sealed. Interrupted, it stays in the live shard, where it is as safe.
+
+        Not when the partition is handed over: its next owner appends to the same shard.
+        """
+        if self._api.settings.seal_on_drain and not self._handing_over and self._files.holds_events():
             self._all_sealed.clear()
             await self._roll()
             sealing = self._background[-1]
@@ -367,6 +347,64 @@ class PersistLane(LaneBase):
         await run_blocking(self._files.keep_record, record)
         log.info("sealed", extra={"partition": self._partition, "file": info.path.name, "events": header.events})
         return record
+
+
+def _signed(record: Record, signer: Signer | None) -> Record:
+    return msgspec.structs.replace(record, signature=UNSET) if signer is None else signer.sign(record)
+
+
+async def let_go_of_moved(
+    api: Api, store: Store, partitions: int, nonce: str, signer: Signer | None, clock_ns: Callable[[], int]
+) -> None:
+    """For a process that starts: lets go of what other stores took over from this one while nobody was here.
+
+    Raises:
+        ShardError, StoreFailedError: files that are given up cannot be moved aside.
+    """
+    for partition in range(partitions):
+        last, seq = await last_receipt(api, partition)
+        if last is None or last.store == store.store_id or store.store_id not in last.ends:
+            continue
+        writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
+        writer.expected_seq = seq
+        try:
+            lock = await run_blocking(lock_partition, store, partition)
+            try:
+                await _let_go(store, last, writer, nonce, signer, clock_ns)
+            finally:
+                lock.close()
+        except (NotOursError, FencedError) as error:
+            log.info("partition %d is let go of another time: %s", partition, error)
+
+
+async def _let_go(
+    store: Store,
+    last: Receipt,
+    writer: FencedWriter,
+    nonce: str,
+    signer: Signer | None,
+    clock_ns: Callable[[], int],
+) -> None:
+    """The partition was taken by another store: what that one did not accept of our files is moved aside.
+
+    What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the last
+    one. (The owner sees a stranger's receipt, and takes over again.)
+    """
+    partition = last.partition
+    end = last.ends.get(store.store_id)
+    if end is None or not await run_blocking(given_up, store, partition, end):
+        return
+    witness = _signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
+    await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
+    with disk_of(store):
+        moved = await run_blocking(set_aside, store, partition, end, clock_ns())
+    for path in moved:
+        log.warning(
+            "persist partition %d: store %s has it now and made its end again; given up: %s",
+            partition,
+            last.store,
+            path,
+        )
 
 
 async def run_blocking(call: Callable[..., T], *arguments: object) -> T:

@@ -18,11 +18,12 @@ from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
+from stages.persist.capacity import create_shard
 from stages.persist.core import Group
 from stages.persist.files import publish_file, remove_file
 from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
 from stages.persist.ids import SeenIds
-from stages.persist.live import LiveShard, create_live, open_live
+from stages.persist.live import LiveShard, open_live
 from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name, parse_name
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
@@ -32,33 +33,8 @@ from stages.persist.storedir import Store, disk_of
 
 log = logging.getLogger(__name__)
 
-ROW_FOR_BYTES = 1024
-"""A live shard has room for one commit for each so many bytes, so that a quiet partition runs out of neither first."""
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
-
-
-def create_shard(
-    path: Path,
-    store: Store,
-    partition: int,
-    number: int,
-    settings: Settings,
-    now_ns: int,
-    begins_after: MerkleFrontier | None = None,
-) -> None:
-    """Makes an empty live shard with the capacity that `settings` give. As `create_live` besides."""
-    capacity = settings.shard_bytes
-    create_live(
-        path,
-        store=store,
-        partition=partition,
-        shard=number,
-        capacity_bytes=capacity,
-        rows=capacity // ROW_FOR_BYTES,
-        created_ns=now_ns,
-        begins_after=begins_after,
-    )
 
 
 class SealJob(NamedTuple):

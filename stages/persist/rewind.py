@@ -19,10 +19,10 @@ from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
+from stages.persist.capacity import create_shard
 from stages.persist.files import publish_file, sync_dir, sync_file
 from stages.persist.live import LiveReader, open_live
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
-from stages.persist.partition import create_shard
 from stages.persist.records import record_path
 from stages.persist.seal import sealed_info
 from stages.persist.storedir import Store

@@ -7,12 +7,14 @@ frozen leader thaws; nothing may be destroyed on the strength of a read alone.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError, TimeoutError
 from nats.errors import Error as NatsError
 
@@ -23,6 +25,10 @@ from contracts.settings import Settings
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
 NO_CONSUMER: Final = 10014
+
+_STATUS: Final = "Status"
+_END_OF_ANSWERS: Final = "204"
+_NOTHING_FOUND: Final = "404"
 
 
 class ApiError(msgspec.Struct, frozen=True):
@@ -161,6 +167,35 @@ class Api:
             asked_before |= answer is None
             await self.pause()
 
+    async def last_messages(self, stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
+        """Subject → its last message, for all subjects that match: one request for any number of messages.
+
+        The stream must allow direct gets. They are not answered by its leader alone: what they give may be stale.
+
+        Raises:
+            ClusterUnavailableError: no complete answer within the request's time-out.
+        """
+        answers: asyncio.Queue[Msg] = asyncio.Queue()
+        inbox = self.client.new_inbox()
+        found: dict[str, StoredMessage] = {}
+        try:
+            # As many answers may be on their way as one such request can give.
+            subscription = await self.client.subscribe(inbox, cb=answers.put)
+            try:
+                body = msgspec.json.encode({"multi_last": patterns})
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=inbox)
+                async with asyncio.timeout(self.settings.api_timeout_s):
+                    while _STATUS not in (headers := (answer := await answers.get()).headers or {}):
+                        message = _direct(answer.data, headers)
+                        found[message.subject] = message
+            finally:
+                await subscription.unsubscribe()
+        except (builtins.TimeoutError, NatsError) as error:
+            raise ClusterUnavailableError(f"{stream} does not answer ({error!r}); see `fi cluster status`") from error
+        if headers[_STATUS] not in (_END_OF_ANSWERS, _NOTHING_FOUND):
+            raise ClusterUnavailableError(f"{stream} cannot be read now: {headers}; see `fi cluster status`")
+        return found
+
     async def purge(self, stream: str, subject: str, *, below_seq: int | None = None, keep: int | None = None) -> None:
         """Removes messages of `subject`: those below a sequence, all but the last `keep`, or all.
 
@@ -172,6 +207,12 @@ class Api:
         elif keep is not None:
             what["keep"] = keep
         await self.request(f"$JS.API.STREAM.PURGE.{stream}", msgspec.json.encode(what))
+
+
+def _direct(data: bytes, headers: dict[str, str]) -> StoredMessage:
+    """A stored message as a direct get gives it: what is not its data comes in headers."""
+    time_ns = parse_rfc3339(headers["Nats-Time-Stamp"])
+    return StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), time_ns, data, headers)
 
 
 def parse_headers(block: bytes) -> dict[str, str]:

@@ -64,7 +64,7 @@ class LaneBase(ABC):
         api: the process's connection.
         stage: which stage.
         partition: which lane.
-        nonce: of this process.
+        nonce: of this lane; no other lane ever had it.
         on_open: called each time the lane has found its place.
     """
 
@@ -79,9 +79,11 @@ class LaneBase(ABC):
         self._holes = 0
         self._stopping = asyncio.Event()
         self._suspicious = False
+        self._handing_over = False
 
-    def stop(self) -> None:
-        """Finish what is in hand and return from `run`."""
+    def stop(self, *, handing_over: bool = False) -> None:
+        """Finish what is in hand and return from `run`; `handing_over` when another process goes on at once."""
+        self._handing_over = handing_over
         self._stopping.set()
         if self._feed is not None:
             self._feed.reader.wake()

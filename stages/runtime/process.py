@@ -1,58 +1,57 @@
-"""The life of a stage process: connect, run its lanes, drain on SIGTERM, exit.
+"""The life of a stage process: connect, run the lanes that fall to it, drain on SIGTERM, exit.
 
-Exit codes: 0 drained; 1 failed. The process prints ``READY`` on stdout once every lane has found its place.
+Exit codes: 0 drained; 1 failed. The process prints ``READY`` on stdout once every lane of its first share has found its
+place; at once when it has none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import count
+from typing import Any
 
 from nats.aio.client import Client
 
 from contracts.errors import SettingsError
+from contracts.membership import Member
 from contracts.settings import Settings
 from contracts.subjects import OUTPUT_STREAM, Stage, is_token
 from stages.runtime.api import Api
 from stages.runtime.connection import connect_near
 from stages.runtime.facts import ClusterFacts, read_cluster
+from stages.runtime.lanes import LaneSet, RunnableLane
+from stages.runtime.membership import Membership
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
 
-class RunnableLane(Protocol):
-    """One partition of any stage."""
-
-    async def run(self) -> None:
-        """Works until `stop`; raises only what the process cannot go on with."""
-
-    def stop(self) -> None:
-        """Finish what is in hand and return from `run`."""
-
-    def nudge(self) -> None:
-        """The connection came back: look again."""
-
-
 LaneMaker = Callable[[Api, ClusterFacts, int, str, Callable[[int], None]], RunnableLane]
-"""(api, cluster, partition, process nonce, on_open) → lane."""
+"""(api, cluster, partition, nonce of the lane, on_open) → lane."""
+
+Arrival = Callable[[Api, ClusterFacts, str], Coroutine[Any, Any, str]]
+"""(api, cluster, nonce) → id of this process's store (persist; else empty): what it does before it takes part."""
 
 
 class StageProcess:
-    """All lanes of one process.
+    """One process of a stage: the lanes that fall to it, for as long as they do.
 
     Args:
         stage: which stage.
         urls: NATS servers.
         settings: this process's settings.
         make_lane: builds a lane of this stage.
-        partitions: which lanes; None for all of them.
-        name: shown in logs and by the servers.
-        on_ready: called once when every lane reads.
+        arrive: what it does before it takes part.
+        partitions: which lanes, whatever other processes there are; None for its share.
+        name: shown in logs and by the servers; unique for the stage and node.
+        on_ready: called once, when every lane of the first share reads.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class StageProcess:
         settings: Settings,
         make_lane: LaneMaker,
         *,
+        arrive: Arrival,
         partitions: Sequence[int] | None,
         name: str,
         on_ready: Callable[[], None],
@@ -70,13 +70,15 @@ class StageProcess:
         self._urls = urls
         self._settings = settings
         self._make_lane = make_lane
+        self._arrive = arrive
         self._partitions = partitions
         self._name = name
         self._on_ready = on_ready
         # Part of consumer names, which are subject tokens.
         self._nonce = f"{name if is_token(name) else stage}-{secrets.token_hex(6)}"
-        self._waiting: set[int] = set()
-        self._lanes: list[RunnableLane] = []
+        self._lanes: LaneSet | None = None
+        self._membership: Membership | None = None
+        self._ready = False
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -84,8 +86,6 @@ class StageProcess:
         if not self._stop.is_set():
             log.info("draining", extra={"stage": self._stage})
         self._stop.set()
-        for lane in self._lanes:
-            lane.stop()
 
     async def run(self) -> None:
         """Works until `stop`, then drains within the limit.
@@ -102,64 +102,82 @@ class StageProcess:
         client = await connect_near(self._urls, OUTPUT_STREAM[self._stage], self._name, reconnected=self._nudge)
         try:
             facts = await read_cluster(client)
-            partitions = self._chosen(facts)
-            self._waiting = set(partitions)
             api = Api(client, self._settings)
-            self._lanes = [self._make_lane(api, facts, p, self._nonce, self._opened) for p in partitions]
-            if self._stop.is_set():
+            store = await self._arrived(api, facts)
+            if store is None:
                 return
-            if not partitions:
-                self._on_ready()
-                await self._stop.wait()
-                return
-            await self._run_lanes()
+            me = Member(
+                stage=self._stage,
+                node=socket.gethostname(),
+                name=self._name,
+                nonce=self._nonce,
+                pid=os.getpid(),
+                started_ns=time.time_ns(),
+                store=store,
+                pinned=self._pinned(facts),
+            )
+
+            lanes = count(1)
+
+            def make(partition: int, on_open: Callable[[int], None]) -> RunnableLane:
+                # A lane of a partition that was here before must not be taken for that one: names and message ids
+                # are made of the nonce.
+                return self._make_lane(api, facts, partition, f"{self._nonce}_{next(lanes)}", on_open)
+
+            self._lanes = LaneSet(make, self._changed)
+            self._membership = Membership(api, me, facts.partitions, self._lanes, self._changed)
+            await self._work(self._lanes, self._membership)
         finally:
             await _close(client, self._settings.publish_timeout_s)
 
-    async def _run_lanes(self) -> None:
-        tasks = [asyncio.create_task(lane.run(), name=f"lane {i}") for i, lane in enumerate(self._lanes)]
+    async def _arrived(self, api: Api, facts: ClusterFacts) -> str | None:
+        """What `arrive` gives; None when told to stop before it was done."""
+        arriving = asyncio.create_task(self._arrive(api, facts, f"{self._nonce}_0"), name="arrival")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            await asyncio.wait((*tasks, stopping), return_when=asyncio.FIRST_COMPLETED)
-            failed = _first_failure(tasks)
-            if failed is None:
-                pending = {task for task in tasks if not task.done()}
-                if pending:
-                    _, pending = await asyncio.wait(pending, timeout=self._settings.drain_s)
-                if pending:
-                    log.error("%d lanes did not drain within %.0f s", len(pending), self._settings.drain_s)
-                failed = _first_failure(tasks)
-            if failed is not None:
-                raise failed
+            await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return arriving.result() if arriving.done() else None
         finally:
-            await end_tasks(*tasks, stopping)
+            await end_tasks(arriving, stopping)
 
-    def _chosen(self, facts: ClusterFacts) -> list[int]:
+    async def _work(self, lanes: LaneSet, membership: Membership) -> None:
+        sharing = asyncio.create_task(membership.run(), name="membership")
+        failing = asyncio.create_task(lanes.failed(), name="lane failure")
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            await asyncio.wait((sharing, failing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            for task in (failing, sharing):
+                if task.done():
+                    task.result()
+            membership.leave()
+            await lanes.drain(self._settings.drain_s, handing_over=membership.heirs)
+        finally:
+            await end_tasks(sharing, failing, stopping)
+            await lanes.close()
+            await membership.say_goodbye()
+
+    def _pinned(self, facts: ClusterFacts) -> tuple[int, ...] | None:
         if self._partitions is None:
-            return list(range(facts.partitions))
+            return None
         unknown = [p for p in self._partitions if not 0 <= p < facts.partitions]
         if unknown:
             raise SettingsError(
                 f"partitions {unknown}: the cluster has 0 to {facts.partitions - 1}; see `fi cluster status`"
             )
-        return sorted(set(self._partitions))
+        return tuple(sorted(set(self._partitions)))
 
-    def _opened(self, partition: int) -> None:
-        if partition in self._waiting:
-            self._waiting.discard(partition)
-            if not self._waiting:
-                self._on_ready()
+    def _changed(self) -> None:
+        """A lane came, found its place or went, or the first share is known."""
+        if self._lanes is None or self._membership is None:
+            return
+        self._membership.poke()
+        if self._membership.planned and not self._lanes.opening and not self._ready:
+            self._ready = True
+            self._on_ready()
 
     def _nudge(self) -> None:
-        for lane in self._lanes:
-            lane.nudge()
-
-
-def _first_failure(tasks: Sequence[asyncio.Task[None]]) -> BaseException | None:
-    for task in tasks:
-        if task.done() and not task.cancelled() and task.exception() is not None:
-            return task.exception()
-    return None
+        if self._lanes is not None:
+            self._lanes.nudge()
 
 
 async def _close(client: Client, limit_s: float) -> None:

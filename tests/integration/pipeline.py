@@ -149,6 +149,14 @@ class Pipeline:
         self.api = Api(client, supervisor.settings)
         self.shards = supervisor.directory / "shards"
 
+    @contextlib.asynccontextmanager
+    async def disconnected(self) -> AsyncIterator[None]:
+        """Without our connection: nats-py leaks a socket for every attempt that a frozen server leaves unanswered."""
+        await self.client.close()
+        yield
+        self.client = await connect(self.supervisor.urls, "test", wait_s=30)
+        self.api = Api(self.client, self.supervisor.settings)
+
     async def receipts(self) -> list[Receipt]:
         """The last receipt of every partition that has one."""
         found = [await last_receipt(self.api, p) for p in range(self.supervisor.settings.partitions)]
@@ -256,24 +264,26 @@ async def running(
 ) -> AsyncIterator[Pipeline]:
     """A pipeline of real processes; all of them are gone when the block ends, however it ends."""
     async with Supervisor(directory, chosen, scale) as supervisor:
-        client = await connect(supervisor.urls, "test", wait_s=30)
+        pipeline = Pipeline(supervisor, await connect(supervisor.urls, "test", wait_s=30))
         try:
-            yield Pipeline(supervisor, client)
+            yield pipeline
         finally:
-            await client.close()
+            await pipeline.client.close()
+
+
+ALL = "all"
 
 
 class Extra:
-    """A stage process that no supervisor looks after, told to hold every partition."""
+    """A stage process that no supervisor looks after, told which partitions to hold: None for its share."""
 
-    def __init__(self, pipeline: Pipeline, stage: Stage, name: str, shards: Path) -> None:
+    def __init__(self, pipeline: Pipeline, stage: Stage, name: str, shards: Path, partitions: str | None) -> None:
         supervisor = pipeline.supervisor
         urls = [part for url in supervisor.urls for part in ("--nats", url)]
-        lanes = ",".join(map(str, range(supervisor.settings.partitions)))
-        self._command = [
-            *(sys.executable, "-m", "cluster", "run", stage, *urls, "--partitions", lanes),
-            *("--name", name, "--shards", str(shards)),
-        ]
+        self._command = [sys.executable, "-m", "cluster", "run", stage, *urls, "--name", name, "--shards", str(shards)]
+        if partitions is not None:
+            every = ",".join(map(str, range(supervisor.settings.partitions)))
+            self._command += ["--partitions", every if partitions == ALL else partitions]
         self._environment = os.environ | settings_environment(supervisor.settings)
         self._log = supervisor.directory / f"{name}.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -302,13 +312,19 @@ class Extra:
 
 @contextlib.asynccontextmanager
 async def extra_stage(
-    pipeline: Pipeline, stage: Stage, name: str, *, shards: Path | None = None, frozen: str = ""
+    pipeline: Pipeline,
+    stage: Stage,
+    name: str,
+    *,
+    shards: Path | None = None,
+    frozen: str = "",
+    partitions: str | None = ALL,
 ) -> AsyncIterator[Extra]:
     """One more process of `stage`, to be started within the block and killed when it ends.
 
     A supervised process named `frozen` is thawed then, whatever happened.
     """
-    extra = Extra(pipeline, stage, name, shards or pipeline.shards)
+    extra = Extra(pipeline, stage, name, shards or pipeline.shards, partitions)
     try:
         yield extra
     finally:

@@ -73,7 +73,7 @@ def frame(partition: int, last: int) -> bytes:
 
 async def test_applying_twice_changes_nothing_the_second_time(client: Client) -> None:
     first = await apply(client, SETTINGS)
-    assert [change.action for change in first.changes] == ["create"] * 6
+    assert [change.action for change in first.changes] == ["create"] * len(subjects.STREAMS)
     second = await apply(client, SETTINGS)
     assert second.changes == ()
     assert second.cluster_id == first.cluster_id
@@ -82,7 +82,7 @@ async def test_applying_twice_changes_nothing_the_second_time(client: Client) ->
 
 async def test_planning_changes_nothing(client: Client) -> None:
     planned = await plan(client, SETTINGS)
-    assert len(planned.changes) == 6
+    assert len(planned.changes) == len(subjects.STREAMS)
     assert await client.jetstream(timeout=10).streams_info() == []
 
 
@@ -105,6 +105,18 @@ async def test_drift_is_shown_field_by_field_and_repaired(client: Client) -> Non
     await apply(client, SETTINGS)
     assert (await plan(client, SETTINGS)).changes == ()
     assert (await jetstream.stream_info(subjects.HASH)).config.description == "theirs"
+
+
+async def test_a_bucket_made_by_hand_is_completed_and_keeps_its_keys(client: Client) -> None:
+    jetstream = client.jetstream(timeout=10)
+    await jetstream.add_stream(name=subjects.CONTROL, subjects=["$KV.FI_CONTROL.>"], num_replicas=3)
+    await put(client, "$KV.FI_CONTROL.pause.hash")
+    drifted = [change for change in (await plan(client, SETTINGS)).changes if change.stream == subjects.CONTROL]
+    assert {drift.field for change in drifted for drift in change.drifts} >= {"allow_msg_ttl", "deny_delete"}
+    await apply(client, SETTINGS)
+    assert (await plan(client, SETTINGS)).changes == ()
+    entry = await (await jetstream.key_value("FI_CONTROL")).get("pause.hash")
+    assert entry.value == b"{}"
 
 
 async def test_limits_change_under_data_without_losing_it(client: Client) -> None:

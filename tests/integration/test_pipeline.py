@@ -308,7 +308,7 @@ async def test_streams_hurt_by_hand_under_load_lose_double_and_reorder_nothing(p
             await load.reached(1600 + 300 * number + rng.randrange(100))
             assert await delete_consumers(pipeline, stream) >= PARTITIONS
         for number, stream in enumerate(STREAMS, 1):
-            await load.reached(3100 + 250 * number + rng.randrange(100))
+            await load.reached(3100 + 200 * number + rng.randrange(100))
             await pipeline.api.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}", b"")
     await pipeline.assert_whole(load)
 

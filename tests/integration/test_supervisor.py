@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from cluster import supervisor as supervisor_module
 from cluster.keeper import ProcessEvent
 from cluster.lock import DirectoryBusyError
 from cluster.process import ProcessError
-from cluster.stageprocess import partitions_of, settings_environment
+from cluster.stageprocess import settings_environment
 from cluster.state import NotRunningError, State, process_started, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
 from contracts.errors import SettingsError
@@ -30,11 +30,11 @@ SETTINGS = Settings(replicas=1, partitions=4, drain_s=30)
 
 STAGE = """
 import os, signal, sys, time
-home, name, lanes = sys.argv[1:]
+home, name = sys.argv[1:]
 
 def note(what):
     with open(f"{home}/journal", "a") as journal:
-        journal.write(f"{what} {name} {lanes} {os.environ.get('FI_PARTITIONS')}\\n")
+        journal.write(f"{what} {name} {os.environ.get('FI_PARTITIONS')}\\n")
 
 def stop(number, frame):
     if not os.path.exists(f"{home}/stubborn"):
@@ -54,11 +54,11 @@ while True:
 """
 
 
-def fake(home: Path) -> Callable[[Stage, str, Sequence[int]], list[str]]:
+def fake(home: Path) -> Callable[[Stage, str], list[str]]:
     """A command for stages that only write down when they start and stop."""
 
-    def command(stage: Stage, name: str, partitions: Sequence[int]) -> list[str]:
-        return [sys.executable, "-I", "-S", "-c", STAGE, str(home), name, ",".join(map(str, partitions))]
+    def command(stage: Stage, name: str) -> list[str]:
+        return [sys.executable, "-I", "-S", "-c", STAGE, str(home), name]
 
     return command
 
@@ -86,13 +86,13 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-async def test_stages_share_the_partitions_and_stop_in_flow_order(tmp_path: Path) -> None:
+async def test_every_process_gets_the_settings_and_stages_stop_in_flow_order(tmp_path: Path) -> None:
     async with make(tmp_path, segment=2) as supervisor:
         assert [process.name for process in supervisor.processes] == [
             *("n1", "ingest-0", "segment-0", "segment-1", "hash-0", "persist-0")
         ]
         lines = (tmp_path / "journal").read_text().splitlines()
-        assert {"start segment-0 0,2 4", "start segment-1 1,3 4", "start hash-0 0,1,2,3 4"} <= set(lines)
+        assert {"start segment-0 4", "start segment-1 4", "start hash-0 4"} <= set(lines)
         state = read_state(tmp_path)
         assert (state.status, state.urls, state.settings) == ("ready", supervisor.urls, SETTINGS)
         assert {p.name: p.pid for p in state.processes} == {p.name: p.pid for p in supervisor.processes}
@@ -157,8 +157,13 @@ async def test_a_stage_can_be_stopped_started_and_scaled_while_the_others_run(tm
         assert pid_of(supervisor, "persist-0") is None
         await supervisor.start_stage("persist")
         assert pid_of(supervisor, "persist-0") is not None
+        first = pid_of(supervisor, "segment-0")
         await supervisor.scale("segment", 3)
         assert [p.name for p in supervisor.processes if p.kind == "segment"] == ["segment-0", "segment-1", "segment-2"]
+        await supervisor.scale("segment", 2)
+        assert [p.name for p in supervisor.processes if p.kind == "segment"] == ["segment-0", "segment-1"]
+        assert journal(tmp_path, "stop")[-1] == "segment-2"
+        assert pid_of(supervisor, "segment-0") == first
         assert pid_of(supervisor, "hash-0") == others
         await supervisor.hold_down("n1")
         assert pid_of(supervisor, "n1") is None
@@ -280,13 +285,6 @@ def test_settings_reach_a_child_through_its_environment() -> None:
     assert load_settings(environment) == settings
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_every_partition_has_exactly_one_process(processes: int) -> None:
-    shares = [partitions_of(index, processes, 8) for index in range(processes)]
-    assert sorted(p for share in shares for p in share) == list(range(8))
-    assert all(p % processes == index for index, share in enumerate(shares) for p in share)
-
-
 def test_impossible_runs_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="needs as many servers"):
         Supervisor(tmp_path, Settings(replicas=3), servers=1)
@@ -294,7 +292,7 @@ def test_impossible_runs_are_refused_before_anything_starts(tmp_path: Path) -> N
         Supervisor(tmp_path, SETTINGS, {"hash": 5}, servers=1)
 
 
-def test_a_real_stage_is_told_its_directory_partitions_and_name(tmp_path: Path) -> None:
-    assert run_command(tmp_path)("hash", "hash-1", [1, 3])[1:] == [
-        *("-m", "cluster", "run", "hash", "--dir", str(tmp_path), "--partitions", "1,3", "--name", "hash-1")
+def test_a_real_stage_is_told_its_directory_and_name(tmp_path: Path) -> None:
+    assert run_command(tmp_path)("hash", "hash-1")[1:] == [
+        *("-m", "cluster", "run", "hash", "--dir", str(tmp_path), "--name", "hash-1")
     ]

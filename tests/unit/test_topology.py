@@ -43,18 +43,33 @@ def test_nothing_is_dropped_for_age_or_room_and_reads_come_from_the_leader() -> 
         assert config.max_age == 0
         assert config.discard is not None
         assert config.discard.value == "new"
-        assert config.allow_direct is False
+        assert config.allow_direct is (config.name in subjects.BUCKETS)
         assert config.num_replicas == 3
         assert config.max_bytes is not None
         assert config.max_bytes > 0
         assert config.duplicate_window > 0
 
 
-def test_only_derived_data_may_live_in_memory() -> None:
-    stored = by_name(Settings(hop_storage="memory"))
-    assert {name for name, config in stored.items() if config.storage is StorageType.MEMORY} == set(subjects.HOPS)
-    stored = by_name(Settings(hop_storage="file"))
-    assert {config.storage for config in stored.values()} == {StorageType.FILE}
+def test_only_derived_data_and_announcements_may_live_in_memory() -> None:
+    def in_memory(settings: Settings) -> set[str]:
+        return {name for name, config in by_name(settings).items() if config.storage is StorageType.MEMORY}
+
+    assert in_memory(Settings(hop_storage="memory")) == {*subjects.HOPS, subjects.MEMBERS}
+    assert in_memory(Settings(hop_storage="file")) == {subjects.MEMBERS}
+
+
+def test_buckets_are_what_any_key_value_client_expects() -> None:
+    for name in subjects.BUCKETS:
+        bucket = by_name()[name]
+        assert (bucket.allow_msg_ttl, bucket.allow_rollup_hdrs, bucket.deny_delete) == (True, True, True)
+        assert bucket.subjects == [f"$KV.{name.removeprefix('KV_')}.>"]
+    assert by_name()[subjects.MEMBERS].max_msgs_per_subject == 1
+
+
+def test_a_bucket_without_expiry_of_keys_is_repaired() -> None:
+    stored = found()
+    stored[subjects.MEMBERS] = stored[subjects.MEMBERS].evolve(allow_msg_ttl=False)
+    assert diff(streams(SETTINGS, ID), stored) == [Drift(subjects.MEMBERS, "allow_msg_ttl", True, False)]
 
 
 @pytest.mark.parametrize("stage", subjects.STAGES)

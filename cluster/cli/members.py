@@ -1,0 +1,265 @@
+"""`fi members`, `fi scale`, `fi pause`, `fi resume`, `fi drain`: who works on what, and changing it while it runs."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    FAILED,
+    NOT_READY,
+    DirectoryOption,
+    JsonOption,
+    NatsOption,
+    NotReadyError,
+    connected,
+    console,
+    find_servers,
+    print_json,
+    progress_bar,
+    run_async,
+    say,
+)
+from cluster.cli.up import parse_scale
+from cluster.state import State, read_state
+from contracts.errors import SettingsError
+from contracts.settings import Settings
+from contracts.subjects import STAGES, Stage
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from cluster.drain import DrainReport
+    from cluster.members import MembersReport
+    from stages.runtime.api import Api
+
+T = TypeVar("T")
+
+SCALE_LIMIT_S = 180.0
+StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(STAGES)}.", show_default=False)]
+WaitOption = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it at most.")]
+
+
+def members(
+    directory: DirectoryOption = DEFAULT_DIRECTORY, nats: NatsOption = None, as_json: JsonOption = False
+) -> None:
+    """Shows the processes of every stage on every node, their partitions, and the partitions nobody works on.
+
+    Exits 3 unless every partition of every stage is worked on.
+
+    Example: fi members --dir .fi
+    """
+    report = run_async(_with_cluster(find_servers(directory, nats), _look))
+    if as_json:
+        print_json({"complete": report.complete, **{name: getattr(report, name) for name in report.__struct_fields__}})
+    else:
+        _show(report)
+    if not report.complete:
+        raise typer.Exit(NOT_READY)
+
+
+def scale(
+    counts: Annotated[list[str], typer.Argument(metavar="STAGE=N…", help="E.g. segment=4.", show_default=False)],
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    wait_s: WaitOption = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Changes how many processes of a stage a running `fi up` keeps, and waits until the partitions have moved.
+
+    Processes that are no longer wanted finish what they have in hand. Nothing is lost, doubled or reordered. 0 is
+    allowed: other nodes take over, or input waits. Exits 3 if partitions still moved after the wait.
+
+    Example: fi scale segment=4 hash=2 --dir .fi
+    """
+    wanted = parse_scale(",".join(counts))
+    if not wanted:
+        raise SettingsError("say what to scale, e.g. `fi scale segment=4`")
+    state = _controlled(directory)
+
+    async def work() -> tuple[dict[Stage, int], dict[Stage, int], MembersReport]:
+        from cluster.control import ask_scale
+        from cluster.members import look_until
+
+        with progress_bar("scaling"):
+            answer = await ask_scale(state.control, wanted, SCALE_LIMIT_S)
+
+        async def wait(client: Client, api: Api) -> MembersReport:
+            return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
+
+        return answer.before, answer.after, await _with_cluster(state.urls, wait)
+
+    before, after, report = run_async(work())
+    moving = [stage for stage in report.moving if stage in wanted]
+    if as_json:
+        print_json({"before": before, "after": after, "settled": not moving, "members": report.members})
+    else:
+        for stage in wanted:
+            what = "unchanged" if before[stage] == after[stage] else f"from {before[stage]}"
+            say(f"{stage}: {after[stage]} processes ({what})")
+        _show(report)
+    if moving:
+        raise NotReadyError(f"partitions of {', '.join(moving)} still move after {wait_s:g} s; see `fi members`")
+
+
+def pause(
+    stage: StageArgument,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    nats: NatsOption = None,
+    wait_s: WaitOption = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Pauses all processes of STAGE on every node: they finish what they have in hand and stop reading.
+
+    Input waits in the stage's stream; when that is full, upstream waits too, and at last the gateway is told. It stays
+    paused, also for processes that start later, until `fi resume`. Exits 3 if some still worked after the wait.
+
+    Example: fi pause persist --dir .fi
+    """
+    chosen = _stage(stage)
+    _tell(chosen, directory, nats, wait_s, as_json, pausing=True)
+
+
+def resume(
+    stage: StageArgument,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    nats: NatsOption = None,
+    wait_s: WaitOption = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Takes `fi pause STAGE` back; every process goes on from where it stood. Does nothing when it is not paused.
+
+    Example: fi resume persist --dir .fi
+    """
+    _tell(_stage(stage), directory, nats, wait_s, as_json, pausing=False)
+
+
+def drain(
+    directory: DirectoryOption = DEFAULT_DIRECTORY, wait_s: WaitOption = 60.0, as_json: JsonOption = False
+) -> None:
+    """Stops the stages of the `fi up` in DIR in flow order, each when it has worked off its input; the servers stay up.
+
+    Exits 0 when everything that was accepted is committed, 1 when something waits in FI_EVENTS. Stop gateways first.
+    `fi scale` starts the stages again.
+
+    Example: fi drain --dir .fi && echo safe to take down
+    """
+    state = _controlled(directory)
+
+    async def work(client: Client, api: Api) -> tuple[DrainReport, dict[Stage, int]]:
+        from cluster.control import ask_scale
+        from cluster.drain import drain as drain_stages
+        from stages.runtime.facts import read_cluster
+
+        before: dict[Stage, int] = {}
+
+        async def stop(stage: Stage) -> None:
+            answer = await ask_scale(state.control, {stage: 0}, SCALE_LIMIT_S)
+            before[stage] = answer.before[stage]
+
+        with progress_bar("draining") as tell:
+            facts = await read_cluster(client)
+            done = await drain_stages(api, facts.partitions, stop, wait_s, lambda n: tell(n, len(STAGES)))
+        return done, before
+
+    report, before = run_async(_with_cluster(state.urls, work))
+    if as_json:
+        print_json({**{name: getattr(report, name) for name in report.__struct_fields__}, "stopped": before})
+    else:
+        console().print(
+            f"persisted {report.persisted:,}, duplicates {report.duplicates:,}, dead-lettered "
+            f"{report.dead_lettered:,}, waiting {report.waiting:,}"
+        )
+    again = " ".join(f"{stage}={count}" for stage, count in before.items() if count)
+    if again:
+        say(f"start the stages again with `fi scale {again} --dir {directory}`")
+    if not report.committed:
+        say(
+            f"{report.waiting} accepted messages wait in FI_EVENTS, where they are safe"
+            + (f"; {', '.join(report.unfinished)} had not finished" if report.unfinished else "")
+        )
+        raise typer.Exit(FAILED)
+
+
+def _tell(
+    stage: Stage, directory: Path, nats: list[str] | None, wait_s: float, as_json: bool, *, pausing: bool
+) -> None:
+    async def work(client: Client, api: Api) -> MembersReport:
+        from cluster.members import look_until
+        from cluster.members import pause as pause_stage
+        from cluster.members import resume as resume_stage
+        from contracts.membership import Pause
+
+        if pausing:
+            by = f"{getpass.getuser()}@{socket.gethostname()}"
+            await pause_stage(client, stage, Pause(since_ns=time.time_ns(), by=by))
+        else:
+            await resume_stage(client, stage)
+        return await look_until(client, api, obeyed, wait_s)
+
+    def obeyed(seen: MembersReport) -> bool:
+        return (stage in seen.paused) == pausing and stage not in seen.moving
+
+    report = run_async(_with_cluster(find_servers(directory, nats), work))
+    ours = [member for member in report.members if member.stage == stage]
+    if as_json:
+        print_json({"stage": stage, "paused": pausing, "settled": obeyed(report), "members": ours})
+    else:
+        say(f"{stage} is {'paused' if pausing else 'at work'}: {len(ours)} processes")
+    if not obeyed(report):
+        raise NotReadyError(f"not every process of {stage} obeyed within {wait_s:g} s; see `fi members`")
+
+
+def _stage(text: str) -> Stage:
+    for stage in STAGES:
+        if stage == text:
+            return stage
+    raise SettingsError(f"no stage is called {text!r}; use one of {', '.join(STAGES)}")
+
+
+def _controlled(directory: Path) -> State:
+    state = read_state(directory)
+    if not state.control:
+        raise NotReadyError(f"what runs in {directory} is {state.status} and takes no requests; try again")
+    return state
+
+
+async def _look(client: Client, api: Api) -> MembersReport:
+    from cluster.members import look
+
+    return await look(client, api)
+
+
+async def _with_cluster(urls: tuple[str, ...], work: Callable[[Client, Api], Awaitable[T]]) -> T:
+    from stages.runtime.api import Api
+
+    async with connected(urls) as client:
+        return await work(client, Api(client, Settings()))
+
+
+def _show(report: MembersReport) -> None:
+    from rich.table import Table
+
+    screen = console()
+    table = Table("stage", "name", "node", "pid", "partitions", "state", "seen, s ago", "store")
+    for member in report.members:
+        lanes = ",".join(map(str, member.partitions)) + (" pinned" if member.pinned else "")
+        table.add_row(
+            *(member.stage, member.name, member.node, str(member.pid), lanes),
+            *(member.state, f"{member.age_s:.1f}", member.store[:8]),
+        )
+    screen.print(table)
+    for stage, pause in report.paused.items():
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause.since_ns / 1e9))
+        screen.print(f"{stage} is paused since {when} by {pause.by}", markup=False)
+    by_reason: dict[tuple[Stage, str], list[int]] = {}
+    for unheld in report.unheld:
+        by_reason.setdefault((unheld.stage, unheld.why), []).append(unheld.partition)
+    for (stage, why), partitions in by_reason.items():
+        screen.print(f"{stage} {','.join(map(str, partitions))}: {why}", markup=False)

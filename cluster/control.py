@@ -1,0 +1,151 @@
+"""The supervisor's ear: a Unix socket that other commands reach it by, and that answers with what came of it.
+
+One request a connection, one JSON line each way. Requests are carried out one after the other, to their end, also when
+whoever asked has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from cluster.state import NotRunningError
+from contracts.errors import FiError, SettingsError
+from contracts.subjects import Stage
+from stages.runtime.tasks import end_tasks
+
+log = logging.getLogger(__name__)
+
+SOCKET_FILE: Final = "control.sock"
+_PATH_BYTES_MAX: Final = 100
+"""Systems take socket paths of 104 to 108 bytes."""
+_REQUEST_S_MAX: Final = 5.0
+
+
+class ScaleRequest(msgspec.Struct, frozen=True, tag_field="v", tag="scale.1"):
+    """Run so many processes of these stages."""
+
+    counts: dict[Stage, int]
+
+
+class ScaleAnswer(msgspec.Struct, frozen=True):
+    """What came of it.
+
+    Attributes:
+        before, after: processes of every stage.
+        error: why it was not done, or not to the end; empty when it was.
+        usage: the request itself was wrong.
+    """
+
+    before: dict[Stage, int]
+    after: dict[Stage, int]
+    error: str = ""
+    usage: bool = False
+
+
+Scale = Callable[[dict[Stage, int]], Awaitable[ScaleAnswer]]
+
+
+def socket_path(directory: Path) -> Path:
+    """Where the run in `directory` listens: there, or among temporary files when that path is too long."""
+    path = directory / SOCKET_FILE
+    if len(os.fsencode(path)) <= _PATH_BYTES_MAX:
+        return path
+    return Path(tempfile.gettempdir()) / f"fi-{secrets.token_hex(8)}.sock"
+
+
+class ControlServer:
+    """Listens until closed.
+
+    Args:
+        path: of the socket; whoever calls has made sure that nobody else listens there.
+        scale: carries a request out.
+    """
+
+    def __init__(self, path: Path, scale: Scale) -> None:
+        self.path = path
+        self._scale = scale
+        self._server: asyncio.Server | None = None
+        self._busy = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begins to listen. Only this user may connect."""
+        self.path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(self.path))
+        finally:
+            os.umask(mask)
+        self._server = await asyncio.start_unix_server(self._connected, sock=listener)
+
+    async def close(self) -> None:
+        """Stops listening; what is being carried out is broken off."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            await end_tasks(*self._tasks)
+            self.path.unlink(missing_ok=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            answer = await self._carry_out(reader)
+            async with asyncio.timeout(_REQUEST_S_MAX):
+                writer.write(msgspec.json.encode(answer) + b"\n")
+                await writer.drain()
+        except (OSError, TimeoutError) as error:
+            log.info("whoever asked has gone: %r", error)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _carry_out(self, reader: asyncio.StreamReader) -> ScaleAnswer:
+        try:
+            async with asyncio.timeout(_REQUEST_S_MAX):
+                request = msgspec.json.decode(await reader.readline(), type=ScaleRequest)
+        except (TimeoutError, ValueError, msgspec.MsgspecError) as error:
+            return ScaleAnswer({}, {}, f"not a request that this version knows: {error}", usage=True)
+        async with self._busy:
+            return await self._scale(request.counts)
+
+
+async def ask_scale(path: str, counts: dict[Stage, int], limit_s: float) -> ScaleAnswer:
+    """Asks the supervisor that listens at `path` to scale, and waits until it has.
+
+    Raises:
+        NotRunningError: nobody listens there.
+        SettingsError: the counts are not possible.
+        FiError: it was not done, or not within `limit_s`.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                writer.write(msgspec.json.encode(ScaleRequest(counts)) + b"\n")
+                line = await reader.readline()
+            finally:
+                writer.close()
+    except TimeoutError:
+        raise FiError(f"not done after {limit_s:.0f} s; it goes on, see `fi members`") from None
+    except OSError as error:
+        raise NotRunningError(f"nobody listens at {path} ({error.strerror}); is `fi up` still starting?") from error
+    try:
+        answer = msgspec.json.decode(line, type=ScaleAnswer)
+    except msgspec.MsgspecError as error:
+        raise FiError(f"the supervisor did not answer ({error}); see its log") from error
+    if answer.error:
+        raise (SettingsError if answer.usage else FiError)(answer.error)
+    return answer

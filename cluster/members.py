@@ -1,0 +1,195 @@
+"""Who works on what now, which partitions nobody works on and why; and pausing a stage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.membership import Member, Pause, shares
+from contracts.receipts import Receipt
+from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
+from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, KV_DELETED
+from stages.runtime.api import Api, StoredMessage
+from stages.runtime.facts import read_cluster
+from stages.runtime.membership import read_receipts, readable
+
+POLL_S = 0.1
+_STORE_SHOWN = 8
+_PUT_LIMIT_S = 3.0
+
+
+class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One process.
+
+    Attributes:
+        stage, name, node, pid: which.
+        partitions: the lanes it runs.
+        opening: of these, the ones that have not found their place yet.
+        state: ``works``, ``opening``, ``idle`` (nothing falls to it), ``paused`` or ``draining``.
+        pinned: it was told its partitions.
+        store: id of its store (persist), else empty.
+        age_s: since it last renewed its announcement, by this machine's clock.
+    """
+
+    stage: Stage
+    name: str
+    node: str
+    pid: int
+    partitions: tuple[int, ...]
+    opening: tuple[int, ...]
+    state: str
+    pinned: bool
+    store: str
+    age_s: float
+
+
+class Unheld(msgspec.Struct, frozen=True, kw_only=True):
+    """A partition that no process of a stage works on, and why."""
+
+    stage: Stage
+    partition: int
+    why: str
+
+
+class MembersReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All stages.
+
+    Attributes:
+        members: stages in flow order.
+        unheld: what nobody works on.
+        moving: stages in which some partition is not where it will be, or has not found its place.
+        paused: stage → who paused it, and when.
+    """
+
+    members: tuple[MemberStatus, ...]
+    unheld: tuple[Unheld, ...]
+    moving: tuple[Stage, ...]
+    paused: dict[Stage, Pause]
+
+    @property
+    def complete(self) -> bool:
+        """Every partition of every stage is worked on."""
+        return not self.unheld
+
+
+async def look(client: Client, api: Api) -> MembersReport:
+    """Looks once.
+
+    Raises:
+        TopologyError: the streams are not there.
+        ClusterUnavailableError: the cluster does not answer.
+    """
+    facts = await read_cluster(client)
+    found = {stage: await api.last_messages(MEMBERS, [members_pattern(stage)]) for stage in STAGES}
+    control = await api.last_messages(CONTROL, [pause_subject(stage) for stage in STAGES])
+    receipts = await read_receipts(api, facts.partitions)
+    now_ns = time.time_ns()
+    members: list[MemberStatus] = []
+    unheld: list[Unheld] = []
+    moving: list[Stage] = []
+    paused: dict[Stage, Pause] = {}
+    for stage, messages in found.items():
+        seen = readable(messages)
+        owned = receipts if stage == "persist" else {}
+        if (pause := control.get(pause_subject(stage))) is not None and pause.data:
+            paused[stage] = msgspec.json.decode(pause.data, type=Pause)
+        members += [_status(member, messages[key], now_ns) for key, member in sorted(seen.items())]
+        assigned = shares(seen, facts.partitions, {p: receipt.store for p, receipt in owned.items()})
+        if _moves(seen, assigned, stage in paused):
+            moving.append(stage)
+        held = {partition for member in seen.values() for partition in member.partitions}
+        unheld += [
+            Unheld(stage=stage, partition=p, why=_why(stage, p, seen, assigned, owned, stage in paused))
+            for p in range(facts.partitions)
+            if p not in held
+        ]
+    return MembersReport(members=tuple(members), unheld=tuple(unheld), moving=tuple(moving), paused=paused)
+
+
+def _status(member: Member, message: StoredMessage, now_ns: int) -> MemberStatus:
+    state = "opening" if member.opening else "works" if member.partitions else "idle"
+    return MemberStatus(
+        stage=member.stage,
+        name=member.name,
+        node=member.node,
+        pid=member.pid,
+        partitions=member.partitions,
+        opening=member.opening,
+        state="draining" if member.draining else "paused" if member.paused else state,
+        pinned=member.pinned is not None,
+        store=member.store,
+        age_s=max(0.0, (now_ns - message.time_ns) / 1e9),
+    )
+
+
+def _moves(members: Mapping[str, Member], assigned: Mapping[int, str], paused: bool) -> bool:
+    for key, member in members.items():
+        due = set() if paused else {partition for partition, holder in assigned.items() if holder == key}
+        if member.draining or member.opening or set(member.partitions) != due:
+            return True
+    return False
+
+
+def _why(
+    stage: Stage,
+    partition: int,
+    members: Mapping[str, Member],
+    assigned: Mapping[int, str],
+    receipts: Mapping[int, Receipt],
+    paused: bool,
+) -> str:
+    if paused:
+        return f"{stage} is paused; `fi resume {stage}` goes on"
+    if partition in assigned:
+        member = members[assigned[partition]]
+        return f"moves to {member.name} on {member.node}"
+    if receipt := receipts.get(partition):
+        return f"waits for store {receipt.store[:_STORE_SHOWN]} on node {receipt.node}: start persist there"
+    return f"no process of {stage} takes it" if members else f"no process of {stage} runs"
+
+
+async def look_until(
+    client: Client, api: Api, settled: Callable[[MembersReport], bool], limit_s: float
+) -> MembersReport:
+    """Looks again and again until `settled`, for `limit_s` at most; gives what it saw last. Raises as `look`."""
+    deadline_s = time.monotonic() + limit_s
+    while True:
+        report = await look(client, api)
+        if settled(report) or time.monotonic() > deadline_s:
+            return report
+        await asyncio.sleep(POLL_S)
+
+
+async def pause(client: Client, stage: Stage, pause: Pause) -> None:
+    """Tells all processes of a stage, on every node, to finish what they have in hand and to stop reading.
+
+    Raises:
+        TopologyError: the streams are not there.
+        ClusterUnavailableError: the cluster does not answer.
+    """
+    await _put(client, stage, msgspec.json.encode(pause), {})
+
+
+async def resume(client: Client, stage: Stage) -> None:
+    """Takes `pause` back. Raises as it does."""
+    await _put(client, stage, b"", {HEADER_KV_OPERATION: KV_DELETED})
+
+
+async def _put(client: Client, stage: Stage, data: bytes, headers: dict[str, str]) -> None:
+    try:
+        await client.jetstream(timeout=_PUT_LIMIT_S).publish(
+            pause_subject(stage), data, headers={HEADER_EXPECTED_STREAM: CONTROL, **headers}
+        )
+    except APIError as error:
+        raise TopologyError(f"{CONTROL}: {error.description}; see `fi cluster plan`") from error
+    except NatsError as error:
+        raise ClusterUnavailableError(
+            f"{CONTROL} does not answer ({error!r}); see `fi cluster status`, or `fi cluster apply` if it is missing"
+        ) from error
