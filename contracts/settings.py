@@ -47,6 +47,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         receipts_kept: commit receipts kept for each partition.
         drain_s: how long a stage may take to finish after SIGTERM.
         signing_key_file: Ed25519 key (`fi key new`) that persist signs receipts and seal records with; empty: none.
+        health_port: where a stage answers `/livez`, `/readyz` and `/metrics`; 0: a free port; -1: nowhere. `fi up`
+            gives each stage a free one unless this is set.
+        health_host: the address that port is on. `0.0.0.0` for a container's probes.
+        disk_floor_bytes: persist says that it is not ready when less is free where its shards lie.
+        otlp_endpoint: collector that metrics and traces are sent to by OTLP over HTTP, e.g. `http://host:4318`;
+            empty: the one that OTEL_EXPORTER_OTLP_ENDPOINT names, if any.
+        otlp_interval_s: between two exports.
+        trace_share: of messages that bring no trace context, how many start a trace; 0 to 1. A gateway's own choice is
+            kept.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -79,6 +88,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     receipts_kept: _Positive = 1024
     drain_s: _Seconds = 20.0
     signing_key_file: str = ""
+    health_port: Annotated[int, Meta(ge=-1, le=65535)] = -1
+    health_host: str = "127.0.0.1"
+    disk_floor_bytes: Annotated[int, Meta(ge=0)] = 1024 * MIB
+    otlp_endpoint: str = ""
+    otlp_interval_s: _Seconds = 10.0
+    trace_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:
