@@ -16,6 +16,8 @@ from cluster.cli import keys, proof, store, topology
 from cluster.cli.common import FAILED, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
+from cluster.cli.health import health
+from cluster.cli.metrics import metrics
 from cluster.cli.publish import publish
 from cluster.cli.run import run
 from cluster.cli.schema import schema
@@ -44,6 +46,8 @@ def options(
 
 for verb in (demo, up, down, run, publish, store.events, export, store.verify, store.shards, schema):
     app.command()(verb)
+for watching in (health, metrics):
+    app.command()(watching)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
 key_app.command("new")(keys.new)
