@@ -68,9 +68,11 @@ class Lane(LaneBase):
         """One frame: work on what waits, bury what is refused, publish what passed, move the cursor."""
         settings = self._api.settings
         messages = feed.reader.take(settings.frame_events_max, settings.frame_bytes_max)
+        self._probe.begin(messages)
         while True:
             frame, letters, input_seq = await self._work(messages, feed.cursor)
             if frame is None:
+                self._probe.skipped()
                 return
             data = encode_frame(frame)
             if len(data) <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
@@ -80,8 +82,10 @@ class Lane(LaneBase):
             feed.reader.put_back(messages[half:])
             messages = messages[:half]
             self._core.open(feed.cursor.closed)
+        self._probe.worked()
         await self._graveyard.bury(letters)
-        await self._writer.publish(data, str(frame.last))
+        await self._writer.publish(data, str(frame.last), self._probe.headers())
+        self._probe.framed(frame, len(data))
         feed.cursor = Cursor(frame.last, input_seq, frame.closed)
         self._holes = 0
 
