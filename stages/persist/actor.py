@@ -86,6 +86,7 @@ class PersistLane(LaneBase):
             if not self._standing_by:
                 log.warning("persist partition %d stands by: %s", self._partition, error)
                 self._standing_by = True
+            self._probe.standing_by()
             self._on_open(self._partition)
             await self._rest(STANDBY_S)
 
@@ -178,14 +179,18 @@ class PersistLane(LaneBase):
     async def _advance(self, feed: InputFeed) -> None:
         """One group commit: append and fdatasync, then the receipt, then readers may see it."""
         messages = feed.reader.take(GROUP_FRAMES_MAX, GROUP_BYTES_MAX)
+        self._probe.begin(messages)
         async with self._files_lock:
             group, receipt = await run_blocking(self._store_group, messages, feed.cursor.origin)
             if group is None:
+                self._probe.skipped()
                 return
             if receipt is None:
                 await self._roll()
                 receipt = await run_blocking(self._commit, group)
+        self._probe.worked()
         await self._writer.publish(encode_receipt(receipt), str(receipt.origin))
+        self._probe.committed(receipt, len(group.records), group.duplicates)
         self._files.accepted()
         self._receipt = receipt
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
@@ -204,7 +209,9 @@ class PersistLane(LaneBase):
 
     def _commit(self, group: Group) -> Receipt:
         """In a thread, which also takes the root and the signature off the event loop: the receipt of the commit."""
+        begun_s = time.perf_counter()
         durable_ns = self._files.commit(group)
+        self._probe.synced(begun_s, len(group.records))
         last = self._receipt
         receipt = msgspec.structs.replace(
             last,
@@ -265,7 +272,9 @@ class PersistLane(LaneBase):
             self._trimmer.sealed(self._files.sealed_origin)
         while True:
             for job in tuple(self._files.to_seal):
+                begun_s = time.perf_counter()
                 info = await run_blocking(self._files.seal, job)
+                self._probe.sealed(begun_s, info.bytes)
                 if job.shard > recorded:
                     await self._record(writer, job.shard, info)
                 async with self._files_lock:
