@@ -48,19 +48,29 @@ def run(
     from stages.actors import lane_maker
     from stages.runtime.logs import configure_logging
     from stages.runtime.process import StageProcess
+    from stages.runtime.watch import Watch
 
     configure_logging(name or stage, log_level)
 
     async def serve() -> None:
-        await StageProcess(
+        async with Watch(
             chosen,
-            urls,
+            name or stage,
             settings,
-            lane_maker(chosen, store),
-            partitions=None if partitions is None else parse_partitions(partitions),
-            name=name or stage,
-            on_ready=lambda: print("READY", flush=True),
-        ).run()
+            os.environ,
+            directory=None if nats else directory,
+            store=store if chosen == "persist" else None,
+        ) as watch:
+            await StageProcess(
+                chosen,
+                urls,
+                settings,
+                lane_maker(chosen, store),
+                partitions=None if partitions is None else parse_partitions(partitions),
+                name=name or stage,
+                on_ready=lambda: print("READY", flush=True),
+                watch=watch,
+            ).run()
 
     run_async(serve())
 

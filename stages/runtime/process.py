@@ -21,6 +21,7 @@ from stages.runtime.api import Api
 from stages.runtime.connection import connect_near
 from stages.runtime.facts import ClusterFacts, read_cluster
 from stages.runtime.tasks import end_tasks
+from stages.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class StageProcess:
         partitions: which lanes; None for all of them.
         name: shown in logs and by the servers.
         on_ready: called once when every lane reads.
+        watch: shows the process to others; None: it is not watched.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StageProcess:
         partitions: Sequence[int] | None,
         name: str,
         on_ready: Callable[[], None],
+        watch: Watch | None = None,
     ) -> None:
         self._stage: Stage = stage
         self._urls = urls
@@ -73,6 +76,7 @@ class StageProcess:
         self._partitions = partitions
         self._name = name
         self._on_ready = on_ready
+        self._watch = watch or Watch(stage, name, Settings(), {})
         # Part of consumer names, which are subject tokens.
         self._nonce = f"{name if is_token(name) else stage}-{secrets.token_hex(6)}"
         self._waiting: set[int] = set()
@@ -84,6 +88,7 @@ class StageProcess:
         if not self._stop.is_set():
             log.info("draining", extra={"stage": self._stage})
         self._stop.set()
+        self._watch.drain()
         for lane in self._lanes:
             lane.stop()
 
@@ -104,8 +109,9 @@ class StageProcess:
             facts = await read_cluster(client)
             partitions = self._chosen(facts)
             self._waiting = set(partitions)
-            api = Api(client, self._settings)
+            api = Api(client, self._settings, telemetry=self._watch.telemetry)
             self._lanes = [self._make_lane(api, facts, p, self._nonce, self._opened) for p in partitions]
+            self._watch.connected(api)
             if self._stop.is_set():
                 return
             if not partitions:
@@ -151,6 +157,7 @@ class StageProcess:
                 self._on_ready()
 
     def _nudge(self) -> None:
+        self._watch.reconnected()
         for lane in self._lanes:
             lane.nudge()
 
