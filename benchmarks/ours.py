@@ -21,7 +21,6 @@ from benchmarks.report import Say, costs_ms, percentile
 from benchmarks.samples import Samples
 from cluster.track import percentiles_ms
 from contracts.settings import Settings
-from stages.persist.actor import run_blocking
 from stages.persist.files import sync_data, write_all_at, zero_fill
 from stages.persist.liveview import LiveView
 from stages.persist.names import list_shards
@@ -30,6 +29,7 @@ from stages.persist.seal import SealedInfo
 from stages.persist.sealed import SealedReader, Selection
 from stages.persist.store import EventStore
 from stages.persist.verify import verify_store
+from stages.runtime.tasks import run_blocking
 
 BATCHES = (1, 10, 100)
 SEAL_BATCH = 10

@@ -30,9 +30,9 @@ from benchmarks.report import costs_ms
 from benchmarks.samples import Samples
 from contracts.events import decode_event
 from contracts.settings import Settings
-from stages.persist.actor import run_blocking
 from stages.persist.files import write_all_at
 from stages.persist.names import ShardFile, list_shards
+from stages.runtime.tasks import run_blocking
 
 ROOT = Path(__file__).parents[1]
 BATCH = 10

@@ -26,9 +26,16 @@ from nats.errors import Error as NatsError
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, publish_subject
-from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_FIRST_SEEN, HEADER_MSG_ID, HEADER_TRACEPARENT
+from contracts.telemetry import (
+    ACCEPTED_LATENCY,
+    HEADER_EXPECTED_STREAM,
+    HEADER_FIRST_SEEN,
+    HEADER_MSG_ID,
+    HEADER_TRACEPARENT,
+)
 from stages.runtime.api import ApiError
-from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer
+from stages.runtime.telemetry import OFF, Telemetry
+from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer, error_type
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +109,7 @@ class Gateway:
         in_flight: int = IN_FLIGHT,
         timeout_s: float = TIMEOUT_S,
         jitter: Callable[[], float] = random.random,
+        telemetry: Telemetry = OFF,
     ) -> None:
         """
         Args:
@@ -109,12 +117,15 @@ class Gateway:
             in_flight: at least 1.
             timeout_s: how long one try waits for the answer before its outcome counts as unknown.
             jitter: gives a number in [0, 1).
+            telemetry: to record with.
         """
         self.in_flight = in_flight
         self.retries = 0
         self.client = client
         self._timeout_s = timeout_s
         self._jitter = jitter
+        self._accepted = telemetry.histogram(ACCEPTED_LATENCY, {})
+        self._probe = telemetry.writer(EVENTS, publish_subject("{site}", "{consultation}"))
         self._permits = asyncio.Semaphore(in_flight)
         self._lanes: dict[str, _Lane] = {}
         self._held_s = 0.0
@@ -190,6 +201,7 @@ class Gateway:
                 answer = await self._attempt(subject, body, headers)
                 elapsed_ns = time.perf_counter_ns() - start_ns
                 if isinstance(answer, PubAnswer):
+                    self._accepted.record(elapsed_ns / 1e9)
                     return Accepted(answer.seq, answer.duplicate and not maybe_stored, elapsed_ns, sent_ns)
                 if deadline_s is not None and elapsed_ns > deadline_s * 1e9:
                     raise ClusterUnavailableError(
@@ -208,21 +220,25 @@ class Gateway:
 
     async def _attempt(self, subject: str, body: bytes, headers: dict[str, str]) -> PubAnswer | _Failure:
         """One try. Raises when no further one can help."""
+        begun_s = time.perf_counter()
         try:
             reply = await self.client.request(subject, body, timeout=self._timeout_s, headers=dict(headers))
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed; publish again to be sure") from error
         except MaxPayloadError as error:
             raise RefusedError(f"{len(body)} bytes are more than the server's max_payload takes") from error
-        except NoRespondersError:
+        except NoRespondersError as error:
+            self._probe.sent(begun_s, type(error).__name__)
             return _Failure.NOT_STORED
         except NatsError as error:
+            self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: to be published again: %r", subject, error)
             return _Failure.UNKNOWN
         try:
             answer = decode_pub_answer(reply.data)
         except msgspec.MsgspecError:
             raise TopologyError(f"{subject}: something else than a stream answers; see `fi cluster plan`") from None
+        self._probe.sent(begun_s, error_type(answer.error))
         return answer if answer.error is None else self._judge(subject, answer.error)
 
     def _judge(self, subject: str, error: ApiError) -> _Failure:
@@ -238,13 +254,16 @@ class Gateway:
     def _hold(self) -> None:
         if not self._holding:
             self._held_since = time.monotonic()
+            self._probe.holding(self._held_since)
             log.warning("%s is full; holding what is to be published", EVENTS)
         self._holding += 1
 
     def _release(self) -> None:
         self._holding -= 1
         if not self._holding:
-            self._held_s += time.monotonic() - self._held_since
+            held_s = time.monotonic() - self._held_since
+            self._held_s += held_s
+            self._probe.released(held_s)
 
     async def _pause(self, times: int) -> None:
         # While the client reconnects, requests would pile up in its buffer.

@@ -75,7 +75,7 @@ def read_state(directory: Path) -> State:
         raise NotRunningError(f"nothing runs in {directory}; start it with `fi up --dir {directory}`") from None
     except msgspec.MsgspecError as error:
         raise NotRunningError(f"{path} cannot be read ({error}); was it written by another version?") from error
-    alive = process_started(state.supervisor_pid) == state.supervisor_started and _exists(state.supervisor_pid)
+    alive = process_started(state.supervisor_pid) == state.supervisor_started and process_exists(state.supervisor_pid)
     if state.status == "stopped" or not alive:
         how = "was stopped" if state.status == "stopped" else "ended without stopping"
         raise NotRunningError(f"what ran in {directory} {how}; start it again with `fi up --dir {directory}`")
@@ -92,7 +92,8 @@ def process_started(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """True while a process has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -54,6 +54,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         breaker_pause_s: a process that holds tries again after so long, and doubles it each time in vain.
         member_ttl_s: a process that was silent for so long counts as dead, and others take its partitions over.
         member_renew_s: how often a process announces itself and looks at the others; well below `member_ttl_s`.
+        health_port: where a stage answers `/livez`, `/readyz` and `/metrics`; 0: a free port; -1: nowhere. `fi up`
+            gives each stage a free one unless this is set.
+        health_host: the address that port is on. `0.0.0.0` for a container's probes.
+        disk_floor_bytes: persist says that it is not ready when less is free where its shards lie.
+        otlp_endpoint: collector that metrics and traces are sent to by OTLP over HTTP, e.g. `http://host:4318`;
+            empty: the one that OTEL_EXPORTER_OTLP_ENDPOINT names, if any.
+        otlp_interval_s: between two exports.
+        trace_share: of messages that bring no trace context, how many start a trace; 0 to 1. A gateway's own choice is
+            kept.
     """
 
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
@@ -92,6 +101,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     breaker_pause_s: _Seconds = 5.0
     member_ttl_s: _Positive = 3
     member_renew_s: _Seconds = 1.0
+    health_port: Annotated[int, Meta(ge=-1, le=65535)] = -1
+    health_host: str = "127.0.0.1"
+    disk_floor_bytes: Annotated[int, Meta(ge=0)] = 1024 * MIB
+    otlp_endpoint: str = ""
+    otlp_interval_s: _Seconds = 10.0
+    trace_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:

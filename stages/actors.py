@@ -41,7 +41,9 @@ def lane_maker(stage: Stage, shards: Path) -> LaneMaker:
     breaker = cache(Breaker)
 
     def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
-        return Lane(api, core(), partition, nonce, on_open, breaker=breaker(api.settings))
+        own = breaker(api.settings)
+        api.telemetry.breaker(stage, own)
+        return Lane(api, core(), partition, nonce, on_open, breaker=own)
 
     return make
 
@@ -50,13 +52,13 @@ def arrival(stage: Stage, shards: Path) -> Arrival:
     """What a process of `stage` does before it takes part: it gives the id of its store, empty for stages without one.
 
     Persist opens its store, and lets go of partitions that other stores took over meanwhile. Raises as
-    `stages.persist.storedir.open_store` and `stages.persist.actor.let_go_of_moved`.
+    `stages.persist.storedir.open_store` and `stages.persist.moved.let_go_of_moved`.
     """
 
     async def arrive(api: Api, facts: ClusterFacts, nonce: str) -> str:
         if stage != "persist":
             return ""
-        from stages.persist.actor import let_go_of_moved
+        from stages.persist.moved import let_go_of_moved
 
         store = await asyncio.to_thread(_open_store, shards, facts.cluster_id)
         signer = await asyncio.to_thread(_load_signer, api.settings.signing_key_file)

@@ -16,6 +16,8 @@ from cluster.cli import dlq, keys, members, partitions, proof, store, topology
 from cluster.cli.common import FAILED, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
+from cluster.cli.health import health
+from cluster.cli.metrics import metrics
 from cluster.cli.publish import publish
 from cluster.cli.run import run
 from cluster.cli.schema import schema
@@ -48,6 +50,8 @@ for verb in (demo, up, down, run, publish, store.events, export, store.verify, s
     app.command()(verb)
 for running in (members.members, members.scale, members.pause, members.resume, members.drain):
     app.command()(running)
+for watching in (health, metrics):
+    app.command()(watching)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
 key_app.command("new")(keys.new)

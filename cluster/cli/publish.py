@@ -112,14 +112,19 @@ async def _publish(descriptor: int, urls: tuple[str, ...], in_flight: int, **opt
     from cluster.gateway import Gateway
     from cluster.publish import LinePublisher
     from contracts.errors import TopologyError
+    from contracts.settings import load_settings
     from stages.runtime.facts import read_cluster
+    from stages.runtime.observing import observing
 
-    async with connected(urls) as client:
+    async with (
+        observing(load_settings(os.environ), "fi-gateway", "publish", os.environ) as telemetry,
+        connected(urls) as client,
+    ):
         try:
             await read_cluster(client, wait_s=_READY_WAIT_S)
         except TopologyError as error:
             raise NotReadyError(str(error)) from error
-        publisher = LinePublisher(Gateway(client, in_flight=in_flight), **options)
+        publisher = LinePublisher(Gateway(client, in_flight=in_flight, telemetry=telemetry), **options)
         with _progress(descriptor) as refresh:
             showing = asyncio.create_task(_repeat(lambda: refresh(publisher.report)))
             try:

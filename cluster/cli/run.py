@@ -53,21 +53,31 @@ def run(
     from stages.actors import arrival, lane_maker
     from stages.runtime.logs import configure_logging
     from stages.runtime.process import StageProcess
+    from stages.runtime.watch import Watch
 
     own_name = name or f"{stage}-{os.getpid()}"
     configure_logging(own_name, log_level)
 
     async def serve() -> None:
-        await StageProcess(
+        async with Watch(
             chosen,
-            urls,
+            own_name,
             settings,
-            lane_maker(chosen, store),
-            arrive=arrival(chosen, store),
-            partitions=None if partitions is None else parse_partitions(partitions),
-            name=own_name,
-            on_ready=lambda: print("READY", flush=True),
-        ).run()
+            os.environ,
+            directory=None if nats else directory,
+            store=store if chosen == "persist" else None,
+        ) as watch:
+            await StageProcess(
+                chosen,
+                urls,
+                settings,
+                lane_maker(chosen, store),
+                arrive=arrival(chosen, store),
+                partitions=None if partitions is None else parse_partitions(partitions),
+                name=own_name,
+                on_ready=lambda: print("READY", flush=True),
+                watch=watch,
+            ).run()
 
     run_async(serve())
 

@@ -38,7 +38,7 @@ def up(
     Example: fi up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
     counts = parse_scale(scale)
-    settings = load_settings(os.environ)
+    settings = load_settings({"FI_HEALTH_PORT": "0", **os.environ})
     if detach:
         _detach(directory, scale, servers)
         return

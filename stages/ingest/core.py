@@ -24,7 +24,6 @@ Rejections carry one of these reasons: ``json.empty``, ``json.malformed``, ``jso
 from __future__ import annotations
 
 import json
-import re
 from functools import lru_cache
 from typing import Any
 
@@ -46,15 +45,13 @@ from contracts.events import (
 from contracts.letters import FirstSeen, parse_first_seen
 from contracts.policy import EVENT_TYPES
 from contracts.subjects import is_token
+from contracts.telemetry import parse_traceparent
 from stages.ingest.explain import duplicate_field, explain_decoding, explain_part, quoted
 
 EVENTS_MAX = 32 * 1024
 """Lines one message may hold. No message within `MESSAGE_BYTES_MAX` can hold as many valid events."""
 
 _TIME_NS_MIN, _TIME_NS_MAX = -(2**63), 2**63 - 1
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-_TRACEPARENT_CHARS_MAX = 64
-"""A message may hold ten thousand events, and each of them carries it."""
 _REQUIRED_BYTES = len('{"consultation_id":"","event_type":"","payload":,"metadata":}')
 _EVENT_ID_BYTES, _TIMESTAMP_BYTES = len(',"event_id":'), len(',"timestamp":')
 _DUPLICATE_BYTES_MIN = len('"payload":0,')
@@ -133,7 +130,7 @@ def parse_message(
         first_seen: of a replayed message, where it first came in: what ids and times are derived from.
     """
     first = parse_first_seen(first_seen) or FirstSeen(origin, accepted_ns, 0)
-    trace = traceparent if _is_traceparent(traceparent) else ""
+    trace = traceparent if parse_traceparent(traceparent) is not None else ""
     message = _Message(subject_site, subject_consultation, origin, accepted_ns, first, trace, now_ns)
     lines = split_body(body)
     if len(lines) == 1:
@@ -161,10 +158,6 @@ def parse_uuid(text: str) -> bytes:
     if len(value) != 16:
         raise ValueError("not a UUID of 36 characters")
     return value
-
-
-def _is_traceparent(text: str) -> bool:
-    return bool(text) and len(text) <= _TRACEPARENT_CHARS_MAX and _TRACEPARENT.fullmatch(text) is not None
 
 
 def _parse_parts(message: _Message, parts: list[bytes], raw: bytes | None) -> Parsed:

@@ -8,7 +8,6 @@ then nothing on disk is touched.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -25,17 +24,17 @@ from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import EVENT_PERSIST_FAILED, EVENT_PERSISTED
 from stages.persist.core import Group, plan_group
+from stages.persist.moved import let_go, signed
 from stages.persist.names import partition_state
 from stages.persist.partition import PartitionFiles
 from stages.persist.resume import BEGINNING
-from stages.persist.rewind import given_up, set_aside
 from stages.persist.seal import SealedInfo
-from stages.persist.storedir import Store, disk_of, lock_partition, probe_disk
+from stages.persist.storedir import Store, lock_partition, probe_disk
 from stages.persist.trim import Trimmer
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
 from stages.runtime.checkpoint import Cursor, cursor_from_receipt, last_receipt, last_seal
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import end_tasks, run_blocking
 from stages.runtime.writer import FencedWriter
 
 log = logging.getLogger(__name__)
@@ -91,6 +90,7 @@ class PersistLane(LaneBase):
             if not self._standing_by:
                 log.warning("persist partition %d stands by: %s", self._partition, error)
                 self._standing_by = True
+            self._probe.standing_by()
             self._on_open(self._partition)
             await self._rest(STANDBY_S)
         except StoreFailedError as error:
@@ -101,6 +101,7 @@ class PersistLane(LaneBase):
     async def _stop_partition(self, error: FiError, mended: Callable[[], Awaitable[None]]) -> None:
         """The partition stops, loudly; the others of this process go on, and so does this one once it is mended."""
         log.error(EVENT_PERSIST_FAILED, extra={"partition": self._partition, "reason": str(error)})
+        self._probe.stopped(error)
         self._on_open(self._partition)
         await mended()
         if not self._stopping.is_set():
@@ -176,7 +177,7 @@ class PersistLane(LaneBase):
         self._writer = FencedWriter(self._api, RECEIPTS, self._subject, nonce)
         self._writer.expected_seq = seq
         if last is not None and last.store != store.store_id:
-            await _let_go(self._store, last, self._writer, nonce, self._signer, self._clock_ns)
+            await let_go(self._store, last, self._writer, nonce, self._signer, self._clock_ns)
             raise NotOursError(
                 f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} "
                 f"in {store.directory}; start persist there, or take it with `fi partitions move {self._partition}`"
@@ -220,14 +221,18 @@ class PersistLane(LaneBase):
     async def _advance(self, feed: InputFeed) -> None:
         """One group commit: append and fdatasync, then the receipt, then readers may see it."""
         messages = feed.reader.take(GROUP_FRAMES_MAX, GROUP_BYTES_MAX)
+        self._probe.begin(messages)
         async with self._files_lock:
             group, receipt = await run_blocking(self._store_group, messages, feed.cursor.origin)
             if group is None:
+                self._probe.skipped()
                 return
             if receipt is None:
                 await self._roll()
                 receipt = await run_blocking(self._commit, group)
+        self._probe.worked()
         await self._writer.publish(encode_receipt(receipt), str(receipt.origin))
+        self._probe.committed(receipt, len(group.records), group.duplicates)
         self._files.accepted()
         self._receipt = receipt
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
@@ -247,7 +252,9 @@ class PersistLane(LaneBase):
 
     def _commit(self, group: Group) -> Receipt:
         """In a thread, which also takes the root and the signature off the event loop: the receipt of the commit."""
+        begun_s = time.perf_counter()
         durable_ns = self._files.commit(group)
+        self._probe.synced(begun_s, len(group.records))
         last = self._receipt
         receipt = msgspec.structs.replace(
             last,
@@ -265,8 +272,7 @@ class PersistLane(LaneBase):
         return self._signed(receipt)
 
     def _signed(self, record: Record) -> Record:
-        """The record with our signature; without a key, with none (a receipt follows from the one before)."""
-        return _signed(record, self._signer)
+        return signed(record, self._signer)
 
     async def _roll(self) -> None:
         """A new live shard; the full one is sealed in the background. Every commit in it is accepted by now."""
@@ -306,7 +312,9 @@ class PersistLane(LaneBase):
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
                 known = record if record is not None and record.shard == job.shard else None
+                begun_s = time.perf_counter()
                 info = await run_blocking(files.seal, job, None if known is None else known.sealed_ns)
+                self._probe.sealed(begun_s, info.bytes)
                 if record is None or job.shard > record.shard:
                     record = await self._record(writer, record, info)
                 async with self._files_lock:
@@ -347,73 +355,3 @@ class PersistLane(LaneBase):
         await run_blocking(self._files.keep_record, record)
         log.info("sealed", extra={"partition": self._partition, "file": info.path.name, "events": header.events})
         return record
-
-
-def _signed(record: Record, signer: Signer | None) -> Record:
-    return msgspec.structs.replace(record, signature=UNSET) if signer is None else signer.sign(record)
-
-
-async def let_go_of_moved(
-    api: Api, store: Store, partitions: int, nonce: str, signer: Signer | None, clock_ns: Callable[[], int]
-) -> None:
-    """For a process that starts: lets go of what other stores took over from this one while nobody was here.
-
-    Raises:
-        ShardError, StoreFailedError: files that are given up cannot be moved aside.
-    """
-    for partition in range(partitions):
-        last, seq = await last_receipt(api, partition)
-        if last is None or last.store == store.store_id or store.store_id not in last.ends:
-            continue
-        writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
-        writer.expected_seq = seq
-        try:
-            lock = await run_blocking(lock_partition, store, partition)
-            try:
-                await _let_go(store, last, writer, nonce, signer, clock_ns)
-            finally:
-                lock.close()
-        except (NotOursError, FencedError) as error:
-            log.info("partition %d is let go of another time: %s", partition, error)
-
-
-async def _let_go(
-    store: Store,
-    last: Receipt,
-    writer: FencedWriter,
-    nonce: str,
-    signer: Signer | None,
-    clock_ns: Callable[[], int],
-) -> None:
-    """The partition was taken by another store: what that one did not accept of our files is moved aside.
-
-    What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the last
-    one. (The owner sees a stranger's receipt, and takes over again.)
-    """
-    partition = last.partition
-    end = last.ends.get(store.store_id)
-    if end is None or not await run_blocking(given_up, store, partition, end):
-        return
-    witness = _signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
-    await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
-    with disk_of(store):
-        moved = await run_blocking(set_aside, store, partition, end, clock_ns())
-    for path in moved:
-        log.warning(
-            "persist partition %d: store %s has it now and made its end again; given up: %s",
-            partition,
-            last.store,
-            path,
-        )
-
-
-async def run_blocking(call: Callable[..., T], *arguments: object) -> T:
-    """Runs `call` in a thread. Cancelled, it still waits for the thread: files must not be closed under it."""
-    future = asyncio.get_running_loop().run_in_executor(None, lambda: call(*arguments))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((future,))
-        raise

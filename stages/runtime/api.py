@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
+from stages.runtime.telemetry import OFF, Telemetry
 
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
@@ -80,12 +81,20 @@ _answer_decoder = msgspec.json.Decoder(_Answer)
 class Api:
     """The JetStream API of one connection, with time-outs and retries.
 
-    `jitter` gives a number in [0, 1): passed in so that simulated runs repeat.
+    `jitter` gives a number in [0, 1): passed in so that simulated runs repeat. `telemetry` is what lanes, readers and
+    writers record with.
     """
 
-    def __init__(self, client: Client, settings: Settings, jitter: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        client: Client,
+        settings: Settings,
+        jitter: Callable[[], float] = random.random,
+        telemetry: Telemetry = OFF,
+    ) -> None:
         self.client = client
         self.settings = settings
+        self.telemetry = telemetry
         self._jitter = jitter
 
     async def pause(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
@@ -74,6 +75,7 @@ class LaneBase(ABC):
         self._partition = partition
         self._nonce = nonce
         self._on_open = on_open
+        self._probe = api.telemetry.lane(stage, partition)
         self._feed: InputFeed | None = None
         self._sessions = 0
         self._holes = 0
@@ -85,6 +87,7 @@ class LaneBase(ABC):
         """Finish what is in hand and return from `run`; `handing_over` when another process goes on at once."""
         self._handing_over = handing_over
         self._stopping.set()
+        self._probe.leaving()
         if self._feed is not None:
             self._feed.reader.wake()
 
@@ -112,16 +115,20 @@ class LaneBase(ABC):
                 # expectation, and must not be taken for a repeated publish.
                 await self._session(f"{self._nonce}_{self._sessions}")
             except FencedError as error:
+                self._probe.restarting(error)
                 log.info("%s partition %d starts again: %s", self._stage, self._partition, error)
                 await self._api.pause()
             except HoleError as error:
+                self._probe.restarting(error)
                 self._holes += 1
                 log.warning("%s partition %d: %s (attempt %d)", self._stage, self._partition, error, self._holes)
                 await self._heal_hole()
             except WireFormatError as error:
+                self._probe.restarting(error)
                 log.error("%s partition %d cannot read on: %s", self._stage, self._partition, error)
                 await self._rest(self._api.settings.probe_s)
             finally:
+                self._probe.closed(sys.exception())
                 self._feed = None
 
     @abstractmethod
@@ -139,6 +146,7 @@ class LaneBase(ABC):
         feed = InputFeed(self._api, self._stage, self._partition, nonce, cursor)
         self._feed = feed
         feed.reader.start()
+        self._probe.opened(feed)
         self._on_open(self._partition)
         log.info(
             EVENT_WORKER_STARTED, extra={"stage": self._stage, "partition": self._partition, "origin": cursor.origin}

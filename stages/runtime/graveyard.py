@@ -68,6 +68,7 @@ class Graveyard:
                     self._writer = None
                     continue
                 self._buried = (letter.origin, letter.index)
+                self._api.telemetry.dead_letter(self._stage, letter.error.reason)
                 log.warning("dead letter: %s", letter.error, extra={"origin": letter.origin, "stage": self._stage})
                 break
 

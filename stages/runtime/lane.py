@@ -86,9 +86,11 @@ class Lane(LaneBase):
         settings = self._api.settings
         count_max = 1 if self._breaker.is_open else settings.frame_events_max
         messages = feed.reader.take(count_max, settings.frame_bytes_max)
+        self._probe.begin(messages)
         while True:
             frame, letters, input_seq = await self._work(messages, feed.cursor)
             if frame is None:
+                self._probe.skipped()
                 return
             data = encode_frame(frame)
             if len(data) <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
@@ -101,9 +103,12 @@ class Lane(LaneBase):
         if not self._allowed(len(frame.events), letters):
             feed.reader.put_back(messages)
             self._core.open(feed.cursor.closed)
+            self._probe.skipped()
             return
+        self._probe.worked()
         await self._graveyard.bury(letters)
-        await self._writer.publish(data, str(frame.last))
+        await self._writer.publish(data, str(frame.last), self._probe.headers())
+        self._probe.framed(frame, len(data))
         feed.cursor = Cursor(frame.last, input_seq, frame.closed)
         self._holes = 0
 

@@ -29,6 +29,7 @@ from stages.runtime.facts import ClusterFacts, read_cluster
 from stages.runtime.lanes import LaneSet, RunnableLane
 from stages.runtime.membership import Membership
 from stages.runtime.tasks import end_tasks
+from stages.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class StageProcess:
         partitions: which lanes, whatever other processes there are; None for its share.
         name: shown in logs and by the servers; unique for the stage and node.
         on_ready: called once, when every lane of the first share reads.
+        watch: shows the process to others; None: it is not watched.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StageProcess:
         partitions: Sequence[int] | None,
         name: str,
         on_ready: Callable[[], None],
+        watch: Watch | None = None,
     ) -> None:
         self._stage: Stage = stage
         self._urls = urls
@@ -74,6 +77,7 @@ class StageProcess:
         self._partitions = partitions
         self._name = name
         self._on_ready = on_ready
+        self._watch = watch or Watch(stage, name, Settings(), {})
         # Part of consumer names, which are subject tokens.
         self._nonce = f"{name if is_token(name) else stage}-{secrets.token_hex(6)}"
         self._lanes: LaneSet | None = None
@@ -86,6 +90,7 @@ class StageProcess:
         if not self._stop.is_set():
             log.info("draining", extra={"stage": self._stage})
         self._stop.set()
+        self._watch.drain()
 
     async def run(self) -> None:
         """Works until `stop`, then drains within the limit.
@@ -102,7 +107,8 @@ class StageProcess:
         client = await connect_near(self._urls, OUTPUT_STREAM[self._stage], self._name, reconnected=self._nudge)
         try:
             facts = await read_cluster(client)
-            api = Api(client, self._settings)
+            api = Api(client, self._settings, telemetry=self._watch.telemetry)
+            self._watch.connected(api)
             store = await self._arrived(api, facts)
             if store is None:
                 return
@@ -171,11 +177,14 @@ class StageProcess:
         if self._lanes is None or self._membership is None:
             return
         self._membership.poke()
+        if self._membership.planned:
+            self._watch.planned()
         if self._membership.planned and not self._lanes.opening and not self._ready:
             self._ready = True
             self._on_ready()
 
     def _nudge(self) -> None:
+        self._watch.reconnected()
         if self._lanes is not None:
             self._lanes.nudge()
 

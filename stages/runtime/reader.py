@@ -32,6 +32,13 @@ _END_OF_PULL: Final = frozenset({"404", "408"})
 _END_OF_BYTES: Final = frozenset({"Message Size Exceeds MaxBytes", "Batch Completed"})
 
 
+class _Consumer(msgspec.Struct):
+    num_pending: int
+
+
+_decode_consumer = msgspec.json.Decoder(_Consumer).decode
+
+
 class OrderedReader:
     """Reads one filter subject of one stream.
 
@@ -59,6 +66,7 @@ class OrderedReader:
         self._batch = batch
         self._locate = locate
         self._nonce = nonce
+        self._probe = api.telemetry.reader(stream, filter_subject)
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
         self._woken_up = False
@@ -73,6 +81,8 @@ class OrderedReader:
         self._delivered = 0
         self._inbox = ""
         self._consumer = ""
+        self.pending = 0
+        """Messages the server had still to deliver when it was last heard of."""
         self._trouble: str | None = None
         self._woken = asyncio.Event()
         self._active_s = 0.0
@@ -95,6 +105,17 @@ class OrderedReader:
     def buffered(self) -> int:
         """Messages received and not taken."""
         return len(self._buffer)
+
+    async def count_pending(self) -> None:
+        """Asks the server for `pending` when nothing is on its way that would tell: this reader is full."""
+        if self._outstanding > 0 or not self._buffer or not self._consumer:
+            return
+        subject = f"$JS.API.CONSUMER.INFO.{self._stream}.{self._consumer}"
+        try:
+            answer = await self._api.client.request(subject, b"", timeout=self._api.settings.api_timeout_s)
+            self.pending = _decode_consumer(answer.data).num_pending
+        except (NatsError, msgspec.MsgspecError) as error:
+            log.debug("%s: pending is not known: %r", self._filter, error)
 
     def wake(self) -> None:
         """Makes one `wait` return now, message or not."""
@@ -172,6 +193,7 @@ class OrderedReader:
         self._reset()
         start = await self._locate()
         self.opened += 1
+        self._probe.opened()
         self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
         inbox = self._api.client.new_inbox()
         self._inbox = inbox
@@ -256,6 +278,8 @@ class OrderedReader:
             self.reopen(f"delivery {consumer_seq} came after {self._delivered}")
             return
         self._delivered = consumer_seq
+        self.pending = int(tokens[8])
+        self._probe.delivered()
         self._outstanding -= 1
         self._buffer.append(StoredMessage(message.subject, seq, time_ns, message.data, message.headers or {}))
         self._buffered_bytes += len(message.data)

@@ -1,9 +1,13 @@
-"""Ending tasks for certain."""
+"""Ending tasks for certain, and leaving threads their files."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 REPEAT_S: Final = 0.5
 
@@ -19,3 +23,15 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
         await asyncio.wait(pending, timeout=REPEAT_S)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run_blocking(call: Callable[..., T], *arguments: object) -> T:
+    """Runs `call` in a thread. Cancelled, it still waits for the thread: files must not be closed under it."""
+    future = asyncio.get_running_loop().run_in_executor(None, lambda: call(*arguments))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((future,))
+        raise

@@ -44,6 +44,17 @@ class PubAnswer(msgspec.Struct, frozen=True):
 decode_pub_answer = msgspec.json.Decoder(PubAnswer).decode
 
 
+def error_type(error: ApiError | None) -> str:
+    """What telemetry calls a refusal; empty for none."""
+    if error is None:
+        return ""
+    if error.err_code == WRONG_LAST_SEQUENCE:
+        return "fenced"
+    if error.err_code in STREAM_FULL:
+        return "stream_full"
+    return "in_process" if error.err_code in STILL_IN_PROCESS else "refused"
+
+
 class FencedWriter:
     """Writes one subject. Not for concurrent use: one publish in flight.
 
@@ -58,6 +69,7 @@ class FencedWriter:
         self._stream = stream
         self._subject = subject
         self._nonce = nonce
+        self._probe = api.telemetry.writer(stream, subject)
         self.expected_seq = 0
         self.full_since: float | None = None
         self.held_s = 0.0
@@ -97,6 +109,7 @@ class FencedWriter:
 
     async def _attempt(self, data: bytes, headers: dict[str, str]) -> PubAnswer | None:
         """One try: the acceptance, or None to try again."""
+        begun_s = time.perf_counter()
         try:
             reply = await self._api.client.request(
                 self._subject, data, timeout=self._api.settings.publish_timeout_s, headers=headers
@@ -109,9 +122,11 @@ class FencedWriter:
             ) from error
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
+            self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
         answer = decode_pub_answer(reply.data)
+        self._probe.sent(begun_s, error_type(answer.error))
         if answer.error is None:
             return answer
         self._judge(answer.error)
@@ -128,6 +143,7 @@ class FencedWriter:
         if error.err_code in STREAM_FULL:
             if self.full_since is None:
                 self.full_since = time.monotonic()
+                self._probe.holding(self.full_since)
                 log.warning("%s: stream %s is full; holding (%s)", self._subject, self._stream, error.description)
         elif error.err_code not in STILL_IN_PROCESS:
             log.info("%s: publish to be retried: %s (%d)", self._subject, error.description, error.err_code)
@@ -136,5 +152,6 @@ class FencedWriter:
         if self.full_since is not None:
             held_s = time.monotonic() - self.full_since
             self.held_s += held_s
+            self._probe.released(held_s)
             self.full_since = None
             log.info("%s: held %.1f s by back-pressure", self._subject, held_s)

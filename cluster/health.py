@@ -1,0 +1,141 @@
+"""How every process of a run is: what each says of itself on its health port, and what its silence means."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import msgspec
+
+from cluster.state import ProcessState, State, process_exists, read_state
+from stages.runtime.connection import server_name
+from stages.runtime.health import Check, Report
+from stages.runtime.watch import HEALTH_DIRECTORY, HealthFile
+
+ASK_S_MAX = 4.0
+"""A process answers `/readyz` within little more than a second, whatever state the cluster is in."""
+ANSWER_BYTES_MAX = 1024 * 1024
+
+
+class ProcessHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """One process.
+
+    Attributes:
+        name, kind, pid: as `cluster.state.ProcessState`.
+        ready: it does its work.
+        why: in one line, what keeps it from that; empty when nothing does.
+        url: of its health port; empty when it has none.
+        checks: what it looked at, by name.
+    """
+
+    name: str
+    kind: str
+    pid: int | None
+    ready: bool
+    why: str = ""
+    url: str = ""
+    checks: dict[str, Check] = {}
+
+
+async def look(directory: Path) -> list[ProcessHealth]:
+    """Asks every process of the run in `directory`, side by side.
+
+    Raises:
+        NotRunningError: nothing runs there.
+    """
+    state = read_state(directory)
+    files = {file.name: file for file in read_health_files(directory)}
+    servers = dict(zip([p.name for p in state.processes if p.kind == "server"], state.urls, strict=False))
+    asked = [
+        _server(process, servers.get(process.name, ""))
+        if process.kind == "server"
+        else _stage(process, files.get(process.name), state)
+        for process in state.processes
+    ]
+    known = {process.name for process in state.processes}
+    # Those that joined the run by themselves, with `fi run --dir`. One that was killed has left its file behind.
+    asked += [
+        _stage(ProcessState(name=file.name, kind=file.stage, pid=file.pid), file, state)
+        for file in files.values()
+        if file.name not in known and process_exists(file.pid)
+    ]
+    return list(await asyncio.gather(*asked))
+
+
+def read_health_files(directory: Path) -> list[HealthFile]:
+    """Where the processes of a run say that they answer."""
+    files = []
+    for path in sorted((directory / HEALTH_DIRECTORY).glob("*.json")):
+        try:
+            files.append(msgspec.json.decode(path.read_bytes(), type=HealthFile))
+        except (OSError, msgspec.MsgspecError):
+            continue
+    return files
+
+
+async def get(url: str) -> tuple[int, bytes]:
+    """Status and body of one GET.
+
+    Raises:
+        OSError: nobody listens.
+        TimeoutError: no answer within `ASK_S_MAX`.
+        ValueError: not an HTTP answer.
+    """
+    authority, _, path = url.removeprefix("http://").partition("/")
+    host, _, port = authority.rpartition(":")
+    async with asyncio.timeout(ASK_S_MAX):
+        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        try:
+            writer.write(f"GET /{path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n".encode())
+            answer = b""
+            while part := await reader.read(65536):
+                answer += part
+                if len(answer) > ANSWER_BYTES_MAX:
+                    raise ValueError(f"{url} answers more than {ANSWER_BYTES_MAX} bytes")
+        finally:
+            writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    words = head.split(b" ", 2)
+    if not words[0].startswith(b"HTTP/") or len(words) < 2:
+        raise ValueError(f"{url} does not answer in HTTP")
+    return int(words[1]), body
+
+
+async def _server(process: ProcessState, url: str) -> ProcessHealth:
+    greets = process.pid is not None and url != "" and await server_name(url) is not None
+    why = "" if greets else "is down" if process.pid is None else "does not greet"
+    return ProcessHealth(name=process.name, kind=process.kind, pid=process.pid, ready=greets, why=why, url=url)
+
+
+async def _stage(process: ProcessState, file: HealthFile | None, state: State) -> ProcessHealth:
+    if process.pid is None:
+        return _not_ready(process, "is down", "")
+    if file is None or file.pid != process.pid:
+        off = state.settings.health_port < 0
+        return _not_ready(process, "has no health port: FI_HEALTH_PORT=0 gives it one" if off else "is starting", "")
+    host = f"[{file.host}]" if ":" in file.host else file.host
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{file.port}"
+    try:
+        _, body = await get(f"{url}/readyz")
+        report = msgspec.json.decode(body, type=Report)
+    except TimeoutError:
+        return _not_ready(process, f"does not answer within {ASK_S_MAX:g} s: frozen, or its event loop is stuck", url)
+    except OSError as error:
+        return _not_ready(process, f"does not answer ({errno.errorcode.get(error.errno or 0, error)})", url)
+    except (ValueError, msgspec.MsgspecError) as error:
+        return _not_ready(process, f"answers something else ({error})", url)
+    why = "; ".join(f"{name}: {check.why}" for name, check in report.checks.items() if not check.ok)
+    return ProcessHealth(
+        name=process.name,
+        kind=process.kind,
+        pid=process.pid,
+        ready=report.ok,
+        why=why,
+        url=url,
+        checks=report.checks,
+    )
+
+
+def _not_ready(process: ProcessState, why: str, url: str) -> ProcessHealth:
+    return ProcessHealth(name=process.name, kind=process.kind, pid=process.pid, ready=False, why=why, url=url)

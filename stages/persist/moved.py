@@ -1,0 +1,81 @@
+"""Letting go of a partition that another store took over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+from msgspec import UNSET
+
+from contracts.errors import FencedError, NotOursError
+from contracts.receipts import Receipt, encode_receipt
+from contracts.statements import Record, Signer
+from contracts.subjects import RECEIPTS, receipt_subject
+from stages.persist.rewind import given_up, set_aside
+from stages.persist.storedir import Store, disk_of, lock_partition
+from stages.runtime.api import Api
+from stages.runtime.checkpoint import last_receipt
+from stages.runtime.tasks import run_blocking
+from stages.runtime.writer import FencedWriter
+
+log = logging.getLogger(__name__)
+
+
+def signed(record: Record, signer: Signer | None) -> Record:
+    """The record with the signer's signature; without one, with none (a receipt follows from the one before)."""
+    return msgspec.structs.replace(record, signature=UNSET) if signer is None else signer.sign(record)
+
+
+async def let_go_of_moved(
+    api: Api, store: Store, partitions: int, nonce: str, signer: Signer | None, clock_ns: Callable[[], int]
+) -> None:
+    """For a process that starts: lets go of what other stores took over from this one while nobody was here.
+
+    Raises:
+        ShardError, StoreFailedError: files that are given up cannot be moved aside.
+    """
+    for partition in range(partitions):
+        last, seq = await last_receipt(api, partition)
+        if last is None or last.store == store.store_id or store.store_id not in last.ends:
+            continue
+        writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
+        writer.expected_seq = seq
+        try:
+            lock = await run_blocking(lock_partition, store, partition)
+            try:
+                await let_go(store, last, writer, nonce, signer, clock_ns)
+            finally:
+                lock.close()
+        except (NotOursError, FencedError) as error:
+            log.info("partition %d is let go of another time: %s", partition, error)
+
+
+async def let_go(
+    store: Store,
+    last: Receipt,
+    writer: FencedWriter,
+    nonce: str,
+    signer: Signer | None,
+    clock_ns: Callable[[], int],
+) -> None:
+    """The partition was taken by another store: what that one did not accept of our files is moved aside.
+
+    What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the last
+    one. (The owner sees a stranger's receipt, and takes over again.)
+    """
+    partition = last.partition
+    end = last.ends.get(store.store_id)
+    if end is None or not await run_blocking(given_up, store, partition, end):
+        return
+    witness = signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
+    await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
+    with disk_of(store):
+        moved = await run_blocking(set_aside, store, partition, end, clock_ns())
+    for path in moved:
+        log.warning(
+            "persist partition %d: store %s has it now and made its end again; given up: %s",
+            partition,
+            last.store,
+            path,
+        )

@@ -1,0 +1,81 @@
+"""Telemetry of one process, from its first value to the last export."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from contracts.settings import Settings
+from contracts.telemetry import SPANS_DROPPED
+from stages.runtime.telemetry import OFF, Telemetry, otlp_endpoint
+
+if TYPE_CHECKING:
+    from stages.runtime.meters import Meters
+    from stages.runtime.otlp import OtlpExporter
+
+
+class Observed:
+    """Instruments that are on, and their export. `close` flushes what is left, within a limit.
+
+    Args:
+        settings: the process's.
+        service, name: ``service.name`` and ``service.instance.id``.
+        endpoint: of the collector; empty for none.
+    """
+
+    def __init__(self, settings: Settings, service: str, name: str, endpoint: str) -> None:
+        # OpenTelemetry takes 0.2 s to load: only who uses it pays for it.
+        from opentelemetry.sdk.resources import Resource
+
+        from stages.runtime.meters import Meters
+
+        host = socket.gethostname()
+        attributes: dict[str, str | int] = {
+            "service.namespace": "fi",
+            "service.instance.id": f"{host}/{name}",
+            "host.name": host,
+            "process.pid": os.getpid(),
+        }
+        if "OTEL_SERVICE_NAME" not in os.environ:
+            attributes["service.name"] = service
+        resource = Resource.create(attributes)
+        self.meters: Meters = Meters(resource)
+        self._exporter: OtlpExporter | None = None
+        if endpoint:
+            from stages.runtime.otlp import OtlpExporter
+            from stages.runtime.tracing import Tracer
+
+            tracer = Tracer(resource, settings.trace_share)
+            exporter = OtlpExporter(endpoint, settings.otlp_interval_s, self.meters.collect, tracer.waiting)
+            self.meters.tracer, self._exporter = tracer, exporter
+            self.meters.read_from(SPANS_DROPPED, lambda: [({}, tracer.spans_dropped + exporter.spans_dropped)])
+            exporter.start()
+        else:
+            self.meters.read_from(SPANS_DROPPED, lambda: [({}, 0)])
+
+    async def close(self) -> None:
+        """Exports what is left and ends it."""
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.close)
+        self.meters.close()
+
+
+@asynccontextmanager
+async def observing(settings: Settings, service: str, name: str, env: Mapping[str, str]) -> AsyncIterator[Telemetry]:
+    """Telemetry for a process that is no stage, exported if the settings or `env` name a collector.
+
+    Args as `Observed`. Raises `SettingsError` for an endpoint that is no URL.
+    """
+    endpoint = otlp_endpoint(settings, env)
+    if not endpoint:
+        yield OFF
+        return
+    observed = Observed(settings, service, name, endpoint)
+    try:
+        yield observed.meters
+    finally:
+        await observed.close()

@@ -1,0 +1,101 @@
+"""Export by OTLP over HTTP, in a thread of its own.
+
+Always true: the pipeline never waits for the collector. What waits is bounded (`tracing.WAITING_MAX` spans; sums
+take no room), each request has a time limit, and so has the end. A collector that does not answer is told of once in
+the log, and once more when it answers again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+log = logging.getLogger(__name__)
+
+REQUEST_S_MAX: Final = 2.0
+CLOSE_S_MAX: Final = 4.0
+SPANS_AT_ONCE: Final = 256
+
+
+class OtlpExporter:
+    """Sends metrics and spans every `interval_s`, and once more at the end.
+
+    Args:
+        endpoint: the collector's URL, without ``/v1/…``. Headers and certificates are taken from OpenTelemetry's own
+            ``OTEL_EXPORTER_OTLP_…`` variables.
+        interval_s: between two exports.
+        collect: gives the metrics.
+        spans: ended spans, oldest first; taken from here.
+
+    Attributes:
+        spans_dropped: how many spans were sent and not taken.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        interval_s: float,
+        collect: Callable[[], MetricsData | None],
+        spans: deque[ReadableSpan],
+    ) -> None:
+        # It logs every try, each with its own words; what matters of that is said here, once.
+        logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL + 1)
+        self._endpoint = endpoint
+        self._interval_s = interval_s
+        self._collect = collect
+        self._spans = spans
+        self.spans_dropped = 0
+        self._metric_exporter = OTLPMetricExporter(f"{endpoint}/v1/metrics", timeout=REQUEST_S_MAX)
+        self._span_exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=REQUEST_S_MAX)
+        self._closing = threading.Event()
+        self._failing = False
+        # A daemon: nothing it does may keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
+
+    def start(self) -> None:
+        """Begins exporting. Call once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Exports what is left, for at most `CLOSE_S_MAX`. Blocking: call it in a thread."""
+        self._closing.set()
+        self._thread.join(CLOSE_S_MAX)
+        # Ends the waits of a request that is still retried.
+        self._metric_exporter.shutdown()
+        self._span_exporter.shutdown()  # type: ignore[no-untyped-call]
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval_s):
+            self._export()
+        self._export()
+
+    def _export(self) -> None:
+        """Everything there is, up to the first request that fails."""
+        # Spans that end meanwhile go with the next export.
+        batches = -(-len(self._spans) // SPANS_AT_ONCE)
+        data = self._collect()
+        taken = data is None or self._metric_exporter.export(data) is MetricExportResult.SUCCESS
+        for _ in range(batches if taken else 0):
+            batch = [self._spans.popleft() for _ in range(min(SPANS_AT_ONCE, len(self._spans)))]
+            if self._span_exporter.export(batch) is not SpanExportResult.SUCCESS:
+                self.spans_dropped += len(batch)
+                taken = False
+                break
+        self._tell(taken)
+
+    def _tell(self, taken: bool) -> None:
+        if taken == self._failing:
+            self._failing = not taken
+            if taken:
+                log.info("the collector at %s takes telemetry again", self._endpoint)
+            else:
+                log.warning("the collector at %s does not take telemetry; the pipeline goes on", self._endpoint)

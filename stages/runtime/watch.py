@@ -1,0 +1,312 @@
+"""What others can see of a process: its telemetry, its health port, and the file that says where that port is.
+
+Always true: `/livez` speaks of the event loop alone and never asks the broker or the disk; `/readyz` names every check
+and says why; looking costs the broker one request for each stream, at most once a second, however many ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from nats.errors import Error as NatsError
+
+from contracts.settings import Settings
+from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
+from contracts.telemetry import LOOP_LAG, RECONNECTS
+from stages.runtime.api import Api, ApiError
+from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
+from stages.runtime.observing import Observed
+from stages.runtime.tasks import end_tasks
+from stages.runtime.telemetry import OFF, Counter, Histogram, StreamFacts, Telemetry, otlp_endpoint
+
+if TYPE_CHECKING:
+    from stages.runtime.meters import Meters
+
+log = logging.getLogger(__name__)
+
+BEAT_S: Final = 0.25
+BEAT_AGE_S_MAX: Final = 5.0
+"""The loop counts as stuck when it has not run a timer for so long."""
+LOOK_S: Final = 5.0
+"""Streams and disk are looked at this often by itself, for their gauges."""
+LOOK_AGE_S_MAX: Final = 1.0
+"""A probe takes what was seen this recently."""
+ASK_S_MAX: Final = 1.0
+HEALTH_DIRECTORY: Final = "health"
+
+
+class HealthFile(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="health.1"):
+    """Where a process of a run answers: ``<run directory>/health/<name>.json``.
+
+    Attributes:
+        name, stage, pid: of the process.
+        host, port: of its health port.
+    """
+
+    name: str
+    stage: str
+    pid: int
+    host: str
+    port: int
+
+
+class _Told(msgspec.Struct):
+    """The parts of a stream's description that are looked at."""
+
+    class State(msgspec.Struct):
+        messages: int
+        bytes: int
+
+    class Config(msgspec.Struct):
+        max_bytes: int = -1
+
+    class Cluster(msgspec.Struct):
+        leader: str = ""
+
+    error: ApiError | None = None
+    state: State | None = None
+    config: Config | None = None
+    cluster: Cluster | None = None
+
+
+_decode_told = msgspec.json.Decoder(_Told).decode
+
+
+class Watch:
+    """Watches one stage process from the block's begin to its end.
+
+    Args:
+        stage, name: which process.
+        settings: the process's; without `otlp_endpoint` and `health_port` nothing is watched.
+        env: the environment, for OpenTelemetry's own variables.
+        directory: of the run, where the health file goes; None for no file.
+        store: where the shards lie; None when the stage has none.
+
+    Attributes:
+        telemetry: to record with.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        name: str,
+        settings: Settings,
+        env: Mapping[str, str],
+        *,
+        directory: Path | None = None,
+        store: Path | None = None,
+    ) -> None:
+        self.telemetry: Telemetry = OFF
+        self._stage: Stage = stage
+        self._name = name
+        self._settings = settings
+        self._store = store
+        self._file = None if directory is None else directory / HEALTH_DIRECTORY / f"{name}.json"
+        self._endpoint = otlp_endpoint(settings, env)
+        self._observed: Observed | None = None
+        self._server: HealthServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._api: Api | None = None
+        self._draining = False
+        self._beat_s = time.monotonic()
+        self._loop_lag_s = 0.0
+        self._reconnects = Counter()
+        self._connected = asyncio.Event()
+        self._planned = False
+        self._looking = asyncio.Lock()
+        self._looked_s = 0.0
+        self._streams: dict[str, str] = {}
+        self._disk = Check(False, "not looked at yet")
+        self._disk_look: asyncio.Future[Check] | None = None
+
+    async def __aenter__(self) -> Watch:
+        """Begins to watch. Raises `SettingsError` if the health port cannot be had."""
+        if not self._endpoint and self._settings.health_port < 0:
+            return self
+        self._observed = Observed(self._settings, f"fi-{self._stage}", self._name, self._endpoint)
+        meters = self._observed.meters
+        self.telemetry = meters
+        self._reconnects = meters.counter(RECONNECTS, {})
+        try:
+            if self._settings.health_port >= 0:
+                await self._serve(meters)
+        except BaseException:
+            await self._observed.close()
+            raise
+        jobs = {"loop lag": self._beat(meters.histogram(LOOP_LAG, {})), "looks": self._keep_looking(meters)}
+        for title, job in jobs.items():
+            task = asyncio.create_task(job, name=title)
+            task.add_done_callback(_report_failure)
+            self._tasks.append(task)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await end_tasks(*self._tasks)
+        if self._server is not None:
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
+            await self._server.close()
+        if self._observed is not None:
+            await self._observed.close()
+
+    def connected(self, api: Api) -> None:
+        """The process is connected."""
+        self._api = api
+        self._connected.set()
+
+    def planned(self) -> None:
+        """The lanes of its first share were made."""
+        self._planned = True
+
+    def reconnected(self) -> None:
+        """The connection was lost and is back."""
+        self._reconnects.add()
+
+    def drain(self) -> None:
+        """The process was told to stop: it is not ready from now on."""
+        self._draining = True
+
+    async def _serve(self, meters: Meters) -> None:
+        from stages.runtime.exposition import prometheus_text
+
+        async def livez() -> Answer:
+            return report_answer(self.live())
+
+        async def readyz() -> Answer:
+            return report_answer(await self.ready())
+
+        async def metrics() -> Answer:
+            return Answer(200, PROMETHEUS, await asyncio.to_thread(lambda: prometheus_text(meters.collect())))
+
+        host, port = self._settings.health_host, self._settings.health_port
+        self._server = HealthServer(host, port, {"/livez": livez, "/readyz": readyz, "/metrics": metrics})
+        await self._server.start()
+        log.info("health port", extra={"host": host, "port": self._server.port})
+        if self._file is not None:
+            where = HealthFile(name=self._name, stage=self._stage, pid=os.getpid(), host=host, port=self._server.port)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_suffix(".tmp")
+            temporary.write_bytes(msgspec.json.encode(where) + b"\n")
+            temporary.replace(self._file)
+
+    async def _beat(self, lag: Histogram) -> None:
+        while True:
+            due_s = time.monotonic() + BEAT_S
+            await asyncio.sleep(BEAT_S)
+            self._beat_s = time.monotonic()
+            self._loop_lag_s = max(0.0, self._beat_s - due_s)
+            lag.record(self._loop_lag_s)
+
+    async def _keep_looking(self, meters: Meters) -> None:
+        await self._connected.wait()
+        while True:
+            await self._look(meters)
+            for lane in tuple(meters.lanes.values()):
+                if lane.feed is not None:
+                    await lane.feed.reader.count_pending()
+            await asyncio.sleep(LOOK_S)
+
+    async def _look(self, meters: Meters) -> None:
+        """Asks for the streams and looks at the disk, unless that was just done."""
+        async with self._looking:
+            if time.monotonic() - self._looked_s < LOOK_AGE_S_MAX:
+                return
+            names = dict.fromkeys((INPUT_STREAM[self._stage], OUTPUT_STREAM[self._stage], DLQ))
+            problems = await asyncio.gather(*(self._ask(name, meters) for name in names), self._look_at_disk(meters))
+            self._streams = dict(zip(names, problems[:-1], strict=True))
+            self._looked_s = time.monotonic()
+
+    async def _ask(self, stream: str, meters: Meters) -> str:
+        """What is wrong with a stream; empty if nothing is."""
+        if self._api is None or not self._api.client.is_connected:
+            return "not connected"
+        try:
+            answer = await self._api.client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=ASK_S_MAX)
+            told = _decode_told(answer.data)
+        except (NatsError, OSError, msgspec.MsgspecError) as error:
+            return f"no answer within {ASK_S_MAX:g} s ({type(error).__name__})"
+        if told.error is not None:
+            return told.error.description
+        if told.state is not None and told.config is not None:
+            limit = max(0, told.config.max_bytes)
+            meters.streams[stream] = StreamFacts(told.state.messages, told.state.bytes, limit)
+        return "" if told.cluster is None or told.cluster.leader else "has no leader"
+
+    async def _look_at_disk(self, meters: Meters) -> str:
+        if self._store is None:
+            return ""
+        # One look at a time: a disk that hangs must not take every thread there is.
+        if self._disk_look is None or self._disk_look.done():
+            loop = asyncio.get_running_loop()
+            self._disk_look = loop.run_in_executor(
+                None, _check_disk, self._store, self._settings.disk_floor_bytes, meters
+            )
+        done, _ = await asyncio.wait((self._disk_look,), timeout=ASK_S_MAX)
+        self._disk = self._disk_look.result() if done else Check(False, f"{self._store} does not answer")
+        return ""
+
+    def live(self) -> Report:
+        """Whether the event loop turns."""
+        age_s = time.monotonic() - self._beat_s
+        why = f"the loop ran a timer {age_s:.2f} s ago, {self._loop_lag_s * 1e3:.1f} ms late"
+        return self._report({"loop": Check(age_s < BEAT_AGE_S_MAX, why)})
+
+    async def ready(self) -> Report:
+        """Whether the process does its work."""
+        assert self._observed is not None
+        meters = self._observed.meters
+        await self._look(meters)
+        connected = self._api is not None and self._api.client.is_connected
+        url = self._api.client.connected_url if self._api is not None and connected else None
+        bad = [f"{name}: {problem}" for name, problem in self._streams.items() if problem]
+        opening = [lane.partition for lane in meters.lanes.values() if lane.state == "opening" and not lane.is_leaving]
+        stopped = [lane.partition for lane in meters.lanes.values() if lane.state == "stopped"]
+        if not self._planned:
+            lanes = Check(False, "not made yet")
+        elif stopped:
+            lanes = Check(False, f"partitions {stopped} have stopped: their disk or files failed; see the log")
+        elif opening:
+            lanes = Check(False, f"partitions {opening} have not found their place")
+        else:
+            standby = sum(lane.state == "standby" for lane in meters.lanes.values())
+            lanes = Check(True, f"{len(meters.lanes) - standby} read, {standby} stand by")
+        checks = {
+            "connected": Check(connected, f"{url.hostname}:{url.port}" if url else "no server answers; trying again"),
+            "streams": Check(not bad, "; ".join(bad) or f"{', '.join(self._streams)} have leaders"),
+            "lanes": lanes,
+            "running": Check(not self._draining, "draining" if self._draining else "not draining"),
+        }
+        if self._store is not None:
+            checks["disk"] = self._disk
+        return self._report(checks)
+
+    def _report(self, checks: dict[str, Check]) -> Report:
+        return Report(all(check.ok for check in checks.values()), self._name, self._stage, checks)
+
+
+def _check_disk(store: Path, floor_bytes: int, meters: Meters) -> Check:
+    place = next((path for path in (store, *store.absolute().parents) if path.exists()), store)
+    try:
+        found = os.statvfs(place)
+    except OSError as error:
+        return Check(False, f"{place}: {error.strerror}")
+    free = meters.storage_free_bytes = found.f_bavail * found.f_frsize
+    if not os.access(place, os.W_OK):
+        return Check(False, f"{place} cannot be written")
+    words = f"{free / 1e9:.2f} GB free at {place}, floor {floor_bytes / 1e9:.2f} GB"
+    return Check(free >= floor_bytes, words)
+
+
+def _report_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("%s ended", task.get_name(), exc_info=task.exception())

@@ -1,0 +1,162 @@
+"""The health port itself: what it takes, what it refuses, and what it says of a loop or a disk in trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from cluster.health import get, read_health_files
+from contracts.errors import SettingsError
+from contracts.settings import Settings
+from stages.runtime import health, watch
+from stages.runtime.health import CONNECTIONS_MAX, HEAD_BYTES_MAX, Answer, HealthServer
+from stages.runtime.telemetry import OFF
+from stages.runtime.watch import Watch
+
+
+async def fails() -> Answer:
+    raise RuntimeError("a check that is broken")
+
+
+async def works() -> Answer:
+    return Answer(200, "text/plain", b"yes\n")
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[HealthServer]:
+    served = HealthServer("127.0.0.1", 0, {"/works": works, "/fails": fails})
+    await served.start()
+    yield served
+    await served.close()
+
+
+async def exchange(server: HealthServer, request: bytes) -> bytes:
+    async with asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            writer.write(request)
+            return await reader.read()
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /works HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET /works?a=b HTTP/1.0\r\n\r\n", 200),
+        (b"HEAD /works HTTP/1.1\r\n\r\n", 200),
+        (b"GET / HTTP/1.1\r\n\r\n", 404),
+        (b"POST /works HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405),
+        (b"GET /fails HTTP/1.1\r\n\r\n", 500),
+        (b"\x16\x03\x01 TLS? \xff\r\n\r\n", 400),
+        (b"GET /works\r\n\r\n", 400),
+        (b"GET /works HTTP/1.1\r\nX: " + b"x" * HEAD_BYTES_MAX + b"\r\n\r\n", 431),
+    ],
+)
+async def test_a_request_gets_the_status_it_deserves(server: HealthServer, request_: bytes, status: int) -> None:
+    answer = await exchange(server, request_)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Connection: close" in head
+    if request_.startswith(b"HEAD"):
+        assert body == b""
+    else:
+        assert f"Content-Length: {len(body)}".encode() in head
+
+
+async def test_more_clients_than_allowed_are_turned_away_and_silent_ones_are_hung_up_on(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "REQUEST_S_MAX", 0.5)
+    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(CONNECTIONS_MAX)]
+    try:
+        await asyncio.sleep(0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        silent.append((reader, writer))
+        async with asyncio.timeout(30):
+            for waiting, _ in reversed(silent):
+                try:
+                    assert await waiting.read() == b""
+                except ConnectionResetError:
+                    continue
+        assert (await exchange(server, b"GET /works HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    finally:
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_port_that_is_taken_is_a_clear_error(server: HealthServer) -> None:
+    second = HealthServer("127.0.0.1", server.port, {})
+    with pytest.raises(SettingsError, match=rf"health_port = {server.port} .* or 0 for a free one"):
+        await second.start()
+
+
+async def test_a_stuck_loop_answers_nobody_and_knows_it_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "BEAT_AGE_S_MAX", 0.5)
+    async with Watch("hash", "hash-0", Settings(health_port=0), {}, directory=tmp_path) as watched:
+        (file,) = read_health_files(tmp_path)
+        assert (file.name, file.stage) == ("hash-0", "hash")
+        url = f"http://127.0.0.1:{file.port}"
+        assert (await get(f"{url}/livez"))[0] == 200
+        answers: list[bytes] = []
+
+        def ask_meanwhile() -> None:
+            with socket.create_connection(("127.0.0.1", file.port), timeout=0.4) as connection:
+                connection.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+                try:
+                    answers.append(connection.recv(1))
+                except TimeoutError:
+                    answers.append(b"nobody answers")
+
+        asker = threading.Thread(target=ask_meanwhile)
+        asker.start()
+        time.sleep(1.0)  # noqa: ASYNC251 - the loop is to be stuck
+        asker.join()
+        assert answers == [b"nobody answers"]
+        assert not watched.live().ok
+        # It turns again.
+        async with asyncio.timeout(30):
+            while (await get(f"{url}/livez"))[0] != 200:
+                pass
+        status, text = await get(f"{url}/metrics")
+        assert status == 200
+        assert b"fi_loop_lag_seconds_count" in text
+    assert read_health_files(tmp_path) == []
+
+
+async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp_path: Path) -> None:
+    for floor_bytes, ok in ((0, True), (1 << 60, False)):
+        chosen = Settings(health_port=0, disk_floor_bytes=floor_bytes)
+        store = tmp_path / "not" / "there" / "yet"
+        async with Watch("persist", "persist-0", chosen, {}, store=store) as watched:
+            report = await watched.ready()
+            assert report.checks["disk"].ok is ok
+            assert f"GB free at {tmp_path}" in report.checks["disk"].why
+            # Nobody told it of a connection.
+            assert not report.ok
+            assert json.loads(await metrics_free(watched)) > 0
+
+
+async def metrics_free(watched: Watch) -> str:
+    """The value of the gauge of free bytes."""
+    assert watched._server is not None
+    _, text = await get(f"http://127.0.0.1:{watched._server.port}/metrics")
+    return next(line.split(" ")[1] for line in text.decode().splitlines() if line.startswith("fi_storage_free_bytes "))
+
+
+async def test_without_a_port_and_a_collector_nothing_is_watched(tmp_path: Path) -> None:
+    async with Watch("hash", "hash-0", Settings(), {}, directory=tmp_path) as watched:
+        assert watched.telemetry is OFF
+        assert read_health_files(tmp_path) == []
