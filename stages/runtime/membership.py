@@ -49,6 +49,8 @@ LOOK_AGAIN_S: Final = 0.02
 EXPIRED_LOOK_S: Final = 0.1
 LOOKS_MAX: Final = 10
 """How often the bucket is looked at again when it does not show yet what was heard or said."""
+DOUBT_TTLS: Final = 2
+"""How long nobody is taken for dead after a silence, in `member_ttl_s`: others may take longer to connect again."""
 READS_AT_ONCE: Final = 16
 
 
@@ -70,7 +72,7 @@ class Membership:
         self._lanes = lanes
         self._subject = member_subject(me.stage, me.node, me.name)
         self._said = b""
-        self._said_s = 0.0
+        self._seen_s: float | None = None
         self._tried_s = 0.0
         self._doubt_until_s = 0.0
         self._superseded = False
@@ -172,12 +174,7 @@ class Membership:
             return
         self._tried_s = now_s
         if await self._put(said, {}):
-            now_s = time.monotonic()
-            settings = self._api.settings
-            # Was the cluster silent for so long, keys of living processes have expired.
-            if self._said and now_s - self._said_s > settings.member_ttl_s - settings.member_renew_s:
-                self._doubt_until_s = now_s + settings.member_ttl_s
-            self._said, self._said_s = said, now_s
+            self._said = said
             self._heard[self._subject] = said
             self._looks = 0
 
@@ -218,6 +215,11 @@ class Membership:
         self._judge_name(mine)
         if not self._superseded and (mine is None or mine.nonce != self._me.nonce):
             return False
+        settings = self._api.settings
+        # Was there nothing to be seen for so long, keys of living processes may have expired.
+        if self._seen_s is not None and now_s - self._seen_s > settings.member_ttl_s - settings.member_renew_s:
+            self._doubt_until_s = now_s + DOUBT_TTLS * settings.member_ttl_s
+        self._seen_s = now_s
         if now_s < self._doubt_until_s:
             silent = {key: member for key, member in self._members.items() if key not in members}
             seen = silent | seen
