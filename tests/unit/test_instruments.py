@@ -146,8 +146,11 @@ def test_a_failed_disk_and_a_lane_that_starts_again_are_counted() -> None:
     data = meters.collect()
     assert points(data, "fi.lane.restarts") == {(("error_type", "HoleError"), ("stage", "persist")): 1}
     assert points(data, "fi.persist.errors") == {(("error_type", "ENOSPC"),): 1}
+    assert points(data, "fi.lanes") == {(("stage", "persist"), ("state", "stopped")): 1}
+    lane.leaving()
+    lane.closed(None)
     # It is gone; a new lane of the partition counts on.
-    assert points(data, "fi.lanes") == {}
+    assert points(meters.collect(), "fi.lanes") == {}
     meters.close()
 
 
