@@ -20,13 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## events through four processes and a 3-node cluster into HDF5 (INPUT=file.ndjson, EVENTS=n, RATE=per_s)
-	$(BIN)/fi demo $(if $(INPUT),--input $(INPUT)) $(if $(EVENTS),--events $(EVENTS)) $(if $(RATE),--rate $(RATE))
+	$(BIN)/fictl demo $(if $(INPUT),--input $(INPUT)) $(if $(EVENTS),--events $(EVENTS)) $(if $(RATE),--rate $(RATE))
 
 up: setup ## start cluster and stages in the background (DIR=.fi)
-	$(BIN)/fi up --dir $(DIR) --detach
+	$(BIN)/fictl up --dir $(DIR) --detach
 
 down: setup ## stop what `make up` started
-	$(BIN)/fi down --dir $(DIR)
+	$(BIN)/fictl down --dir $(DIR)
 
 check: setup ## style, types, layers
 	$(BIN)/ruff check .

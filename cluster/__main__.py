@@ -1,4 +1,4 @@
-"""``python -m cluster``: the same as the console script ``fi``."""
+"""``python -m cluster``: the same as the console script ``fictl``."""
 
 from cluster.cli import main
 

@@ -178,7 +178,9 @@ class _Applier:
         """Before planning again. A creation lost to another `apply` costs a round, and so does a name that is taken
         before the servers show its stream: time bounds the rounds, not their number."""
         if time.monotonic() > self._deadline:
-            raise TopologyError("the streams change while they are being changed: does another `fi cluster apply` run?")
+            raise TopologyError(
+                "the streams change while they are being changed: does another `fictl cluster apply` run?"
+            )
         await self._pause()
 
     async def settle(self) -> None:
@@ -190,7 +192,7 @@ class _Applier:
             if time.monotonic() > self._deadline:
                 raise ClusterUnavailableError(
                     f"not every replica of {', '.join(behind)} is current after {self._wait_s:.0f} s; "
-                    "is a server down? See `fi cluster status`"
+                    "is a server down? See `fictl cluster status`"
                 )
             await self._pause()
 
@@ -236,7 +238,7 @@ class _Applier:
                 async with asyncio.timeout(self._wait_s):
                     message = await self._api.last_message(stream, subject)
             except TimeoutError:
-                raise ClusterUnavailableError(f"{stream} has no leader; see `fi cluster status`") from None
+                raise ClusterUnavailableError(f"{stream} has no leader; see `fictl cluster status`") from None
             if message is not None:
                 messages.append(message.data)
         return messages
@@ -253,7 +255,7 @@ class _Applier:
                     raise
                 if time.monotonic() > self._deadline:
                     raise ClusterUnavailableError(
-                        f"the cluster could not do it within {self._wait_s:.0f} s ({error}); see `fi cluster status`"
+                        f"the cluster could not do it within {self._wait_s:.0f} s ({error}); see `fictl cluster status`"
                     ) from error
             await self._pause()
 

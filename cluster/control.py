@@ -139,9 +139,9 @@ async def ask_scale(path: str, counts: dict[Stage, int], limit_s: float) -> Scal
             finally:
                 writer.close()
     except TimeoutError:
-        raise FiError(f"not done after {limit_s:.0f} s; it goes on, see `fi members`") from None
+        raise FiError(f"not done after {limit_s:.0f} s; it goes on, see `fictl members`") from None
     except OSError as error:
-        raise NotRunningError(f"nobody listens at {path} ({error.strerror}); is `fi up` still starting?") from error
+        raise NotRunningError(f"nobody listens at {path} ({error.strerror}); is `fictl up` still starting?") from error
     try:
         answer = msgspec.json.decode(line, type=ScaleAnswer)
     except msgspec.MsgspecError as error:

@@ -48,7 +48,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
         events_per_s: persisted, from the first send to the last receipt.
         latency_ms: ``accepted``, ``durable`` and each stage: p50, p95, p99.
         shards: paths.
-        verified: the store passed `fi verify` and every accepted event is in it once.
+        verified: the store passed `fictl verify` and every accepted event is in it once.
         refused: lines that were not published, with reasons.
         problems: what verification found.
         consultation: one, read back.

@@ -132,7 +132,7 @@ class Counts:
 def obstacle(letter: Letter) -> str:
     """Why a replay of the letter can only be refused again, whatever its body; empty when it may pass."""
     if not letter.site or not letter.consultation:
-        return "the letter does not say which subject its event came from; publish the event with `fi publish`"
+        return "the letter does not say which subject its event came from; publish the event with `fictl publish`"
     for name, token in (("site", letter.site), ("consultation", letter.consultation)):
         if not is_token(token):
             return f"{name} {token!r} of its subject is not 1 to 64 of A-Z a-z 0-9 _ -; publish it under another one"
@@ -312,7 +312,7 @@ class DeadLetters:
         except TimeoutError:
             raise ClusterUnavailableError(
                 f"{DLQ} took no mark within {DEADLINE_S:.0f} s; is it full? Remove older letters first, or raise "
-                "dlq_bytes_max with `fi cluster apply`"
+                "dlq_bytes_max with `fictl cluster apply`"
             ) from None
         return removed + await self._delete_all(may_go, erase)
 

@@ -237,7 +237,7 @@ class Gateway:
         try:
             answer = decode_pub_answer(reply.data)
         except msgspec.MsgspecError:
-            raise TopologyError(f"{subject}: something else than a stream answers; see `fi cluster plan`") from None
+            raise TopologyError(f"{subject}: something else than a stream answers; see `fictl cluster plan`") from None
         self._probe.sent(begun_s, error_type(answer.error))
         return answer if answer.error is None else self._judge(subject, answer.error)
 
@@ -245,7 +245,7 @@ class Gateway:
         if error.err_code in STREAM_FULL:
             return _Failure.FULL
         if error.err_code == _WRONG_STREAM:
-            raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fi cluster plan`")
+            raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fictl cluster plan`")
         if error.err_code in NEVER or error.code == _BAD_REQUEST:
             raise RefusedError(f"{error.description} ({error.err_code})")
         log.debug("%s: to be published again: %s (%d)", subject, error.description, error.err_code)

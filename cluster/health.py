@@ -54,7 +54,7 @@ async def look(directory: Path) -> list[ProcessHealth]:
         for process in state.processes
     ]
     known = {process.name for process in state.processes}
-    # Those that joined the run by themselves, with `fi run --dir`. One that was killed has left its file behind.
+    # Those that joined the run by themselves, with `fictl run --dir`. One that was killed has left its file behind.
     asked += [
         _stage(ProcessState(name=file.name, kind=file.stage, pid=file.pid), file, state)
         for file in files.values()

@@ -46,7 +46,7 @@ class DirectoryLock:
             while not _try_lock(fd):
                 if time.monotonic() > deadline:
                     raise DirectoryBusyError(
-                        f"{self._path.parent} is in use by another run; stop it with `fi down --dir …`, "
+                        f"{self._path.parent} is in use by another run; stop it with `fictl down --dir …`, "
                         "or choose another directory"
                     )
                 await asyncio.sleep(_POLL_S)

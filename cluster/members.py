@@ -146,7 +146,7 @@ def _why(
     paused: bool,
 ) -> str:
     if paused:
-        return f"{stage} is paused; `fi resume {stage}` goes on"
+        return f"{stage} is paused; `fictl resume {stage}` goes on"
     if partition in assigned:
         member = members[assigned[partition]]
         return f"moves to {member.name} on {member.node}"
@@ -188,8 +188,8 @@ async def _put(client: Client, stage: Stage, data: bytes, headers: dict[str, str
             pause_subject(stage), data, headers={HEADER_EXPECTED_STREAM: CONTROL, **headers}
         )
     except APIError as error:
-        raise TopologyError(f"{CONTROL}: {error.description}; see `fi cluster plan`") from error
+        raise TopologyError(f"{CONTROL}: {error.description}; see `fictl cluster plan`") from error
     except NatsError as error:
         raise ClusterUnavailableError(
-            f"{CONTROL} does not answer ({error!r}); see `fi cluster status`, or `fi cluster apply` if it is missing"
+            f"{CONTROL} does not answer ({error!r}); see `fictl cluster status`; `fictl cluster apply` makes it"
         ) from error

@@ -1,4 +1,4 @@
-"""Takes partitions back: `fi rebuild` after damage, `fi partitions move` to another store.
+"""Takes partitions back: `fictl rebuild` after damage, `fictl partitions move` to another store.
 
 Both end in the same way. A fenced takeover receipt states the last place that is vouched for; the hop streams of the
 partition are emptied; and the stages make everything after that place again from `FI_EVENTS`, through the same code as
@@ -119,7 +119,7 @@ class Rewinder:
             if last.store != self._store.store_id:
                 raise NotOursError(
                     f"partition {partition} belongs to store {last.store} on {last.node}; rebuild it there, or take it "
-                    f"with `fi partitions move {partition}`"
+                    f"with `fictl partitions move {partition}`"
                 )
             with disk_of(self._store):
                 place, damage = await asyncio.to_thread(

@@ -72,13 +72,13 @@ def read_state(directory: Path) -> State:
     try:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:
-        raise NotRunningError(f"nothing runs in {directory}; start it with `fi up --dir {directory}`") from None
+        raise NotRunningError(f"nothing runs in {directory}; start it with `fictl up --dir {directory}`") from None
     except msgspec.MsgspecError as error:
         raise NotRunningError(f"{path} cannot be read ({error}); was it written by another version?") from error
     alive = process_started(state.supervisor_pid) == state.supervisor_started and process_exists(state.supervisor_pid)
     if state.status == "stopped" or not alive:
         how = "was stopped" if state.status == "stopped" else "ended without stopping"
-        raise NotRunningError(f"what ran in {directory} {how}; start it again with `fi up --dir {directory}`")
+        raise NotRunningError(f"what ran in {directory} {how}; start it again with `fictl up --dir {directory}`")
     return state
 
 

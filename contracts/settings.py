@@ -42,19 +42,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         shard_bytes: capacity of a live shard; reaching it seals.
         shard_events_max: events in a live shard; reaching it seals.
         shard_age_s_max: a live shard with events older than this is sealed.
-        sealed_kept: the newest sealed shards of each partition whose events stay in `FI_EVENTS`, so that `fi rebuild`
+        sealed_kept: the newest sealed shards of a partition whose events stay in `FI_EVENTS`, so that `fictl rebuild`
             can make them again.
         seal_on_drain: seal what is committed when persist is told to stop.
         trim_s: how often committed data is purged from the streams.
         receipts_kept: commit receipts kept for each partition.
         drain_s: how long a stage may take to finish after SIGTERM.
-        signing_key_file: Ed25519 key (`fi key new`) that persist signs receipts and seal records with; empty: none.
+        signing_key_file: Ed25519 key (`fictl key new`) that persist signs receipts and seal records with; empty: none.
         dead_share_max: a process that would dead-letter a larger share of its last events holds instead; 1: never.
         dead_events_min: that share is judged over so many events at least.
         breaker_pause_s: a process that holds tries again after so long, and doubles it each time in vain.
         member_ttl_s: a process that was silent for so long counts as dead, and others take its partitions over.
         member_renew_s: how often a process announces itself and looks at the others; well below `member_ttl_s`.
-        health_port: where a stage answers `/livez`, `/readyz` and `/metrics`; 0: a free port; -1: nowhere. `fi up`
+        health_port: where a stage answers `/livez`, `/readyz` and `/metrics`; 0: a free port; -1: nowhere. `fictl up`
             gives each stage a free one unless this is set.
         health_host: the address that port is on. `0.0.0.0` for a container's probes.
         disk_floor_bytes: persist says that it is not ready when less is free where its shards lie.

@@ -1,7 +1,8 @@
-"""The command line `fi`: one module for each group of verbs, registered here by name.
+"""The command line `fictl`: one module for each group of verbs, registered here by name.
 
+The script is there as `fi` too, for callers by path: as a bare word that is a keyword of every shell.
 Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 failed, 2 usage, 3 not ready, 4 corruption found.
-A verb imports what is heavy when it runs, so that ``fi --help`` stays quick.
+A verb imports what is heavy when it runs, so that ``fictl --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cluster.cli.up import down, up
 from contracts.errors import FiError
 
 app = typer.Typer(
-    name="fi",
+    name="fictl",
     help="Carries medical-consultation events through NATS JetStream into HDF5 shards, each exactly once.",
     no_args_is_help=True,
     add_completion=False,

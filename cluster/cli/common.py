@@ -42,12 +42,12 @@ REDIRECTED_WIDTH: Final = 160
 
 PROGRESS_AFTER_S: Final = 2.0
 
-DirectoryOption = Annotated[Path, typer.Option("--dir", help="Use what `fi up --dir DIR` started.")]
+DirectoryOption = Annotated[Path, typer.Option("--dir", help="Use what `fictl up --dir DIR` started.")]
 NatsOption = Annotated[
     list[str] | None, typer.Option("--nats", metavar="URL", help="Server URL; repeatable. Instead of --dir.")
 ]
 StoreArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A shards directory, or the directory of `fi up`.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="A shards directory, or the directory of `fictl up`.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 PublicKeyOption = Annotated[

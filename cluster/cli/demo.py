@@ -1,4 +1,4 @@
-"""`fi demo`: the main job, start to finish, on this machine."""
+"""`fictl demo`: the main job, start to finish, on this machine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def demo(
     Everything is started for it and stopped after it; the shards stay. Exit code 0 only if nothing was lost and
     verification passed. A second run with the same --dir publishes the same events again: all are duplicates.
 
-    Example: fi demo --input consultations.ndjson --dir demo
+    Example: fictl demo --input consultations.ndjson --dir demo
     """
     where = directory or Path(".fi") / time.strftime("demo-%Y%m%d-%H%M%S")
     settings = load_settings(os.environ, {} if "FI_SHARD_BYTES" in os.environ else {"shard_bytes": DEMO_SHARD_BYTES})
@@ -151,7 +151,7 @@ def _show(result: DemoResult) -> None:
     for line in result.problems:
         out.print(f"PROBLEM: {line}", markup=False)
     out.print(f"\n{len(result.shards)} shards in {result.store}; open one with h5py or h5dump, or try:")
-    called = sys.argv[0] if Path(sys.argv[0]).name == "fi" else "fi"
+    called = sys.argv[0] if Path(sys.argv[0]).name in ("fi", "fictl") else "fictl"
     out.print(f"  {called} verify {result.store}", markup=False, soft_wrap=True)
     out.print(f"  {called} export {result.store} | head -3", markup=False, soft_wrap=True)
     out.print("verified: nothing lost, nothing doubled" if result.ok else "NOT VERIFIED", style="bold")

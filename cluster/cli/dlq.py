@@ -1,4 +1,4 @@
-"""`fi dlq ls|show|replay|drop`: what the pipeline refused, and what becomes of it."""
+"""`fictl dlq ls|show|replay|drop`: what the pipeline refused, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def ls(
     Columns: number in FI_DLQ, when, stage, partition, origin/index of the event, reason, field, first bytes. With
     --json one object a line; with --summary --json one object.
 
-    Example: fi dlq ls --stage segment --reason payload --since 2h
+    Example: fictl dlq ls --stage segment --reason payload --since 2h
     """
     selection = _selection(stage, partition, reason, site, since, until)
     urls = find_servers(directory, nats)
@@ -130,7 +130,7 @@ def show(
 ) -> None:
     """Shows one dead letter: why it was refused, where it came from, its bytes, and what can be done.
 
-    Example: fi dlq show 17 --raw > event.json
+    Example: fictl dlq show 17 --raw > event.json
     """
     from cluster.cli import letters as shown
 
@@ -179,9 +179,9 @@ def replay(
     after a crash: an event is stored once. What is refused again comes back as a new letter. Exits 1 when a letter
     cannot be replayed; it stays.
 
-    Example: fi dlq replay --stage segment --reason payload.value --dry-run
+    Example: fictl dlq replay --stage segment --reason payload.value --dry-run
 
-    Example: fi dlq show 17 --raw > event.json; edit it; fi dlq replay 17 --body event.json
+    Example: fictl dlq show 17 --raw > event.json; edit it; fictl dlq replay 17 --body event.json
     """
     selection = _selection(stage, partition, reason, site, since, until)
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
@@ -222,7 +222,7 @@ def replay(
         if report["repeated"]:
             say(f"{report['repeated']} of them were published by an earlier replay already, and only removed now")
         if report["replayed"] and not dry_run:
-            say("what is refused again comes back as a new letter: look with `fi dlq ls --since 5m`")
+            say("what is refused again comes back as a new letter: look with `fictl dlq ls --since 5m`")
     if refused or missing:
         raise typer.Exit(FAILED)
 
@@ -255,7 +255,7 @@ def drop(
     With --output each letter is safely in the file before it is deleted. Use this and no `nats stream purge`: the
     stages take the last message of each subject for their checkpoint.
 
-    Example: fi dlq drop --site clinic-7 --reason json --until 2026-01-31T08:00:00Z --output dropped.ndjson
+    Example: fictl dlq drop --site clinic-7 --reason json --until 2026-01-31T08:00:00Z --output dropped.ndjson
     """
     selection = _selection(stage, partition, reason, site, since, until)
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
@@ -343,7 +343,7 @@ async def _confirm(verb: str, counts: Counts) -> None:
 
 def _missing(seqs: Sequence[int]) -> None:
     if seqs:
-        say(f"no letter {', '.join(map(str, seqs))}: replayed or dropped meanwhile? `fi dlq ls` shows what is there")
+        say(f"no letter {', '.join(map(str, seqs))}: replayed or dropped meanwhile? `fictl dlq ls` shows what is there")
 
 
 def _selection(
@@ -373,7 +373,7 @@ def _check_chosen(seqs: list[int] | None, selection: Selection, everything: bool
     if sum((bool(seqs), filtered, everything)) > 1:
         raise SettingsError("give SEQs, or filters, or --all: one of them")
     if not (seqs or filtered or everything):
-        raise SettingsError("which letters? Give SEQs, filters, or --all; `fi dlq ls` shows them")
+        raise SettingsError("which letters? Give SEQs, filters, or --all; `fictl dlq ls` shows them")
     if not unasked and not sys.stdin.isatty():
         raise SettingsError("this asks for confirmation on a terminal only; give --yes, or --dry-run to look first")
 

@@ -1,4 +1,4 @@
-"""`fi export`: a store's events for other programs; and `fi verify` of what it wrote."""
+"""`fictl export`: a store's events for other programs; and `fictl verify` of what it wrote."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def export(
     """Writes the events that are stored now in order of origin, also while the pipeline writes.
 
     With --output a manifest is written beside the file: what was exported, when, by whom and what for, how far each
-    partition reached, and the file's SHA-256. `fi verify FILE` checks it.
+    partition reached, and the file's SHA-256. `fictl verify FILE` checks it.
 
-    Example: fi export .fi --format csv --type SOAP_GENERATION_COMPLETED --output notes.csv --purpose "audit 12"
+    Example: fictl export .fi --format csv --type SOAP_GENERATION_COMPLETED --output notes.csv --purpose "audit 12"
     """
     from stages.persist.export.write import export_file, export_stream
     from stages.persist.store import EventStore
@@ -103,14 +103,16 @@ def _selection(
     if site is not None and not is_token(site):
         raise SettingsError(f"--site {site}: a site is 1 to 64 of A-Z a-z 0-9 _ -")
     if event_type is not None and event_type not in EVENT_TYPES:
-        raise SettingsError(f"--type {event_type}: there is no such type; `fi schema` shows them")
+        raise SettingsError(f"--type {event_type}: there is no such type; `fictl schema` shows them")
     since_ns, until_ns = _time("--since", since), _time("--until", until)
     if since_ns is not None and until_ns is not None and since_ns >= until_ns:
         raise SettingsError(f"--since {since} --until {until}: no time is in between; --until must be later")
     try:
         consultation_id = None if consultation is None else UUID(consultation).bytes
     except ValueError:
-        raise SettingsError(f"--consultation {consultation}: is not a UUID; `fi export` shows those stored") from None
+        raise SettingsError(
+            f"--consultation {consultation}: is not a UUID; `fictl export` shows those stored"
+        ) from None
     return Selection(site, event_type, since_ns, until_ns, consultation_id)
 
 

@@ -1,4 +1,4 @@
-"""`fi health`: how every process of a run is."""
+"""`fictl health`: how every process of a run is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def health(directory: DirectoryOption = DEFAULT_DIRECTORY, as_json: JsonOption =
     A stage is ready when it is connected, its streams have leaders, its lanes have found their place, its disk has
     room, and it is not draining.
 
-    Example: fi health --dir /var/lib/fi
+    Example: fictl health --dir /var/lib/fi
     """
     from cluster.health import look
 

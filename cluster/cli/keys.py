@@ -1,4 +1,4 @@
-"""`fi key new`, `fi key public`: the key that persist signs with (setting `signing_key_file`)."""
+"""`fictl key new`, `fictl key public`: the key that persist signs with (setting `signing_key_file`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def new(file: FileArgument) -> None:
     A file that is there is never replaced. Give the public key to whoever is to check proofs, and the file's name to
     persist as FI_SIGNING_KEY_FILE.
 
-    Example: fi key new /etc/fi/signing.pem > /etc/fi/signing.pub
+    Example: fictl key new /etc/fi/signing.pem > /etc/fi/signing.pub
     """
     from stages.persist.keys import create_key
 
@@ -26,7 +26,7 @@ def new(file: FileArgument) -> None:
 def public(file: FileArgument) -> None:
     """Prints the public key of the private key in FILE, 64 hex digits.
 
-    Example: fi key public /etc/fi/signing.pem
+    Example: fictl key public /etc/fi/signing.pem
     """
     from stages.persist.keys import load_key
 

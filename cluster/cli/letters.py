@@ -1,4 +1,4 @@
-"""How `fi dlq` shows letters.
+"""How `fictl dlq` shows letters.
 
 Everything that came from outside is shown without control characters: an event must not be able to steer a terminal.
 """
@@ -119,15 +119,17 @@ def _body(data: bytes) -> str:
 
 def advice(letter: Letter) -> str:
     """What can be done about it, in a sentence or two."""
-    drop = f"`fi dlq drop {letter.seq}` deletes it"
+    drop = f"`fictl dlq drop {letter.seq}` deletes it"
     if why := obstacle(letter):
         return f"a replay cannot help: {why}. {drop}"
-    again = f"`fi dlq replay {letter.seq}`"
-    mend = f"`fi dlq show {letter.seq} --raw > event.json`, mend it, `fi dlq replay {letter.seq} --body event.json`"
+    again = f"`fictl dlq replay {letter.seq}`"
+    mend = (
+        f"`fictl dlq show {letter.seq} --raw > event.json`, mend it, `fictl dlq replay {letter.seq} --body event.json`"
+    )
     if letter.reason == "lifecycle.closed":
         return f"publish a CONSULTATION_RESET of the consultation first if it goes on, then {again}; {drop}"
     if letter.reason == "event_type.unknown":
         return f"once a build that knows the type runs: {again}. If the gateway is wrong: {mend}. {drop}"
     if letter.stage == "ingest":
-        return f"the event breaks the contract (`fi schema`): {mend}. Tell the site's gateway. {drop}"
+        return f"the event breaks the contract (`fictl schema`): {mend}. Tell the site's gateway. {drop}"
     return f"if the rule was wrong and was changed: {again}. If the event is: {mend}. {drop}"

@@ -1,4 +1,4 @@
-"""`fi members`, `fi scale`, `fi pause`, `fi resume`, `fi drain`: who works on what, and changing it while it runs."""
+"""`fictl members|scale|pause|resume|drain`: who works on what, and changing it while it runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def members(
 
     Exits 3 unless every partition of every stage is worked on.
 
-    Example: fi members --dir .fi
+    Example: fictl members --dir .fi
     """
     report = run_async(_with_cluster(find_servers(directory, nats), _look))
     if as_json:
@@ -71,16 +71,16 @@ def scale(
     wait_s: WaitOption = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Changes how many processes of a stage a running `fi up` keeps, and waits until the partitions have moved.
+    """Changes how many processes of a stage a running `fictl up` keeps, and waits until the partitions have moved.
 
     Processes that are no longer wanted finish what they have in hand. Nothing is lost, doubled or reordered. 0 is
     allowed: other nodes take over, or input waits. Exits 3 if partitions still moved after the wait.
 
-    Example: fi scale segment=4 hash=2 --dir .fi
+    Example: fictl scale segment=4 hash=2 --dir .fi
     """
     wanted = parse_scale(",".join(counts))
     if not wanted:
-        raise SettingsError("say what to scale, e.g. `fi scale segment=4`")
+        raise SettingsError("say what to scale, e.g. `fictl scale segment=4`")
     state = _controlled(directory)
 
     async def work() -> tuple[dict[Stage, int], dict[Stage, int], MembersReport]:
@@ -105,7 +105,7 @@ def scale(
             say(f"{stage}: {after[stage]} processes ({what})")
         _show(report)
     if moving:
-        raise NotReadyError(f"partitions of {', '.join(moving)} still move after {wait_s:g} s; see `fi members`")
+        raise NotReadyError(f"partitions of {', '.join(moving)} still move after {wait_s:g} s; see `fictl members`")
 
 
 def pause(
@@ -118,9 +118,9 @@ def pause(
     """Pauses all processes of STAGE on every node: they finish what they have in hand and stop reading.
 
     Input waits in the stage's stream; when that is full, upstream waits too, and at last the gateway is told. It stays
-    paused, also for processes that start later, until `fi resume`. Exits 3 if some still worked after the wait.
+    paused, also for processes that start later, until `fictl resume`. Exits 3 if some still worked after the wait.
 
-    Example: fi pause persist --dir .fi
+    Example: fictl pause persist --dir .fi
     """
     chosen = _stage(stage)
     _tell(chosen, directory, nats, wait_s, as_json, pausing=True)
@@ -133,9 +133,9 @@ def resume(
     wait_s: WaitOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Takes `fi pause STAGE` back; every process goes on from where it stood. Does nothing when it is not paused.
+    """Takes `fictl pause STAGE` back; every process goes on from where it stood. Does nothing when it is not paused.
 
-    Example: fi resume persist --dir .fi
+    Example: fictl resume persist --dir .fi
     """
     _tell(_stage(stage), directory, nats, wait_s, as_json, pausing=False)
 
@@ -143,12 +143,12 @@ def resume(
 def drain(
     directory: DirectoryOption = DEFAULT_DIRECTORY, wait_s: WaitOption = 60.0, as_json: JsonOption = False
 ) -> None:
-    """Stops the stages of the `fi up` in DIR in flow order, each when it has worked off its input; the servers stay up.
+    """Stops the stages of the `fictl up` in DIR in flow order, each when its input is worked off; the servers stay up.
 
     Exits 0 when everything that was accepted is committed, 1 when something waits in FI_EVENTS. Stop gateways first.
-    `fi scale` starts the stages again.
+    `fictl scale` starts the stages again.
 
-    Example: fi drain --dir .fi && echo safe to take down
+    Example: fictl drain --dir .fi && echo safe to take down
     """
     state = _controlled(directory)
 
@@ -178,7 +178,7 @@ def drain(
         )
     again = " ".join(f"{stage}={count}" for stage, count in before.items() if count)
     if again:
-        say(f"start the stages again with `fi scale {again} --dir {directory}`")
+        say(f"start the stages again with `fictl scale {again} --dir {directory}`")
     if not report.committed:
         say(
             f"{report.waiting} accepted messages wait in FI_EVENTS, where they are safe"
@@ -213,7 +213,7 @@ def _tell(
     else:
         say(f"{stage} is {'paused' if pausing else 'at work'}: {len(ours)} processes")
     if not obeyed(report):
-        raise NotReadyError(f"not every process of {stage} obeyed within {wait_s:g} s; see `fi members`")
+        raise NotReadyError(f"not every process of {stage} obeyed within {wait_s:g} s; see `fictl members`")
 
 
 def _stage(text: str) -> Stage:

@@ -1,4 +1,4 @@
-"""`fi metrics`: the catalogue of what the processes record."""
+"""`fictl metrics`: the catalogue of what the processes record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def metrics(
 ) -> None:
     """Lists every metric that the processes record: names, kind, unit, attributes, and what one value says.
 
-    Example: fi metrics --markdown
+    Example: fictl metrics --markdown
     """
     if as_json:
         print_json(

@@ -1,4 +1,4 @@
-"""`fi rebuild` and `fi partitions ls|move`: who has which partition, and taking one back."""
+"""`fictl rebuild` and `fictl partitions ls|move`: who has which partition, and taking one back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rebuild(
     A partition that persist is working on is passed over, or refused when it was named; one whose damage persist has
     found is free. Exits 1 if something cannot be rebuilt.
 
-    Example: fi rebuild 3 --dir .fi --dry-run
+    Example: fictl rebuild 3 --dir .fi --dry-run
     """
 
     async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
@@ -88,7 +88,7 @@ def move(
     repeats one of those is not recognised. To keep a store whole, copy its directory to the new node and start persist
     on the copy: a store carries its identity with it, and nothing needs to be moved.
 
-    Example: fi partitions move 3 4 --shards /var/lib/fi --nats nats://n2:4222
+    Example: fictl partitions move 3 4 --shards /var/lib/fi --nats nats://n2:4222
     """
 
     async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
@@ -102,7 +102,7 @@ def list_partitions(
 ) -> None:
     """Lists the partitions: which store on which node owns each, and how far it is committed and sealed.
 
-    Example: fi partitions ls --dir .fi
+    Example: fictl partitions ls --dir .fi
     """
     urls = find_servers(directory, nats)
 

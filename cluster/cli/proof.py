@@ -1,4 +1,4 @@
-"""`fi prove`, `fi consistency`, `fi check-proof`: evidence for somebody who has neither the store nor the cluster."""
+"""`fictl prove|consistency|check-proof`: evidence for somebody who has neither the store nor the cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from contracts.receipts import Receipt, SealRecord
 
 DirectoryOption = Annotated[
-    Path, typer.Option("--dir", help="Shards and cluster of what `fi up --dir DIR` started, running or not.")
+    Path, typer.Option("--dir", help="Shards and cluster of what `fictl up --dir DIR` started, running or not.")
 ]
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="A shards directory instead of --dir; with --nats for its cluster.")
@@ -43,16 +43,16 @@ def prove(
     """Writes a small JSON proof that an event is stored, unchanged, under a root that persist committed.
 
     The root is that of a receipt or seal record, signed if there is one: from the cluster when it can be reached, else
-    from beside the sealed shards. `fi check-proof` needs nothing else. The file holds the event itself.
+    from beside the sealed shards. `fictl check-proof` needs nothing else. The file holds the event itself.
 
-    Example: fi prove 0b9e2d52-8a3c-4a55-9d1e-5a0c7b1f3e11 --dir .fi --output proof.json
+    Example: fictl prove 0b9e2d52-8a3c-4a55-9d1e-5a0c7b1f3e11 --dir .fi --output proof.json
     """
     from stages.persist.prove import event_partition, prove_event
 
     try:
         wanted = UUID(event_id)
     except ValueError:
-        raise SettingsError(f"{event_id!r} is not a UUID; `fi events` shows the ids that are stored") from None
+        raise SettingsError(f"{event_id!r} is not a UUID; `fictl events` shows the ids that are stored") from None
     place = store or directory
     partition = event_partition(place, wanted)
     if partition is None:
@@ -74,9 +74,9 @@ def consistency(
 ) -> None:
     """Writes a small JSON proof that between two receipts of a partition events were only added.
 
-    `persisted` of a receipt is its number of events. Checked with `fi check-proof`.
+    `persisted` of a receipt is its number of events. Checked with `fictl check-proof`.
 
-    Example: fi consistency 3 --from 1000 --to 2500 --dir .fi --output proof.json
+    Example: fictl consistency 3 --from 1000 --to 2500 --dir .fi --output proof.json
     """
     from stages.persist.prove import prove_consistency
 
@@ -87,14 +87,14 @@ def consistency(
 
 
 def check_proof(
-    file: Annotated[Path, typer.Argument(help="What `fi prove` or `fi consistency` wrote.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="What `fictl prove` or `fictl consistency` wrote.", show_default=False)],
     public_key: PublicKeyOption = None,
 ) -> None:
     """Checks a proof with nothing but the file and the public key. Exits 0 if it holds, 4 if not, saying what is wrong.
 
     Without --public-key only the file's own claims are checked: whoever can write files could have made it.
 
-    Example: fi check-proof proof.json --public-key fi.pub
+    Example: fictl check-proof proof.json --public-key fi.pub
     """
     from contracts.evidence import InclusionProof, check_evidence, decode_evidence
 

@@ -1,4 +1,4 @@
-"""`fi publish`: what an edge gateway does, for a file or a pipe of events."""
+"""`fictl publish`: what an edge gateway does, for a file or a pipe of events."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def publish(
     Publishing the same file twice adds nothing. A line that breaks the contract is refused with its number, field and
     reason; everything else is published. Exits 1 when a line was refused.
 
-    Example: fi publish day.ndjson --rate 500 --json
+    Example: fictl publish day.ndjson --rate 500 --json
     """
     from cluster.publish import check_lines
 
@@ -86,7 +86,7 @@ def publish(
 
 
 def summary(report: PublishReport) -> dict[str, Any]:
-    """The report as `fi publish --json` prints it."""
+    """The report as `fictl publish --json` prints it."""
     return {
         "lines": report.lines,
         "published": report.published,

@@ -1,4 +1,4 @@
-"""`fi run`: one actor of one stage, against any cluster."""
+"""`fictl run`: one actor of one stage, against any cluster."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def run(
 ) -> None:
     """Runs one process of STAGE until SIGTERM, then drains and exits 0.
 
-    All processes of a stage, on any node, share the partitions; `fi members` shows who has which. A process that is
+    All processes of a stage, on any node, share the partitions; `fictl members` shows who has which. A process that is
     started again under its old name gets its old share.
 
     Prints READY on stdout once every lane of its share has found its place; logs go to stderr as JSON lines.
     Settings come from FI_ environment variables.
 
-    Example: fi run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --name segment-a
+    Example: fictl run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --name segment-a
     """
     if stage not in STAGES:
         raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")

@@ -1,4 +1,4 @@
-"""`fi schema`: the contract for gateways written in other languages."""
+"""`fictl schema`: the contract for gateways written in other languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def schema(as_json: JsonOption = False) -> None:
 
     With --json: JSON Schema (2020-12) of one event, with the subject rules under x-subject and limits under x-limits.
 
-    Example: fi schema --json > event.schema.json
+    Example: fictl schema --json > event.schema.json
     """
     contract = gateway_schema()
     if as_json:

@@ -1,6 +1,6 @@
-"""`fi events`, `fi shards`, `fi verify`: what is in a store.
+"""`fictl events`, `fictl shards`, `fictl verify`: what is in a store.
 
-None of them needs a running cluster, but for `fi verify --receipts`.
+None of them needs a running cluster, but for `fictl verify --receipts`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ VerifyArgument = Annotated[
     Path,
     typer.Argument(
         metavar="DIR|FILE",
-        help="A shards directory, the directory of `fi up`, or an exported file or its manifest.",
+        help="A shards directory, the directory of `fictl up`, or an exported file or its manifest.",
         show_default=False,
     ),
 ]
-StoreOption = Annotated[Path, typer.Option("--dir", help="A shards directory, or the directory of `fi up`.")]
+StoreOption = Annotated[Path, typer.Option("--dir", help="A shards directory, or the directory of `fictl up`.")]
 
 
 def events(
@@ -59,7 +59,7 @@ def events(
 
     On a terminal a table; with --json, or when redirected, one JSON object a line. Exits 1 when none is stored.
 
-    Example: fi events aac18039-54dd-5c5d-a12f-d0aaa1882a18 --dir .fi --json
+    Example: fictl events aac18039-54dd-5c5d-a12f-d0aaa1882a18 --dir .fi --json
     """
     from stages.persist.export.formats import write_ndjson
     from stages.persist.store import EventStore
@@ -67,7 +67,9 @@ def events(
     try:
         wanted = UUID(consultation_id)
     except ValueError:
-        raise SettingsError(f"{consultation_id!r} is not a UUID; `fi export` shows the ids that are stored") from None
+        raise SettingsError(
+            f"{consultation_id!r} is not a UUID; `fictl export` shows the ids that are stored"
+        ) from None
     with EventStore(directory) as store:
         found = store.consultation(wanted)
     if not found:
@@ -82,7 +84,7 @@ def events(
 def shards(directory: StoreArgument, as_json: JsonOption = False) -> None:
     """Lists the shard files of a store.
 
-    Example: fi shards .fi
+    Example: fictl shards .fi
     """
     from stages.persist.store import EventStore
 
@@ -108,7 +110,8 @@ def verify(
         bool, typer.Option("--receipts", help="Hold the shards against the receipts and seal records in the cluster.")
     ] = False,
     cluster: Annotated[
-        Path | None, typer.Option("--dir", help="With --receipts: what `fi up --dir DIR` started. Default: DIR itself.")
+        Path | None,
+        typer.Option("--dir", help="With --receipts: what `fictl up --dir DIR` started. Default: DIR itself."),
     ] = None,
     nats: NatsOption = None,
     public_key: PublicKeyOption = None,
@@ -121,11 +124,11 @@ def verify(
     roots and files. That finds what a store cannot know of itself, such as events removed from its end. With
     --public-key the last receipt, and everything after the first signed record, must be signed by that key.
 
-    A file that `fi export --output` wrote is held against its manifest; so are those that lie in DIR.
+    A file that `fictl export --output` wrote is held against its manifest; so are those that lie in DIR.
 
     Works while the pipeline writes. Exits 4 if anything is wrong.
 
-    Example: fi verify .fi --receipts --public-key fi.pub
+    Example: fictl verify .fi --receipts --public-key fi.pub
     """
     from contracts.events import format_rfc3339
     from stages.persist.export.manifest import find_manifest
@@ -139,7 +142,7 @@ def verify(
         verify_export(manifest, as_json)
         return
     if path.is_file():
-        raise ShardError(f"{path}: has no manifest beside it to be held against; `fi export --output` writes both")
+        raise ShardError(f"{path}: has no manifest beside it to be held against; `fictl export --output` writes both")
     trusted = trusted_keys(public_key)
     urls = find_servers(cluster or path, nats) if receipts else ()
     with progress_bar("verifying") as progress:

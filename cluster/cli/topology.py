@@ -1,4 +1,4 @@
-"""`fi cluster plan|apply|status`: streams as data."""
+"""`fictl cluster plan|apply|status`: streams as data."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def plan(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Shows what `fi cluster apply` would create or change, field by field. Changes nothing.
+    """Shows what `fictl cluster apply` would create or change, field by field. Changes nothing.
 
     Exits 1 when a change must not be made, such as another P under data.
 
-    Example: fi cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
+    Example: fictl cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
     """
     urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
 
@@ -69,7 +69,7 @@ def apply(
 ) -> None:
     """Creates missing streams and changes what may be changed; waits until every replica is current. Safe to repeat.
 
-    Example: fi cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
+    Example: fictl cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
     """
     urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
 
@@ -91,7 +91,7 @@ def status(
 ) -> None:
     """Shows servers and streams as they are now. Exits 3 unless all servers answer and all replicas are current.
 
-    Example: fi cluster status --dir .fi --json
+    Example: fictl cluster status --dir .fi --json
     """
     urls = find_servers(directory, nats)
 
@@ -151,4 +151,4 @@ def _show_status(found: ClusterStatus) -> None:
         facts = found.facts
         screen.print(f"cluster {facts.cluster_id}: {facts.partitions} partitions by {facts.partition_by}")
     if not found.healthy:
-        say(f"not ready{f': {found.problem}' if found.problem else ''}; see the table, or `fi cluster apply`")
+        say(f"not ready{f': {found.problem}' if found.problem else ''}; see the table, or `fictl cluster apply`")

@@ -1,4 +1,4 @@
-"""`fi up` and `fi down`: a whole pipeline on this machine, kept running."""
+"""`fictl up` and `fictl down`: a whole pipeline on this machine, kept running."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def up(
     servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes.")] = 3,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready and leave it running.")] = False,
 ) -> None:
-    """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fi down`.
+    """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fictl down`.
 
     A process that dies is started again. A second Ctrl-C kills at once. Settings come from FI_ environment
     variables, e.g. FI_PARTITIONS=4.
 
-    Example: fi up --dir /var/lib/fi --scale segment=2,hash=2 --detach
+    Example: fictl up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
     counts = parse_scale(scale)
     settings = load_settings({"FI_HEALTH_PORT": "0", **os.environ})
@@ -56,7 +56,7 @@ def up(
         try:
             await supervisor.start()
             typer.echo(
-                f"ready: {' '.join(supervisor.urls)}  (stop with Ctrl-C or `fi down --dir {directory}`)", err=True
+                f"ready: {' '.join(supervisor.urls)}  (stop with Ctrl-C or `fictl down --dir {directory}`)", err=True
             )
             await supervisor.wait_stop_requested()
         finally:
@@ -105,7 +105,7 @@ def _detach(directory: Path, scale: str | None, servers: int) -> None:
             except NotRunningError:
                 state = None
             if state is not None and state.status == "ready" and state.supervisor_pid == child.pid:
-                say(f"ready: {' '.join(state.urls)}  (stop with `fi down --dir {directory}`)")
+                say(f"ready: {' '.join(state.urls)}  (stop with `fictl down --dir {directory}`)")
                 return
             time.sleep(0.1)
         raise FiError(f"not ready after {START_LIMIT_S:.0f} s; see {log_path}")
@@ -119,9 +119,9 @@ def _detach(directory: Path, scale: str | None, servers: int) -> None:
 def down(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
 ) -> None:
-    """Stops what `fi up` started in DIR: stages in flow order, then the servers. Exits 0 when nothing is left.
+    """Stops what `fictl up` started in DIR: stages in flow order, then the servers. Exits 0 when nothing is left.
 
-    Example: fi down --dir /var/lib/fi
+    Example: fictl down --dir /var/lib/fi
     """
     from cluster.state import NotRunningError, read_state
 

@@ -180,7 +180,7 @@ class PersistLane(LaneBase):
             await let_go(self._store, last, self._writer, nonce, self._signer, self._clock_ns)
             raise NotOursError(
                 f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} "
-                f"in {store.directory}; start persist there, or take it with `fi partitions move {self._partition}`"
+                f"in {store.directory}; start persist there, or take it with `fictl partitions move {self._partition}`"
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")

@@ -56,9 +56,11 @@ def load_key(path: Path) -> Signer:
     except OSError as error:
         raise SettingsError(f"signing key {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SettingsError(f"signing key {path} is not an unencrypted private key in PEM; see `fi key new`") from error
+        raise SettingsError(
+            f"signing key {path} is not an unencrypted private key in PEM; see `fictl key new`"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise SettingsError(f"signing key {path} is not an Ed25519 key; see `fi key new`")
+        raise SettingsError(f"signing key {path} is not an Ed25519 key; see `fictl key new`")
     return Signer(key)
 
 
@@ -84,7 +86,7 @@ def read_public_key(text: str) -> str:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise SettingsError(f"public key {text}: holds no Ed25519 public key; `fi key public` prints one")
+        raise SettingsError(f"public key {text}: holds no Ed25519 public key; `fictl key public` prints one")
     return key.public_bytes_raw().hex()
 
 

@@ -113,7 +113,7 @@ class PartitionFiles:
             raise ShardCorruptError(
                 f"{self._store.directory}: partition {self._partition} holds {self.frontier.size} events with root "
                 f"{self.frontier.root().hex()[:16]}…, its last receipt says {receipt.persisted} with "
-                f"{receipt.root[:16]}…; run `fi verify {self._store.directory}` and restore the damaged shard"
+                f"{receipt.root[:16]}…; run `fictl verify {self._store.directory}` and restore the damaged shard"
             )
         for damaged in self._damaged.values():
             remove_file(damaged)
@@ -141,7 +141,7 @@ class PartitionFiles:
         if file is None:
             raise ShardCorruptError(
                 f"{self._store.directory}: shard {number} of partition {self._partition}, with which the store took it "
-                "over, is missing; run `fi rebuild`"
+                "over, is missing; run `fictl rebuild`"
             )
         header = read_sealed_header(file.path) if file.sealed else read_live_header(file.path)
         if not header.begins:
@@ -175,7 +175,7 @@ class PartitionFiles:
         header = read_sealed_header(path)
         self._check_belongs(path, header, number)
         if header.tree_size_before != self.frontier.size or header.frontier_before != self.frontier.to_bytes():
-            raise ShardCorruptError(f"{path}: does not go on from the shard before it; run `fi verify`")
+            raise ShardCorruptError(f"{path}: does not go on from the shard before it; run `fictl verify`")
         self.frontier = MerkleFrontier.from_bytes(header.tree_size, header.frontier)
         self.seen.add_sealed(path)
         self.sealed[number] = path

@@ -37,7 +37,7 @@ def prove_event(path: Path, event_id: UUID, records: Iterable[Receipt | SealReco
 
     Raises:
         ShardError: no such event is stored, or the partition does not begin in this store.
-        ShardCorruptError: a shard cannot be read, or the shards contradict the record; `fi verify` says where.
+        ShardCorruptError: a shard cannot be read, or the shards contradict the record; `fictl verify` says where.
     """
     with EventStore(path) as store:
         stored = store.event(event_id)
@@ -115,7 +115,7 @@ def _checked(tree: MerkleTree, head: TreeHead, path: Path) -> TreeHead:
     if head.root != root:
         raise ShardCorruptError(
             f"the shards give root {root} over {head.tree_size} events, the record in the cluster says {head.root}; "
-            f"run `fi verify {path} --receipts`"
+            f"run `fictl verify {path} --receipts`"
         )
     return head
 

@@ -359,7 +359,7 @@ def _tree(path: Path, size: int, frontier: bytes) -> MerkleFrontier:
     try:
         return MerkleFrontier.from_bytes(size, frontier)
     except ValueError as error:
-        raise ShardCorruptError(f"{path}: its header gives no Merkle tree ({error}); run `fi verify`") from error
+        raise ShardCorruptError(f"{path}: its header gives no Merkle tree ({error}); run `fictl verify`") from error
 
 
 def _id_bytes(value: UUID | str | bytes) -> bytes:

@@ -135,7 +135,7 @@ class Api:
             if refused.error.err_code == NO_MESSAGE:
                 return None
             if refused.error.err_code == NO_STREAM:
-                raise TopologyError(f"stream {stream} does not exist; run `fi cluster apply`") from refused
+                raise TopologyError(f"stream {stream} does not exist; run `fictl cluster apply`") from refused
             raise
         raw = _answer_decoder.decode(data).message
         if raw is None:
@@ -200,9 +200,11 @@ class Api:
             finally:
                 await subscription.unsubscribe()
         except (builtins.TimeoutError, NatsError) as error:
-            raise ClusterUnavailableError(f"{stream} does not answer ({error!r}); see `fi cluster status`") from error
+            raise ClusterUnavailableError(
+                f"{stream} does not answer ({error!r}); see `fictl cluster status`"
+            ) from error
         if headers[_STATUS] not in (_END_OF_ANSWERS, _NOTHING_FOUND):
-            raise ClusterUnavailableError(f"{stream} cannot be read now: {headers}; see `fi cluster status`")
+            raise ClusterUnavailableError(f"{stream} cannot be read now: {headers}; see `fictl cluster status`")
         return found
 
     async def purge(self, stream: str, subject: str, *, below_seq: int | None = None, keep: int | None = None) -> None:

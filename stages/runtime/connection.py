@@ -74,7 +74,7 @@ async def connect(
         await client.connect(**options, max_reconnect_attempts=attempts)  # type: ignore[arg-type]
     except (NatsError, OSError) as error:
         raise ClusterUnavailableError(
-            f"no NATS server answers at {', '.join(urls)} ({error!r}); is it up? Try `fi cluster status`"
+            f"no NATS server answers at {', '.join(urls)} ({error!r}); is it up? Try `fictl cluster status`"
         ) from error
     client.options["max_reconnect_attempts"] = -1
     return client

@@ -58,7 +58,7 @@ def facts_from_metadata(metadata: dict[str, str] | None) -> ClusterFacts:
         )
     except (KeyError, msgspec.ValidationError) as error:
         raise TopologyError(
-            f"{EVENTS} does not say how it is partitioned ({error}): run `fi cluster apply` first"
+            f"{EVENTS} does not say how it is partitioned ({error}): run `fictl cluster apply` first"
         ) from error
 
 
@@ -80,10 +80,10 @@ async def read_cluster(client: Client, *, wait_s: float = 20.0) -> ClusterFacts:
             info = await jetstream.stream_info(EVENTS)
         except NatsError as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
-                raise TopologyError(f"the cluster has no stream {EVENTS}: run `fi cluster apply` first") from error
+                raise TopologyError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
             if time.monotonic() > deadline:
                 raise ClusterUnavailableError(
-                    f"no leader of {EVENTS} answered within {wait_s:.0f} s ({error!r}); see `fi cluster status`"
+                    f"no leader of {EVENTS} answered within {wait_s:.0f} s ({error!r}); see `fictl cluster status`"
                 ) from error
             await asyncio.sleep(_RETRY_S)
         else:

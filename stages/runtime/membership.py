@@ -147,7 +147,7 @@ class Membership:
                 await self._api.request(f"$JS.API.STREAM.INFO.{stream}", b"")
             except RequestRefusedError as refused:
                 if refused.error.err_code == NO_STREAM:
-                    raise TopologyError(f"stream {stream} does not exist; run `fi cluster apply`") from refused
+                    raise TopologyError(f"stream {stream} does not exist; run `fictl cluster apply`") from refused
                 raise
 
     async def _hear(self, message: Msg) -> None:
@@ -327,5 +327,5 @@ async def read_receipts(api: Api, partitions: int) -> dict[int, Receipt]:
         async with asyncio.timeout(api.settings.api_timeout_s):
             found = await asyncio.gather(*map(last, range(partitions)))
     except TimeoutError:
-        raise ClusterUnavailableError(f"{RECEIPTS} has no leader now; see `fi cluster status`") from None
+        raise ClusterUnavailableError(f"{RECEIPTS} has no leader now; see `fictl cluster status`") from None
     return {partition: receipt for partition, receipt in enumerate(found) if receipt is not None}

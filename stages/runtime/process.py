@@ -168,7 +168,7 @@ class StageProcess:
         unknown = [p for p in self._partitions if not 0 <= p < facts.partitions]
         if unknown:
             raise SettingsError(
-                f"partitions {unknown}: the cluster has 0 to {facts.partitions - 1}; see `fi cluster status`"
+                f"partitions {unknown}: the cluster has 0 to {facts.partitions - 1}; see `fictl cluster status`"
             )
         return tuple(sorted(set(self._partitions)))
 

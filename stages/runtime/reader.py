@@ -167,7 +167,7 @@ class OrderedReader:
                     await self._feed()
                 except RequestRefusedError as error:
                     if error.error.err_code == NO_STREAM:
-                        raise TopologyError(f"stream {self._stream} is gone; run `fi cluster apply`") from error
+                        raise TopologyError(f"stream {self._stream} is gone; run `fictl cluster apply`") from error
                     log.warning("%s: reader reopens: %s", self._filter, error)
                     await self._api.pause()
                 except NatsError as error:

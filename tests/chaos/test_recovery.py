@@ -232,7 +232,7 @@ def test_a_shard_of_a_newer_format_is_refused(stand: Stand, shard: int) -> None:
 def test_another_root_than_the_receipts_is_refused(stand: Stand) -> None:
     assert stand.witness.receipt is not None
     stand.witness.receipt = msgspec.structs.replace(stand.witness.receipt, root="00" * 32)
-    refused(stand, str(stand.directory), "its last receipt says", "fi verify")
+    refused(stand, str(stand.directory), "its last receipt says", "fictl verify")
 
 
 def older_by_commits(stand: Stand) -> None:

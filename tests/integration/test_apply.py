@@ -210,10 +210,10 @@ async def test_streams_larger_than_the_servers_are_refused_with_a_hint(client: C
 
 
 async def test_facts_of_a_cluster_without_streams_name_the_next_step(client: Client) -> None:
-    with pytest.raises(TopologyError, match="fi cluster apply"):
+    with pytest.raises(TopologyError, match="fictl cluster apply"):
         await read_cluster(client)
     await client.jetstream(timeout=10).add_stream(name=subjects.EVENTS, subjects=["fi.events.*.*"])
-    with pytest.raises(TopologyError, match="fi cluster apply"):
+    with pytest.raises(TopologyError, match="fictl cluster apply"):
         await read_cluster(client)
 
 

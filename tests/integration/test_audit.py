@@ -185,4 +185,4 @@ async def test_a_store_without_its_last_shards_is_told_what_is_missing(signed: S
 async def test_where_no_cluster_runs_verify_receipts_says_so(tmp_path: Path) -> None:
     code, out, err = await fi("verify", tmp_path, "--receipts")
     assert (code, out) == (3, "")
-    assert "fi up --dir" in err
+    assert "fictl up --dir" in err

@@ -38,7 +38,7 @@ async def test_from_nothing_to_published_and_published_again(
 
     code, out, err = await fi(cluster_urls, "publish", str(file))
     assert (code, out) == (3, "")
-    assert "fi cluster apply" in err
+    assert "fictl cluster apply" in err
 
     code, out, _ = await fi(cluster_urls, "cluster", "plan", "--json")
     assert code == 0

@@ -1,4 +1,4 @@
-"""`fi demo` as a person runs it: a process of its own, its output, and what it leaves behind."""
+"""`fictl demo` as a person runs it: a process of its own, its output, and what it leaves behind."""
 
 from __future__ import annotations
 

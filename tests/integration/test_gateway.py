@@ -235,7 +235,7 @@ async def test_without_a_stream_a_gateway_tries_until_its_deadline(client: Clien
 
 async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> None:
     await client.jetstream().add_stream(name="OTHER", subjects=["fi.events.>"])
-    with pytest.raises(TopologyError, match="fi cluster plan"):
+    with pytest.raises(TopologyError, match="fictl cluster plan"):
         await Gateway(client).publish(b"{}", "a", str(UUID(int=1)), "id")
 
 

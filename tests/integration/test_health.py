@@ -1,4 +1,4 @@
-"""The health port of real processes, and `fi health`."""
+"""The health port of real processes, and `fictl health`."""
 
 from __future__ import annotations
 

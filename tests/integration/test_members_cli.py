@@ -1,4 +1,4 @@
-"""`fi scale`, `fi members`, `fi pause`, `fi resume` and `fi drain` as processes of their own, on a running pipeline."""
+"""`fictl scale|members|pause|resume|drain` as processes of their own, on a running pipeline."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_a_paused_stage_stops_reading_and_goes_on_where_it_stood(pipeline:
         await load.reached(1200)
         code, answer, _ = await fi(pipeline, "members")
         assert code == 3
-        assert {row["why"] for row in answer["unheld"]} == {f"{stage} is paused; `fi resume {stage}` goes on"}
+        assert {row["why"] for row in answer["unheld"]} == {f"{stage} is paused; `fictl resume {stage}` goes on"}
         assert list(answer["paused"]) == [stage]
         # What was behind the paused stage flows out; nothing new may come through it.
         assert (await pipeline.totals()).persisted < committed + 700
@@ -126,7 +126,7 @@ async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline
     code, answer, err = await fi(pipeline, "drain")
     assert (code, answer["committed"], answer["waiting"]) == (0, True, 0), err
     assert answer["stopped"] == dict.fromkeys(STAGES, 1)
-    assert "fi scale ingest=1 segment=1 hash=1 persist=1" in err
+    assert "fictl scale ingest=1 segment=1 hash=1 persist=1" in err
     totals = await pipeline.totals()
     assert (answer["persisted"], answer["dead_lettered"]) == (totals.persisted, totals.dead_lettered)
     assert [process.kind for process in pipeline.supervisor.processes] == ["server"] * 3

@@ -250,7 +250,7 @@ async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over
 
 
 def test_an_empty_directory_says_how_to_start(tmp_path: Path) -> None:
-    with pytest.raises(NotRunningError, match="fi up --dir"):
+    with pytest.raises(NotRunningError, match="fictl up --dir"):
         read_state(tmp_path)
 
 

@@ -119,7 +119,7 @@ def test_where_nothing_runs_the_exit_code_is_3_and_the_next_step_is_named(
     arguments = [file if part == "-" else part for part in verb]
     assert fi(*arguments, "--dir", tmp_path) == 3
     printed = capsys.readouterr()
-    assert "fi up --dir" in printed.err
+    assert "fictl up --dir" in printed.err
     assert printed.out == ""
 
 

@@ -1,4 +1,4 @@
-"""`fi export` and `fi verify` of what it wrote."""
+"""`fictl export` and `fictl verify` of what it wrote."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_verify_takes_the_file_or_its_manifest_and_exits_4_naming_what_is_wrong(
 def test_a_file_without_a_manifest_cannot_be_verified(place: Path, capsys: Captured) -> None:
     (place / "x.csv").write_text("a")
     assert fi("verify", place / "x.csv") == 1
-    assert "fi export --output" in capsys.readouterr().err
+    assert "fictl export --output" in capsys.readouterr().err
     assert fi("export", place, "--output", place / "x.csv") == 0
     assert fi("verify", place / "x.csv", "--receipts") == 2
 
