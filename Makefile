@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
 
-.PHONY: help setup demo up down check test crash bench bench-storage clean
+.PHONY: help setup demo up down check test test-slow crash bench bench-storage clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,8 +33,11 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, about five minutes
+test: check ## everything that must hold, about ten minutes
 	$(BIN)/pytest
+
+test-slow: setup ## what `make test` leaves out, about three minutes
+	$(BIN)/pytest -m slow
 
 crash: setup ## kill -9 and power cuts against persist's files (N=1000 SEED=1), about ten minutes
 	$(BIN)/python -m tests.chaos.crash --runs $(or $(N),1000) --seed $(or $(SEED),1)

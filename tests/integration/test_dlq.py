@@ -176,7 +176,8 @@ async def test_letters_are_listed_counted_shown_and_dropped(pipeline: Pipeline, 
     code, out, _ = await fi(urls, *drop)
     assert (code, out) == (0, "3 letters dropped\n")
     kept = parsed(output.read_text())
-    assert [row["body"] for row in kept] == ["this is no JSON", "nor \x1b[31mthis", '{"broken"']
+    # The last one may be of another partition, and of another moment.
+    assert sorted(row["body"] for row in kept) == ["nor \x1b[31mthis", "this is no JSON", '{"broken"']
     assert {row["why"] for row in kept} == {"noise"}
     await left(pipeline, 3)
     code, out, _ = await fi(urls, "dlq", "drop", str(kept[0]["seq"]), "--yes", "--json")
@@ -324,6 +325,7 @@ async def test_a_stage_that_would_refuse_everything_holds_until_it_is_told_that_
         assert (await pipeline.totals()).persisted == 0
 
         supervisor.settings = msgspec.structs.replace(chosen, dead_share_max=1.0)
+        await supervisor.scale("ingest", 0)
         await supervisor.scale("ingest", 2)
         totals = await pipeline.settled()
         assert (totals.persisted, totals.dead_lettered) == (20, 400)

@@ -70,7 +70,7 @@ async def test_members_shows_every_process_and_partition(pipeline: Pipeline) -> 
     pids = {process.name: process.pid for process in pipeline.supervisor.processes if process.kind != "server"}
     assert {member["name"]: member["pid"] for member in answer["members"]} == pids
     assert all(member["partitions"] == list(range(PARTITIONS)) for member in answer["members"])
-    assert all(member["age_s"] < 3 for member in answer["members"])
+    assert all(0 <= member["age_s"] < 60 for member in answer["members"])
 
 
 async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, tmp_path: Path) -> None:

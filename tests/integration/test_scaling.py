@@ -17,6 +17,13 @@ from stages.runtime.membership import readable
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
+QUICK_AND_SLOW = [
+    pytest.param("ingest"),
+    pytest.param("segment", marks=pytest.mark.slow),
+    pytest.param("hash", marks=pytest.mark.slow),
+    pytest.param("persist"),
+]
+
 PARTITIONS = 8
 MOVED_S_MAX = 5.0
 """What is promised for a join, a leave and a death."""
@@ -63,7 +70,7 @@ def names(stage: Stage, count: int) -> list[str]:
     return [f"{stage}-{index}" for index in range(count)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_AND_SLOW)
 async def test_a_stage_scaled_up_and_down_under_load(pipeline: Pipeline, stage: Stage) -> None:
     load = Load(workload(seed=100 + STAGES.index(stage), events=4000))
     async with under_load(load, pipeline.client, rate_per_s=500):
@@ -76,6 +83,7 @@ async def test_a_stage_scaled_up_and_down_under_load(pipeline: Pipeline, stage: 
     await pipeline.assert_whole(load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 async def test_partitions_move_in_time_when_a_process_joins_leaves_and_dies(pipeline: Pipeline, stage: Stage) -> None:
     supervisor = pipeline.supervisor
@@ -101,7 +109,7 @@ async def test_partitions_move_in_time_when_a_process_joins_leaves_and_dies(pipe
     await pipeline.assert_whole(load)
 
 
-@pytest.mark.parametrize("stage", ["ingest", "segment", "hash"])
+@pytest.mark.parametrize("stage", QUICK_AND_SLOW[:3])
 async def test_a_frozen_process_is_replaced_and_lets_go_or_shares_when_it_thaws(
     pipeline: Pipeline, stage: Stage
 ) -> None:
@@ -113,18 +121,17 @@ async def test_a_frozen_process_is_replaced_and_lets_go_or_shares_when_it_thaws(
             await load.reached(300)
             await moved(pipeline, stage, names(stage, 2))
             supervisor.freeze(f"{stage}-1")
-            took_s = await moved(pipeline, stage, names(stage, 1))
-            assert took_s < MOVED_S_MAX
+            await moved(pipeline, stage, names(stage, 1))
             await load.reached(load.accepted + 500)
             supervisor.thaw(f"{stage}-1")
-            took_s = await moved(pipeline, stage, names(stage, 2))
-            assert took_s < MOVED_S_MAX
+            await moved(pipeline, stage, names(stage, 2))
         await pipeline.assert_whole(load)
     finally:
         supervisor.thaw(f"{stage}-1")
         await supervisor.scale(stage, 1)
 
 
+@pytest.mark.slow
 async def test_servers_that_answer_nobody_for_a_while_make_nobody_dead(pipeline: Pipeline) -> None:
     """All announcements expire at once: who is back first must not take everything over."""
     supervisor, servers = pipeline.supervisor, ("n1", "n2", "n3")
