@@ -80,7 +80,7 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
     assert fi(*verb, "--help") == 0
     out = capsys.readouterr().out
     if verb not in ((), ("cluster",), ("key",)):
-        assert "Example: fi " in " ".join(out.split())
+        assert "Example: fictl " in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
