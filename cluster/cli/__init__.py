@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli import dlq, keys, members, partitions, proof, store, topology
-from cluster.cli.common import FAILED, exit_code, say
+from cluster.cli.common import FAILED, config_option, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
 from cluster.cli.health import health
@@ -40,9 +40,16 @@ dlq_app = typer.Typer(help="Dead letters: events that were refused, with the rea
 
 @app.callback()
 def options(
+    context: typer.Context,
+    config_file: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="Settings file. Default: FI_CONFIG, else fi.toml if it is here."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Options of every verb."""
+    before = config_option.set(config_file)
+    context.call_on_close(lambda: config_option.reset(before))
     level = logging.DEBUG if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="fi: %(message)s", force=True)
 
