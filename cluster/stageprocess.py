@@ -11,7 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from cluster.process import ManagedProcess, ProcessError
-from contracts.settings import ENV_PREFIX, Settings
+from contracts.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings
 from contracts.subjects import Stage
 from stages.runtime.tasks import end_tasks
 
@@ -24,10 +24,12 @@ StageCommand = Callable[[Stage, str], list[str]]
 
 
 def settings_environment(settings: Settings) -> dict[str, str]:
-    """The ``FI_…`` variables that make `contracts.settings.load_settings` give `settings` again."""
+    """The ``FI_…`` variables that make a process take `settings`, whatever settings file lies in its directory."""
     defaults = Settings()
-    values = msgspec.structs.asdict(settings)
-    return {ENV_PREFIX + name.upper(): str(value) for name, value in values.items() if value != getattr(defaults, name)}
+    changed = {
+        name: value for name, value in msgspec.structs.asdict(settings).items() if value != getattr(defaults, name)
+    }
+    return {CONFIG_VARIABLE: ""} | {ENV_PREFIX + name.upper(): str(value) for name, value in changed.items()}
 
 
 class StageProcess(ManagedProcess):

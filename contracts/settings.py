@@ -1,14 +1,15 @@
 """Every number and path a process can be told, in one frozen struct.
 
-Precedence: an override from the command line, then the environment (``FI_`` + the name in capitals), then the default.
-Units are last in a name.
+Precedence: an override from the command line, then the environment (``FI_`` + the name in capitals), then the settings
+file (flat TOML, a line ``name = value`` for each), then the default. Units are last in a name.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -17,10 +18,16 @@ from contracts.errors import SettingsError
 from contracts.subjects import PartitionBy
 
 ENV_PREFIX = "FI_"
+CONFIG_VARIABLE = "FI_CONFIG"
+"""Names the settings file, and is no setting itself. Empty: there is no file."""
 MIB = 1024 * 1024
+HIDDEN: Final = "***"
 
 _Positive = Annotated[int, Meta(ge=1)]
-_Seconds = Annotated[float, Meta(gt=0)]
+_Seconds = Annotated[float, Meta(gt=0, le=366 * 86_400)]
+"""At most a year, so not ``inf`` either: timers and JSON take no such number."""
+_SecretUrl = Annotated[str, Meta(extra={"secret": "user, password and query"})]
+"""A URL that may carry credentials: it is shown without them (`shown_value`)."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +88,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pull_bytes_max: Annotated[int, Meta(ge=8 * MIB)] = 16 * MIB
     pull_expires_s: _Seconds = 30.0
     heartbeat_s: _Seconds = 0.5
-    heartbeats_missed_max: Annotated[float, Meta(ge=1)] = 2.5
+    heartbeats_missed_max: Annotated[float, Meta(ge=1, le=1000)] = 2.5
     probe_s: _Seconds = 5.0
     publish_timeout_s: _Seconds = 2.0
     api_timeout_s: _Seconds = 1.5
@@ -104,38 +111,158 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     health_port: Annotated[int, Meta(ge=-1, le=65535)] = -1
     health_host: str = "127.0.0.1"
     disk_floor_bytes: Annotated[int, Meta(ge=0)] = 1024 * MIB
-    otlp_endpoint: str = ""
+    otlp_endpoint: _SecretUrl = ""
     otlp_interval_s: _Seconds = 10.0
     trace_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
-def load_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from defaults, `env` and `overrides` (the strongest; None values are passed over).
+_URL: Final = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://|)(.*@|)([^?#]*)(.*)", re.DOTALL)
+"""Scheme, credentials (to the last ``@``: a password may hold any sign), host and path, query."""
+_NAMES: Final = Settings.__struct_fields__
+_SECRET_URLS: Final = frozenset(field.name for field in msgspec.structs.fields(Settings) if field.type == _SecretUrl)
+
+
+class SettingsFile(msgspec.Struct, frozen=True):
+    """A settings file that was read.
+
+    Attributes:
+        name: its path, for messages.
+        values: key → value, as TOML gives them.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a value came from.
+
+    Attributes:
+        layer: each is stronger than those before it.
+        name: the file's path, the variable, or ``--set NAME``; empty for a default.
+    """
+
+    layer: Literal["default", "file", "environment", "command line"]
+    name: str = ""
+
+
+class ResolvedSettings(msgspec.Struct, frozen=True):
+    """Settings, and for each by name where its value came from."""
+
+    settings: Settings
+    sources: Mapping[str, Source]
+
+
+def load_settings(
+    env: Mapping[str, str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    file: SettingsFile | None = None,
+    defaults: Settings | None = None,
+) -> Settings:
+    """The settings of `resolve_settings`."""
+    return resolve_settings(env, overrides, file=file, defaults=defaults).settings
+
+
+def resolve_settings(
+    env: Mapping[str, str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    file: SettingsFile | None = None,
+    defaults: Settings | None = None,
+) -> ResolvedSettings:
+    """Settings from `defaults`, `file`, `env` and `overrides`, each stronger than the one before.
+
+    A value is checked even where a stronger one hides it.
+
+    Args:
+        env: text; variables without the prefix ``FI_`` are not looked at.
+        overrides: from the command line; text or values. None is passed over.
+        file: its values have TOML's types: text is not taken for a number.
+        defaults: in place of the built-in ones.
 
     Raises:
-        SettingsError: an unknown ``FI_`` variable or override, or a value out of range. Names it and its source.
+        SettingsError: names no setting, or a value of the wrong type or out of range. Names every one and its source.
     """
-    names = Settings.__struct_fields__
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    sources = dict.fromkeys(_NAMES, Source("default"))
+    problems = []
+    for given in _given(file, env, overrides or {}):
+        try:
+            values[given.name] = _check(given)
+            sources[given.name] = given.source
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("; ".join(problems))
+    settings = msgspec.structs.replace(defaults or Settings(), **values)
+    if settings.member_renew_s >= settings.member_ttl_s:
+        raise SettingsError(
+            f"member_renew_s = {settings.member_renew_s:g} must be well below member_ttl_s = {settings.member_ttl_s}: "
+            "every process would count as dead between two of its announcements"
+        )
+    return ResolvedSettings(settings, sources)
+
+
+def shown_value(name: str, value: Any) -> Any:
+    """`value` of the setting `name` as it may be shown: what is secret in it is `HIDDEN`."""
+    if name not in _SECRET_URLS:
+        return value
+    return hide_credentials(value) if isinstance(value, str) else HIDDEN
+
+
+def hide_credentials(url: str) -> str:
+    """``http://user:password@host/path?token=x`` → ``http://***@host/path?***``; also of text that is no proper URL."""
+    parts = _URL.fullmatch(url)
+    assert parts is not None, "every text matches"
+    scheme, credentials, place, query = parts.groups()
+    return f"{scheme}{HIDDEN + '@' if credentials else ''}{place}{'?' + HIDDEN if query else ''}"
+
+
+class _Given(NamedTuple):
+    """One value, the key it has where it was given, and the setting that this names."""
+
+    key: str
+    name: str
+    value: Any
+    source: Source
+
+
+def _given(file: SettingsFile | None, env: Mapping[str, str], overrides: Mapping[str, Any]) -> Iterator[_Given]:
+    """All that was given, the weakest first."""
+    if file is not None:
+        for key, value in file.values.items():
+            yield _Given(key, key, value, Source("file", file.name))
     for key, text in env.items():
-        if key.startswith(ENV_PREFIX):
-            name = key[len(ENV_PREFIX) :].lower()
-            _known(name, names, f"environment variable {key}")
-            values[name], sources[name] = text, f"environment variable {key}"
-    for name, value in (overrides or {}).items():
+        if key.startswith(ENV_PREFIX) and key != CONFIG_VARIABLE:
+            yield _Given(key, key[len(ENV_PREFIX) :].lower(), text, Source("environment", key))
+    for key, value in overrides.items():
         if value is not None:
-            _known(name, names, f"setting {name}")
-            values[name], sources[name] = value, "command line"
+            yield _Given(key, key, value, Source("command line", f"--set {key}"))
+
+
+def _check(given: _Given) -> Any:
+    layer = given.source.layer
+    where = {
+        "file": f"{given.source.name}: {given.key}",
+        "environment": f"environment variable {given.key}",
+        "command line": f"command line: {given.key}",
+    }[layer]
+    if layer == "file" and isinstance(given.value, dict):
+        raise SettingsError(f"{where} is a section: settings have none, write each as NAME = VALUE at the top level")
+    if given.name not in _NAMES:
+        raise SettingsError(f"{where} names no setting; {_hint(given.name, layer)}")
     try:
-        return msgspec.convert(values, Settings, strict=False)
+        checked = msgspec.convert({given.name: given.value}, Settings, strict=layer == "file")
     except msgspec.ValidationError as error:
-        name = str(error).rpartition("$.")[2].strip("`")
-        raise SettingsError(f"{name} = {values.get(name)!r} from {sources.get(name, 'defaults')}: {error}") from None
+        reason = str(error).partition(" - at ")[0]
+        raise SettingsError(f"{where} = {shown_value(given.name, given.value)!r}: {reason}") from None
+    return getattr(checked, given.name)
 
 
-def _known(name: str, names: tuple[str, ...], where: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise SettingsError(f"{where} names no setting{hint}")
+def _hint(name: str, layer: str) -> str:
+    plain = name.lower().replace("-", "_").removeprefix(ENV_PREFIX.lower())
+    near = difflib.get_close_matches(plain, _NAMES, n=1)
+    if not near:
+        return "`fictl config show` lists them all"
+    return f"did you mean {ENV_PREFIX + near[0].upper() if layer == 'environment' else near[0]}?"

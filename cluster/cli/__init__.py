@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import dlq, keys, members, partitions, proof, store, topology
-from cluster.cli.common import FAILED, exit_code, say
+from cluster.cli import config, dlq, keys, members, partitions, proof, store, topology
+from cluster.cli.common import FAILED, config_option, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
 from cluster.cli.health import health
@@ -32,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+config_app = typer.Typer(help="Settings: where each comes from, and whether they hold.", no_args_is_help=True)
 key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
 partitions_app = typer.Typer(help="Partitions: who owns which, and moving one.", no_args_is_help=True)
 cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
@@ -40,9 +41,16 @@ dlq_app = typer.Typer(help="Dead letters: events that were refused, with the rea
 
 @app.callback()
 def options(
+    context: typer.Context,
+    config_file: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="Settings file. Default: FI_CONFIG, else fi.toml if it is here."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Options of every verb."""
+    before = config_option.set(config_file)
+    context.call_on_close(lambda: config_option.reset(before))
     level = logging.DEBUG if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="fi: %(message)s", force=True)
 
@@ -55,6 +63,8 @@ for watching in (health, metrics):
     app.command()(watching)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
+config_app.command("show")(config.show)
+config_app.command("check")(config.check)
 key_app.command("new")(keys.new)
 key_app.command("public")(keys.public)
 app.command()(partitions.rebuild)
@@ -65,6 +75,7 @@ for verb in (topology.plan, topology.apply, topology.status):
 for dlq_verb in (dlq.ls, dlq.show, dlq.replay, dlq.drop):
     dlq_app.command()(dlq_verb)
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(config_app, name="config")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(key_app, name="key")
 app.add_typer(partitions_app, name="partitions")

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 import typer
 
+from cluster.config import find_file
 from cluster.state import NotRunningError, read_state
 from contracts.errors import (
     ClusterUnavailableError,
@@ -23,7 +25,7 @@ from contracts.errors import (
     SettingsError,
     ShardCorruptError,
 )
-from contracts.settings import ENV_PREFIX, Settings, load_settings
+from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_credentials, resolve_settings
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -59,6 +61,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="A setting, e.g. replicas=1; repeatable. Stronger than FI_NAME."),
 ]
 
+config_option: ContextVar[str | None] = ContextVar("config_option", default=None)
+"""What `--config` names in this command; None without it."""
+
 
 class NotReadyError(DefiniteError):
     """The cluster is there but cannot be used yet."""
@@ -84,7 +89,7 @@ def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
     if nats:
         for url in nats:
             if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
-                raise SettingsError(f"--nats {url}: a server URL looks like nats://127.0.0.1:4222")
+                raise SettingsError(f"--nats {hide_credentials(url)}: a server URL looks like nats://127.0.0.1:4222")
         return tuple(nats)
     urls = read_state(directory).urls
     if not urls:
@@ -92,25 +97,39 @@ def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
     return urls
 
 
-def find_settings(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> Settings:
-    """Settings from `chosen` (``NAME=VALUE``), else the environment, else the run in `directory`, else the defaults.
+def given_file() -> SettingsFile | None:
+    """The settings file of this command. See `cluster.config.find_file`."""
+    return find_file(config_option.get(), os.environ)
+
+
+def given_settings(chosen: list[str] | None = None, *, defaults: Settings | None = None) -> ResolvedSettings:
+    """Settings from `chosen` (``NAME=VALUE``), else the environment, else the settings file, else `defaults`.
 
     Raises:
-        SettingsError: an unknown name or a value out of range.
+        SettingsError: an unknown name, a value out of range, or a settings file that cannot be read.
+    """
+    return resolve_settings(os.environ, _parse_set(chosen), file=given_file(), defaults=defaults)
+
+
+def find_settings(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> Settings:
+    """As `given_settings`, with what the run in `directory` was started with for defaults, unless `nats` is given.
+
+    Raises:
+        SettingsError: as `given_settings`.
         NotRunningError: neither `nats` nor a run in `directory`.
     """
-    values: dict[str, Any] = {} if nats else msgspec.structs.asdict(read_state(directory).settings)
-    given = load_settings(os.environ)
-    for key in os.environ:
-        if key.startswith(ENV_PREFIX):
-            name = key[len(ENV_PREFIX) :].lower()
-            values[name] = getattr(given, name)
+    defaults = None if nats else read_state(directory).settings
+    return given_settings(chosen, defaults=defaults).settings
+
+
+def _parse_set(chosen: list[str] | None) -> dict[str, str]:
+    values = {}
     for text in chosen or []:
         name, equals, value = text.partition("=")
         if not equals:
             raise SettingsError(f"--set {text}: write NAME=VALUE, e.g. --set replicas=1")
         values[name] = value
-    return load_settings({}, values)
+    return values
 
 
 @asynccontextmanager

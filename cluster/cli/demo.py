@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cluster.cli.common import FAILED, JsonOption, console, print_json, run_async
+from cluster.cli.common import FAILED, JsonOption, SetOption, console, given_settings, print_json, run_async
 from cluster.cli.run import SHARDS
-from contracts.settings import MIB, load_settings
+from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
 
 if TYPE_CHECKING:
     from cluster.demo import DemoResult, OnStep
     from cluster.supervisor import Supervisor
-    from contracts.settings import Settings
 
 T = TypeVar("T")
 
@@ -39,6 +37,7 @@ def demo(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where cluster and shards live. Default: a new one below .fi.")
     ] = None,
+    chosen: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carries events through four processes and a 3-node cluster into HDF5 shards, and proves that all arrived once.
@@ -49,7 +48,7 @@ def demo(
     Example: fictl demo --input consultations.ndjson --dir demo
     """
     where = directory or Path(".fi") / time.strftime("demo-%Y%m%d-%H%M%S")
-    settings = load_settings(os.environ, {} if "FI_SHARD_BYTES" in os.environ else {"shard_bytes": DEMO_SHARD_BYTES})
+    settings = given_settings(chosen, defaults=Settings(shard_bytes=DEMO_SHARD_BYTES)).settings
 
     if source is None:
         result = run_async(_run(where, settings, None, events, rate))

@@ -22,6 +22,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    given_settings,
     print_json,
     run_async,
     say,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cluster.publish import PublishReport
+    from contracts.settings import Settings
 
 REFUSED_SHOWN_MAX = 20
 _REFRESH_S: Final = 0.1
@@ -68,7 +70,10 @@ def publish(
             report = run_async(check_lines(_lines(descriptor), site=site))
         else:
             urls = find_servers(directory, nats)
-            work = _publish(descriptor, urls, in_flight, site=site, batch=batch, rate_per_s=rate, deadline_s=deadline)
+            settings = given_settings().settings
+            work = _publish(
+                descriptor, urls, settings, in_flight, site=site, batch=batch, rate_per_s=rate, deadline_s=deadline
+            )
             report = run_async(work)
     except KeyboardInterrupt:
         say("fi: interrupted; publish the same file again to be sure of it: what was accepted is not stored twice")
@@ -108,16 +113,17 @@ def _lines(descriptor: int) -> Any:
     return read_lines(descriptor)
 
 
-async def _publish(descriptor: int, urls: tuple[str, ...], in_flight: int, **options: Any) -> PublishReport:
+async def _publish(
+    descriptor: int, urls: tuple[str, ...], settings: Settings, in_flight: int, **options: Any
+) -> PublishReport:
     from cluster.gateway import Gateway
     from cluster.publish import LinePublisher
     from contracts.errors import TopologyError
-    from contracts.settings import load_settings
     from stages.runtime.facts import read_cluster
     from stages.runtime.observing import observing
 
     async with (
-        observing(load_settings(os.environ), "fi-gateway", "publish", os.environ) as telemetry,
+        observing(settings, "fi-gateway", "publish", os.environ) as telemetry,
         connected(urls) as client,
     ):
         try:

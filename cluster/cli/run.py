@@ -8,9 +8,16 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import DEFAULT_DIRECTORY, DirectoryOption, NatsOption, find_servers, run_async
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    DirectoryOption,
+    NatsOption,
+    SetOption,
+    find_servers,
+    given_settings,
+    run_async,
+)
 from contracts.errors import SettingsError
-from contracts.settings import load_settings
 from contracts.subjects import STAGES, Stage
 
 SHARDS = "shards"
@@ -29,6 +36,7 @@ def run(
     name: Annotated[
         str | None, typer.Option(help="Unique for stage and node; kept over restarts. Default: stage and process id.")
     ] = None,
+    chosen_settings: SetOption = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Runs one process of STAGE until SIGTERM, then drains and exits 0.
@@ -37,14 +45,14 @@ def run(
     started again under its old name gets its old share.
 
     Prints READY on stdout once every lane of its share has found its place; logs go to stderr as JSON lines.
-    Settings come from FI_ environment variables.
+    `fictl config show` shows the settings it would get.
 
     Example: fictl run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --name segment-a
     """
     if stage not in STAGES:
         raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")
     chosen: Stage = stage
-    settings = load_settings(os.environ)
+    settings = given_settings(chosen_settings).settings
     urls = find_servers(directory, nats)
     if shards is None and nats and chosen == "persist":
         raise SettingsError("persist needs a store: give --shards DIR, a directory on this node's own disk")

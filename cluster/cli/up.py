@@ -13,9 +13,17 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import DEFAULT_DIRECTORY, DirectoryOption, run_async, say
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    DirectoryOption,
+    SetOption,
+    config_option,
+    given_settings,
+    run_async,
+    say,
+)
 from contracts.errors import FiError, SettingsError
-from contracts.settings import load_settings
+from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 
 START_LIMIT_S = 180.0
@@ -28,19 +36,20 @@ def up(
         str | None, typer.Option(help="Processes of each stage, e.g. ingest=1,segment=2. Default: one each.")
     ] = None,
     servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes.")] = 3,
+    chosen: SetOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready and leave it running.")] = False,
 ) -> None:
     """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fictl down`.
 
-    A process that dies is started again. A second Ctrl-C kills at once. Settings come from FI_ environment
-    variables, e.g. FI_PARTITIONS=4.
+    A process that dies is started again. A second Ctrl-C kills at once. `fictl config show` shows the
+    settings it would get; only health_port is 0 here unless it is set.
 
     Example: fictl up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
     counts = parse_scale(scale)
-    settings = load_settings({"FI_HEALTH_PORT": "0", **os.environ})
+    settings = given_settings(chosen, defaults=Settings(health_port=0)).settings
     if detach:
-        _detach(directory, scale, servers)
+        _detach(directory, scale, servers, chosen)
         return
 
     from cluster.supervisor import Supervisor
@@ -81,15 +90,18 @@ def parse_scale(text: str | None) -> dict[Stage, int]:
     return counts
 
 
-def _detach(directory: Path, scale: str | None, servers: int) -> None:
+def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] | None) -> None:
     from cluster.state import NotRunningError, read_state
 
     directory.mkdir(parents=True, exist_ok=True)
     log_path = directory / "supervisor.log"
-    command = [sys.executable, "-m", "cluster", "up", "--dir", str(directory), "--servers", str(servers)]
+    config = config_option.get()
+    command = [sys.executable, "-m", "cluster", *(["--config", config] if config is not None else [])]
+    command += ["up", "--dir", str(directory), "--servers", str(servers), *(["--scale", scale] if scale else [])]
+    command += [part for text in chosen or [] for part in ("--set", text)]
     with log_path.open("ab") as log:
         child = subprocess.Popen(
-            [*command, *(["--scale", scale] if scale else [])],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from contracts.errors import ClusterUnavailableError
+from contracts.settings import hide_credentials
 from stages.runtime.client import GuardedClient
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ async def connect(
         # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
         await client.connect(**options, max_reconnect_attempts=attempts)  # type: ignore[arg-type]
     except (NatsError, OSError) as error:
+        shown = ", ".join(map(hide_credentials, urls))
         raise ClusterUnavailableError(
-            f"no NATS server answers at {', '.join(urls)} ({error!r}); is it up? Try `fictl cluster status`"
+            f"no NATS server answers at {shown} ({error!r}); is it up? Try `fictl cluster status`"
         ) from error
     client.options["max_reconnect_attempts"] = -1
     return client

@@ -19,6 +19,8 @@ from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 
+from contracts.settings import hide_credentials
+
 log = logging.getLogger(__name__)
 
 REQUEST_S_MAX: Final = 2.0
@@ -49,7 +51,7 @@ class OtlpExporter:
     ) -> None:
         # It logs every try, each with its own words; what matters of that is said here, once.
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL + 1)
-        self._endpoint = endpoint
+        self._shown = hide_credentials(endpoint)
         self._interval_s = interval_s
         self._collect = collect
         self._spans = spans
@@ -96,6 +98,6 @@ class OtlpExporter:
         if taken == self._failing:
             self._failing = not taken
             if taken:
-                log.info("the collector at %s takes telemetry again", self._endpoint)
+                log.info("the collector at %s takes telemetry again", self._shown)
             else:
-                log.warning("the collector at %s does not take telemetry; the pipeline goes on", self._endpoint)
+                log.warning("the collector at %s does not take telemetry; the pipeline goes on", self._shown)

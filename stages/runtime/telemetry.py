@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from contracts.errors import SettingsError
 from contracts.frames import Frame
 from contracts.receipts import Receipt
-from contracts.settings import Settings
+from contracts.settings import Settings, hide_credentials
 from contracts.subjects import Stage
 from contracts.telemetry import Instrument
 
@@ -237,5 +237,6 @@ def otlp_endpoint(settings: Settings, env: Mapping[str, str]) -> str:
         return ""
     endpoint = settings.otlp_endpoint or env.get(ENDPOINT_VARIABLE, "")
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise SettingsError(f"otlp_endpoint = {endpoint!r}: give the collector's OTLP/HTTP URL, e.g. http://host:4318")
+        shown = hide_credentials(endpoint)
+        raise SettingsError(f"otlp_endpoint = {shown!r}: give the collector's OTLP/HTTP URL, e.g. http://host:4318")
     return endpoint.rstrip("/")

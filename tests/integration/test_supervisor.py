@@ -277,6 +277,7 @@ def test_settings_reach_a_child_through_its_environment() -> None:
     settings = Settings(partitions=3, partition_by="site", hop_storage="file", drain_s=1.5)
     environment = settings_environment(settings)
     assert environment == {
+        "FI_CONFIG": "",
         "FI_PARTITIONS": "3",
         "FI_PARTITION_BY": "site",
         "FI_HOP_STORAGE": "file",

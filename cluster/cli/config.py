@@ -1,0 +1,264 @@
+"""`fictl config show|check`: what a process started here would be told, and whether that holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from cluster.cli.common import (
+    DEFAULT_DIRECTORY,
+    DirectoryOption,
+    JsonOption,
+    NatsOption,
+    NotReadyError,
+    SetOption,
+    connected,
+    console,
+    exit_code,
+    find_servers,
+    find_settings,
+    given_file,
+    given_settings,
+    print_json,
+    run_async,
+)
+from cluster.cli.run import SHARDS
+from cluster.cli.topology import PLAN_WAIT_S
+from cluster.config import DEFAULT_FILE
+from cluster.state import NotRunningError
+from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
+from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from contracts.settings import SettingsFile, Source
+
+DRIFTS_SHOWN_MAX = 3
+_PROBE_BYTES = 4096
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that `fictl config check` looked at.
+
+    Attributes:
+        name: what.
+        result: ``not checked`` when something before it stands in the way, or nothing was given to look at.
+        detail: what was found; for a failure, what to do.
+        exit_code: that stands for the failure; 0 without one.
+    """
+
+    name: str
+    result: str
+    detail: str
+    exit_code: int = 0
+
+
+def show(chosen: SetOption = None, as_json: JsonOption = False) -> None:
+    """Shows every setting, and where its value came from: default, file, environment or command line.
+
+    The file is the one of `fictl --config FILE`, else of FI_CONFIG, else fi.toml in the working directory; an empty
+    name stands for no file. Passwords in URLs are hidden.
+
+    Example: fictl --config /etc/fi.toml config show --json
+    """
+    resolved = given_settings(chosen)
+    file = given_file()
+    rows = {
+        name: (shown_value(name, value), resolved.sources[name])
+        for name, value in msgspec.structs.asdict(resolved.settings).items()
+    }
+    if as_json:
+        settings = {
+            name: {"value": value, "layer": source.layer, "source": source.name}
+            for name, (value, source) in rows.items()
+        }
+        print_json({"file": None if file is None else str(Path(file.name).absolute()), "settings": settings})
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    console().print(f"settings file: {_file_words(file)}", markup=False, soft_wrap=True)
+    table = Table("setting", "value", "from")
+    for name, (value, source) in rows.items():
+        table.add_row(name, escape(msgspec.json.encode(value).decode()), escape(_source_words(source)))
+    console().print(table)
+
+
+def check(
+    connect: Annotated[
+        bool, typer.Option("--connect", help="Try the servers, streams, store and signing key too.")
+    ] = False,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    nats: NatsOption = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Store directory that persist would write. Default: DIR/shards.")
+    ] = None,
+    chosen: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Checks the settings, one line each: ok, or what to do. Starts nothing and changes nothing.
+
+    With --connect also: the servers answer; the streams are there and agree with the settings, for which those of a run
+    in DIR stand in place of the defaults, as for `fictl cluster plan`; this user can write the store's directory and it
+    has disk_floor_bytes free; the signing key can be read. The exit code is that of the first failure: 2 a wrong
+    setting, 3 no servers or streams, 1 anything else.
+
+    Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi
+    """
+    checks = _settings_checks(chosen)
+    if connect and any(done.exit_code for done in checks):
+        names = ("servers", "streams", "store", "signing key")
+        checks += [Check(name=name, result="not checked", detail="mend the settings first") for name in names]
+    elif connect:
+        checks += _cluster_checks(directory, nats, chosen)
+        settings = _settings(directory, nats, chosen)
+        checks += [_store_check(directory, nats, shards, settings), _try("signing key", lambda: _look_at_key(settings))]
+    code = next((done.exit_code for done in checks if done.exit_code), 0)
+    if as_json:
+        print_json({"ok": code == 0, "checks": checks})
+    else:
+        for done in checks:
+            typer.echo(f"{done.result:<12} {done.name}: {done.detail}")
+    if code:
+        raise typer.Exit(code)
+
+
+def _file_words(file: SettingsFile | None) -> str:
+    if file is None:
+        return f"none; it would be named by --config or {CONFIG_VARIABLE}, or be {DEFAULT_FILE} in {Path.cwd()}"
+    return str(Path(file.name).absolute())
+
+
+def _source_words(source: Source) -> str:
+    return f"{source.layer} ({source.name})" if source.name else source.layer
+
+
+def _try(name: str, look: Callable[[], str]) -> Check:
+    """The check `name`: `look` gives what it found, or raises what is wrong."""
+    try:
+        return Check(name=name, result="ok", detail=look())
+    except FiError as error:
+        return _failed(name, error)
+
+
+async def _try_async(name: str, look: Awaitable[str]) -> Check:
+    """As `_try`."""
+    try:
+        return Check(name=name, result="ok", detail=await look)
+    except FiError as error:
+        return _failed(name, error)
+
+
+def _failed(name: str, error: FiError) -> Check:
+    return Check(name=name, result="failed", detail=str(error), exit_code=exit_code(error))
+
+
+def _settings_checks(chosen: list[str] | None) -> list[Check]:
+    def together() -> str:
+        from stages.runtime.telemetry import otlp_endpoint
+
+        resolved = given_settings(chosen)
+        otlp_endpoint(resolved.settings, os.environ)
+        layers = Counter(source.layer for source in resolved.sources.values())
+        return ", ".join(f"{count} from {layer}" for layer, count in layers.items())
+
+    file = _try("settings file", lambda: _file_words(given_file()))
+    if file.exit_code:
+        return [file, Check(name="settings", result="not checked", detail="mend the settings file first")]
+    return [file, _try("settings", together)]
+
+
+def _settings(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> Settings:
+    """As `find_settings`, also where nothing runs."""
+    try:
+        return find_settings(directory, nats, chosen)
+    except NotRunningError:
+        return given_settings(chosen).settings
+
+
+def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> list[Check]:
+    async def look() -> list[Check]:
+        urls, settings = find_servers(directory, nats), find_settings(directory, nats, chosen)
+        async with connected(urls) as client:
+            servers = await _try_async("servers", _look_at_servers(client, urls))
+            return [servers, await _try_async("streams", _look_at_streams(client, settings))]
+
+    try:
+        return run_async(look())
+    except FiError as error:
+        return [_failed("servers", error), Check(name="streams", result="not checked", detail="no server to ask")]
+
+
+async def _look_at_servers(client: Client, urls: tuple[str, ...]) -> str:
+    from cluster.status import status
+
+    servers = (await status(client, urls)).servers
+    silent = [hide_credentials(server.url) for server in servers if not server.reachable]
+    if silent:
+        raise ClusterUnavailableError(f"{', '.join(silent)} does not answer; start it, or correct the address")
+    return f"{', '.join(hide_credentials(server.url) for server in servers)} answer"
+
+
+async def _look_at_streams(client: Client, settings: Settings) -> str:
+    from cluster.apply import plan
+
+    todo = await plan(client, settings, wait_s=PLAN_WAIT_S)
+    if todo.refused:
+        raise TopologyError("; ".join(todo.refused))
+    missing = [change.stream for change in todo.changes if change.action == "create"]
+    if missing:
+        raise NotReadyError(f"{', '.join(missing)} is missing; run `fictl cluster apply` with these settings")
+    drifts = [drift for change in todo.changes for drift in change.drifts]
+    if drifts:
+        shown = [f"{d.stream} {d.field} is {d.found}, the settings say {d.wanted}" for d in drifts[:DRIFTS_SHOWN_MAX]]
+        more = f" and {len(drifts) - len(shown)} more" if len(drifts) > len(shown) else ""
+        raise TopologyError(
+            f"{'; '.join(shown)}{more}; correct the settings, or change the streams with `fictl cluster apply`"
+        )
+    return "as the settings say"
+
+
+def _store_check(directory: Path, nats: list[str] | None, shards: Path | None, settings: Settings) -> Check:
+    if shards is None and nats:
+        return Check(name="store", result="not checked", detail="give --shards DIR where persist runs")
+    store = shards or directory / SHARDS
+    return _try("store", lambda: _look_at_disk(store, settings.disk_floor_bytes))
+
+
+def _look_at_disk(store: Path, floor_bytes: int) -> str:
+    """Writes and syncs a nameless file where the store is, or would be made."""
+    place = store.absolute()
+    try:
+        place = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        free_bytes = shutil.disk_usage(place).free
+    except OSError as error:
+        raise DefiniteError(
+            f"{place} cannot be written by this user ({error.strerror}); give it access, or choose another directory"
+        ) from error
+    if free_bytes < floor_bytes:
+        raise DefiniteError(
+            f"{free_bytes} bytes are free at {place}, disk_floor_bytes is {floor_bytes}: make room, or lower it"
+        )
+    return f"{place} can be written; {free_bytes} bytes are free, disk_floor_bytes is {floor_bytes}"
+
+
+def _look_at_key(settings: Settings) -> str:
+    if not settings.signing_key_file:
+        return "signing_key_file is empty: receipts and seals are not signed"
+    from stages.persist.keys import load_key
+
+    load_key(Path(settings.signing_key_file))
+    return f"{settings.signing_key_file} can be read"

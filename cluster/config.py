@@ -1,0 +1,51 @@
+"""The settings file: where it is, and what it says. What its keys mean is `contracts.settings`' to say."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from contracts.errors import SettingsError
+from contracts.settings import CONFIG_VARIABLE, SettingsFile
+
+DEFAULT_FILE: Final = "fi.toml"
+
+
+def find_file(chosen: str | None, env: Mapping[str, str]) -> SettingsFile | None:
+    """The file `chosen`, else the one that ``FI_CONFIG`` names, else ``fi.toml`` in the working directory, if any.
+
+    Args:
+        chosen: what the command line names; None when it names none. Empty, here or in ``FI_CONFIG``: no file.
+        env: the environment.
+
+    Raises:
+        SettingsError: as `read_file`; a file that was named must be there.
+    """
+    named = chosen if chosen is not None else env.get(CONFIG_VARIABLE)
+    if named is not None:
+        return read_file(Path(named)) if named else None
+    default = Path(DEFAULT_FILE)
+    return read_file(default) if default.exists() else None
+
+
+def read_file(path: Path) -> SettingsFile:
+    """What the TOML file `path` says.
+
+    Raises:
+        SettingsError: it cannot be read, or is not TOML. Names the file, and the line of a mistake.
+    """
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(
+            f"settings file {path} cannot be read: {error.strerror}; see --config and {CONFIG_VARIABLE}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"settings file {path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(
+            f"settings file {path} is not TOML: {error}; write each setting as NAME = VALUE, text in quotes"
+        ) from None
+    return SettingsFile(str(path), values)
