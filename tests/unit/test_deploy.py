@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +210,22 @@ def test_the_examples_agree_on_ports_settings_and_the_time_to_stop() -> None:
     run = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
     options = {option for parameter in run.params for option in parameter.opts}
     assert set(re.findall(r"--[a-z-]+", command + environment("fi.env")["SERVERS"])) <= options
+
+
+def test_the_cases_for_promtool_speak_of_alerts_that_exist() -> None:
+    text = (DEPLOY / "prometheus" / "alerts.test.yml").read_text()
+    names = set(re.findall(r'alertname(?:="|: )(Fi\w+)', text))
+    assert len(names) > 5
+    assert names <= {alert.name for alert in ALERTS}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts.test.yml")],
+)
+def test_promtool_takes_the_rules_and_their_cases_hold(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
