@@ -54,7 +54,7 @@ def capacity(
         )
     if source is not None:
         rate, machine_cpus = read_benchmark(source, batch)
-        cpus = cpus or machine_cpus
+        cpus = machine_cpus if cpus is None else cpus
     assert rate is not None
     found = work_out(
         Measured(

@@ -132,6 +132,7 @@ def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
         (("--from", __file__), "not what `make bench` writes"),
         (("--rate", "5", "--stream", "FI_EVENTS"), "--stream FI_EVENTS: write NAME=BYTES"),
         (("--rate", "0"), "events_per_s = 0"),
+        (("--from", str(RESULTS), "--cpus", "0"), "cpus = 0"),
     ],
 )
 def test_the_verb_refuses_what_it_cannot_use(arguments: tuple[str, ...], named: str, capsys: Captured) -> None:
