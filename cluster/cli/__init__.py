@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli import config, dlq, keys, members, partitions, proof, store, topology
+from cluster.cli.capacity import capacity
 from cluster.cli.common import FAILED, config_option, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
@@ -59,7 +60,7 @@ for verb in (demo, up, down, run, publish, store.events, export, store.verify, s
     app.command()(verb)
 for running in (members.members, members.scale, members.pause, members.resume, members.drain):
     app.command()(running)
-for watching in (health, metrics):
+for watching in (health, metrics, capacity):
     app.command()(watching)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)

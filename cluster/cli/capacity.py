@@ -1,0 +1,122 @@
+"""`fictl capacity`: sessions a day from measured rates, and what runs out first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from cluster.cli.common import JsonOption, console, print_json
+from contracts.errors import SettingsError
+
+_SENT = "events_per_s_batch_"
+
+
+def capacity(
+    rate: Annotated[float | None, typer.Option("--rate", help="Sustained events/s, measured.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="What `make bench` wrote, instead of --rate.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="With --from: the rate at so many events a message.")] = 1,
+    workers: Annotated[float, typer.Option(help="Pipelines like the measured one, side by side.")] = 1.0,
+    servers_cpus: Annotated[float | None, typer.Option(help="CPUs the servers kept busy at that rate.")] = None,
+    stages_cpus: Annotated[float | None, typer.Option(help="CPUs the stages kept busy at that rate.")] = None,
+    cpus: Annotated[float | None, typer.Option(help="CPUs there are. With --from: the measured machine's.")] = None,
+    disk_write: Annotated[float | None, typer.Option(help="Bytes/s written to the disk at that rate.")] = None,
+    disk_write_max: Annotated[float | None, typer.Option(help="Bytes/s the disk takes.")] = None,
+    free: Annotated[float | None, typer.Option(help="Free bytes for shards.")] = None,
+    stored_bytes: Annotated[float | None, typer.Option(help="Bytes of an event in a sealed shard.")] = None,
+    keep_days: Annotated[float, typer.Option(help="How long shards stay on that disk.")] = 1.0,
+    event_bytes: Annotated[float | None, typer.Option(help="Bytes of an event in its stream.")] = None,
+    stream: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=BYTES", help="Limit of a stream; repeatable.", show_default=False)
+    ] = None,
+    hold_s: Annotated[float, typer.Option(help="Seconds a stream must hold while nothing is taken from it.")] = 3600.0,
+    session_events: Annotated[float, typer.Option(help="Events a session.")] = 20.0,
+    peak: Annotated[float, typer.Option(help="Rate of the busiest time over the day's mean.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Says how many sessions a day a measured pipeline carries, and which resource runs out first.
+
+    workers × rate × 86,400 / events a session. CPU, disk and streams bound the rate too when their numbers are given;
+    those that are not are named.
+
+    Example: fictl capacity --from benchmarks/results/latest.json --free 500e9 --stored-bytes 279 --keep-days 30
+    """
+    from cluster.capacity import Measured
+    from cluster.capacity import capacity as work_out
+
+    if (rate is None) == (source is None):
+        raise SettingsError(
+            "give either --rate EVENTS_PER_S or --from FILE, e.g. --from benchmarks/results/latest.json"
+        )
+    if source is not None:
+        rate, machine_cpus = read_benchmark(source, batch)
+        cpus = machine_cpus if cpus is None else cpus
+    assert rate is not None
+    found = work_out(
+        Measured(
+            events_per_s=rate,
+            workers=workers,
+            servers_cpus=servers_cpus,
+            stages_cpus=stages_cpus,
+            cpus=cpus,
+            disk_write_bytes_per_s=disk_write,
+            disk_write_bytes_per_s_max=disk_write_max,
+            stored_bytes_per_event=stored_bytes,
+            free_bytes=free,
+            keep_days=keep_days,
+            stream_bytes_per_event=event_bytes,
+            stream_bytes_max=parse_limits(stream or []),
+            hold_s=hold_s,
+        ),
+        session_events,
+        peak,
+    )
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table("resource", "events/s", "sessions a day", "because")
+    for bound in found.bounds:
+        table.add_row(bound.resource, f"{bound.events_per_s:,.0f}", f"{bound.sessions_per_day:,}", bound.why)
+    out = console()
+    out.print(table)
+    out.print(f"{found.sessions_per_day:,} sessions a day. Runs out first: {found.limited_by}.", markup=False)
+    out.print(f"Assumed: {found.assumption}.", markup=False)
+    if found.unknown:
+        out.print(f"Not measured, so not counted: {', '.join(found.unknown)}.", markup=False)
+
+
+def read_benchmark(path: Path, batch: int) -> tuple[float, float]:
+    """(sustained events/s at `batch` events a message, CPUs of the machine) of what `make bench` wrote.
+
+    Raises:
+        SettingsError: it is no such file, or that rate was not measured.
+        OSError: it cannot be read.
+    """
+    try:
+        result: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        headline, cpus = result["headline"], float(result["environment"]["cpus"])
+        rates = {int(name[len(_SENT) :]): float(headline[name]) for name in headline if name.startswith(_SENT)}
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f"{path}: not what `make bench` writes ({type(error).__name__}: {error})") from None
+    if batch not in rates:
+        known = ", ".join(map(str, sorted(rates))) or "none"
+        raise SettingsError(f"--batch {batch}: {path} has rates for these numbers of events a message: {known}")
+    return rates[batch], cpus
+
+
+def parse_limits(texts: list[str]) -> dict[str, float]:
+    """``["FI_EVENTS=4e9"]`` → ``{"FI_EVENTS": 4e9}``. Raises `SettingsError` for what is not of that form."""
+    limits = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            raise SettingsError(f"--stream {text}: write NAME=BYTES, e.g. --stream FI_EVENTS=4e9") from None
+    return limits
