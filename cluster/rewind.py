@@ -125,7 +125,8 @@ class Rewinder:
                 place, damage = await asyncio.to_thread(
                     last_good_place, self._store, partition, records.receipts, records.seals
                 )
-            end = self._end(last, place, last.ends.get(self._store.store_id, _NOTHING).first)
+            first = last.ends.get(self._store.store_id, _NOTHING).first
+            end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
                 aside = await asyncio.to_thread(given_up, self._store, partition, end)
             if damage is None and not aside:
@@ -163,7 +164,7 @@ class Rewinder:
         if last.store == self._store.store_id:
             raise NotOursError(f"partition {partition} belongs to store {last.store} ({self._store.directory}) already")
         place = place_after_seals(last, records.seals)
-        end = self._end(last, place, place.shard)
+        end = StoreEnd(shard=place.shard, commits=place.commits, first=place.shard)
         with disk_of(self._store):
             aside = await asyncio.to_thread(given_up, self._store, partition, end)
         await self._check_retained(partition, place, records, None)
@@ -181,9 +182,6 @@ class Rewinder:
             raise ShardError(
                 f"{self._store.directory}: is of cluster {self._store.cluster_id}, the servers are of {last.cluster}"
             )
-
-    def _end(self, last: Receipt, place: Place, first: int) -> StoreEnd:
-        return StoreEnd(shard=place.shard, commits=place.commits, first=first)
 
     def _told(self, last: Receipt, place: Place, why: str, aside: tuple[str, ...]) -> Rewind:
         return Rewind(

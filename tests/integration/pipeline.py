@@ -336,3 +336,12 @@ async def extra_stage(
 def stage_names(pipeline: Pipeline) -> Iterator[str]:
     """Names of the supervised stage processes, in flow order."""
     return (process.name for process in pipeline.supervisor.processes if process.kind != "server")
+
+
+def flip(path: Path, offset: int) -> None:
+    """Changes one bit of a file, as a bad disk does."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))

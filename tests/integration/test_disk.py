@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from pipeline import Load, Pipeline, running, settings, under_load, until, workload
+from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
 
 from contracts.settings import MIB
 from contracts.telemetry import EVENT_PERSIST_FAILED
@@ -143,11 +143,3 @@ async def test_a_damaged_shard_stops_its_partition_alone_until_it_is_put_right(t
         path.write_bytes(whole)
         await pipeline.assert_whole(more)
         await pipeline.assert_whole(load)
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))

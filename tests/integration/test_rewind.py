@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from pipeline import Load, Pipeline, extra_stage, running, settings, until, workload
+from pipeline import Load, Pipeline, extra_stage, flip, running, settings, until, workload
 
 from cluster.audit import audit_store
 from cluster.testing.checker import check
@@ -51,14 +51,6 @@ async def sealed(pipeline: Pipeline) -> None:
     """Stops and starts persist, which seals what is committed."""
     await pipeline.supervisor.stop_stage("persist")
     await pipeline.supervisor.start_stage("persist")
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
 
 
 async def assert_agrees(pipeline: Pipeline, shards: Path) -> int:
