@@ -1,16 +1,16 @@
 """Which event ids a partition has stored, for ever, in little memory.
 
 Ids of live shards are a set each. Of a sealed shard only its filter (`idfilter`, 1.5 bytes an event) is resident; its
-"perhaps" is settled by binary search in the file's sorted ids, mapped and not read. Answers are exact. Only the shards
-asked last stay mapped: each mapping holds a file descriptor, and a store grows to thousands of shards.
+"perhaps" is settled by binary search in the file's sorted ids, mapped and not read. Answers are exact. Only so
+many shards stay mapped: each mapping holds a file descriptor, and a store grows to thousands of shards.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from mmap import mmap
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,8 @@ from stages.persist.idfilter import ID_BYTES, Words, hash_ids, masks_of, word_in
 
 Text = np.ndarray[Any, Any]
 
-_MAPPED_MAX = 16
-"""Sealed shards of a partition that stay mapped."""
+MAPPED_MAX = max(16, getrlimit(RLIMIT_NOFILE)[0] // 32)
+"""Sealed shards of a partition that stay mapped; others are mapped for the moment (70 µs), which never thrashes."""
 _GROUP_SHARDS_MAX = 64
 """Filters are joined in groups, so that one numpy operation asks many; adding a shard copies only the last group."""
 
@@ -135,22 +135,21 @@ class _SortedIds(NamedTuple):
 
 
 class _Mapped:
-    """The sorted ids of the shards that were asked last."""
+    """The sorted ids of shards that were asked before."""
 
     def __init__(self) -> None:
-        self._ids: OrderedDict[_SortedIds, Text] = OrderedDict()
+        self._ids: dict[_SortedIds, Text] = {}
 
     def ids_of(self, place: _SortedIds) -> Text:
         """The shard's ids, mapped. Raises `ShardCorruptError` where the file is no longer what it was."""
-        ids = self._ids.pop(place, None)
+        ids = self._ids.get(place)
         if ids is None:
             try:
                 ids = np.memmap(place.path, f"S{ID_BYTES}", "r", place.offset, (place.events,))
             except (FileNotFoundError, ValueError) as error:
                 raise ShardCorruptError(f"{place.path}: was removed or cut short while in use: {error}") from error
-            if len(self._ids) >= _MAPPED_MAX:
-                self._ids.popitem(last=False)
-        self._ids[place] = ids
+            if len(self._ids) < MAPPED_MAX:
+                self._ids[place] = ids
         return ids
 
 

@@ -144,7 +144,8 @@ def test_a_cut_short_sealed_shard_is_refused(tmp_path: Path) -> None:
         SeenIds().add_sealed(path)
 
 
-def test_descriptors_do_not_grow_with_the_sealed_shards(tmp_path: Path) -> None:
+def test_descriptors_do_not_grow_with_the_sealed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.persist.ids.MAPPED_MAX", 16)
     maker = PartitionMaker(new_store(tmp_path), 0)
     seen = SeenIds()
     ids: list[bytes] = []
