@@ -15,8 +15,9 @@ from pipeline import Load, Pipeline, extra_stage, flip, running, settings, until
 from cluster.audit import audit_store
 from cluster.testing.checker import check
 from contracts.events import Event
+from contracts.subjects import EVENTS, raw_filter
 from stages.persist.header import read_live_header
-from stages.persist.names import FIRST_SHARD, list_shards, live_name
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name
 from stages.persist.rewind import ASIDE
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore, ShardInfo
@@ -94,6 +95,8 @@ async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused
             loads.append(await published(pipeline, seed))
             await sealed(pipeline)
         loads.append(await published(pipeline, seed=36))
+        for partition, files in list_shards(pipeline.shards).items():
+            await trimmed(pipeline, partition, [file for file in files if file.sealed][-1])
         await pipeline.supervisor.hold_down("persist-0")
         shards = list_shards(pipeline.shards)
         newest, oldest = ([file for file in shards[lane] if file.sealed][at].path for lane, at in ((0, -1), (1, 0)))
@@ -111,6 +114,16 @@ async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused
         assert await assert_agrees(pipeline, pipeline.shards) == 1
         await sealed(pipeline)
         assert await assert_agrees(pipeline, pipeline.shards) == 1
+
+
+async def trimmed(pipeline: Pipeline, partition: int, newest: ShardFile) -> None:
+    """Waits until `FI_EVENTS` holds nothing from before the newest sealed shard but the message that it follows."""
+
+    async def gone() -> bool:
+        first = await pipeline.api.first_message(EVENTS, raw_filter(partition))
+        return first is not None and first.seq + 1 >= (newest.first_origin or 0)
+
+    await until(gone, f"partition {partition} is trimmed")
 
 
 async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path) -> None:
