@@ -18,8 +18,7 @@ import msgspec
 from benchmarks.report import costs_ms
 from benchmarks.samples import Sample, Samples
 from contracts.frames import PackedFrame, encode_frame
-from contracts.hashing import EMPTY_ROOT
-from contracts.receipts import Receipt, SealRecord, decode_receipt, encode_receipt
+from contracts.receipts import Receipt, SealRecord, decode_receipt, encode_receipt, first_receipt
 from contracts.settings import Settings
 from contracts.subjects import output_subject
 from stages.persist.core import Group, plan_group
@@ -203,19 +202,4 @@ def read_receipt(store: Store) -> Receipt:
     """The last receipt of a lane that was closed; for a new store, one that says that nothing is stored."""
     with contextlib.suppress(FileNotFoundError):
         return decode_receipt((store.directory / RECEIPT_FILE).read_bytes())
-    return Receipt(
-        partition=PARTITION,
-        cluster=store.cluster_id,
-        writer="benchmark",
-        node="",
-        store=store.store_id,
-        ends={},
-        origin=0,
-        trail=(),
-        persisted=0,
-        duplicates=0,
-        dead_lettered=0,
-        root=EMPTY_ROOT.hex(),
-        closed=b"",
-        committed_ns=0,
-    )
+    return first_receipt(PARTITION, store.cluster_id, store.store_id, "benchmark")

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from contracts.errors import WireFormatError
+from contracts.hashing import EMPTY_ROOT
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -128,6 +129,26 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     cluster: str | UnsetType = UNSET
     resume: ResumePoint | UnsetType = UNSET
     signature: Signature | UnsetType = UNSET
+
+
+def first_receipt(partition: int, cluster: str, store: str, writer: str) -> Receipt:
+    """What a partition begins with: nothing is stored, and `store` is the first to own it. Arguments as `Receipt`."""
+    return Receipt(
+        partition=partition,
+        cluster=cluster,
+        writer=writer,
+        node="",
+        store=store,
+        ends={},
+        origin=0,
+        trail=(),
+        persisted=0,
+        duplicates=0,
+        dead_lettered=0,
+        root=EMPTY_ROOT.hex(),
+        closed=b"",
+        committed_ns=0,
+    )
 
 
 _encoder = msgspec.json.Encoder()

@@ -18,8 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
-from contracts.hashing import EMPTY_ROOT
-from contracts.receipts import Receipt, SealRecord, encode_receipt
+from contracts.receipts import Receipt, SealRecord, encode_receipt, first_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import EVENT_PERSIST_FAILED, EVENT_PERSISTED
@@ -184,22 +183,7 @@ class PersistLane(LaneBase):
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
-        base = last or Receipt(
-            partition=self._partition,
-            cluster=store.cluster_id,
-            writer=nonce,
-            node="",
-            store=store.store_id,
-            ends={},
-            origin=0,
-            trail=(),
-            persisted=0,
-            duplicates=0,
-            dead_lettered=0,
-            root=EMPTY_ROOT.hex(),
-            closed=b"",
-            committed_ns=0,
-        )
+        base = last or first_receipt(self._partition, store.cluster_id, store.store_id, nonce)
         claim = msgspec.structs.replace(
             base, writer=nonce, node=socket.gethostname(), committed_ns=self._clock_ns(), takeover=True
         )

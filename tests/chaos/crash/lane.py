@@ -11,8 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from contracts.hashing import EMPTY_ROOT
-from contracts.receipts import Receipt, SealRecord
+from contracts.receipts import Receipt, SealRecord, first_receipt
 from contracts.settings import Settings
 from stages.persist.core import Group
 from stages.persist.partition import PartitionFiles, SealJob
@@ -64,7 +63,7 @@ class Lane:
     def open(self) -> None:
         """Takes the partition over with an empty receipt, and only then recovers its files to it."""
         self._on_step("takeover")
-        base = self._witness.receipt or _first_receipt(self._store)
+        base = self._witness.receipt or first_receipt(PARTITION, self._store.cluster_id, self._store.store_id, "w")
         self.receipt = msgspec.structs.replace(base, takeover=True)
         self._witness.accept(self.receipt)
         self._on_step("recover")
@@ -161,25 +160,6 @@ class Lane:
         return Group(
             prev, origin, list(fresh.values()), list(fresh), len(ids) - len(fresh), refused, (origin,) * 3, b""
         )
-
-
-def _first_receipt(store: Store) -> Receipt:
-    return Receipt(
-        partition=PARTITION,
-        cluster=store.cluster_id,
-        writer="w",
-        node="",
-        store=store.store_id,
-        ends={},
-        origin=0,
-        trail=(),
-        persisted=0,
-        duplicates=0,
-        dead_lettered=0,
-        root=EMPTY_ROOT.hex(),
-        closed=b"",
-        committed_ns=0,
-    )
 
 
 def _seal_record(store: Store, shard: int, info: SealedInfo) -> SealRecord:
