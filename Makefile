@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
 
-.PHONY: help setup demo up down check test test-slow crash bench bench-storage clean
+.PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-storage bench-restart bench-backlog clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,20 +33,39 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, about ten minutes
+test: check ## everything that must hold, about fifteen minutes
 	$(BIN)/pytest
 
-test-slow: setup ## what `make test` leaves out, about three minutes
+test-slow: setup ## what `make test` leaves out, about half an hour
 	$(BIN)/pytest -m slow
+
+image: setup ## the container image fi-pipeline:latest, from the wheel and nats-server; needs a Docker engine, no registry
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m cluster.deploy.image --wheel build/wheel/*.whl
+simulate: setup ## clusters in virtual time, killed, frozen and lied to (SEEDS=1000 START=1 JOBS=1), about a minute
+	$(BIN)/python -m cluster.testing.sim --seeds $(or $(SEEDS),1000) --start $(or $(START),1) --jobs $(or $(JOBS),1)
+
+fuzz: setup ## hostile bytes, guided by coverage (MINUTES=5 TARGET=ingest SEED=1; KEEP=1 adds what shows something new)
+	$(BIN)/python -m tests.hostile.fuzz search --minutes $(or $(MINUTES),5) --target $(or $(TARGET),all) --seed $(or $(SEED),1) $(if $(KEEP),--keep)
 
 crash: setup ## kill -9 and power cuts against persist's files (N=1000 SEED=1), about ten minutes
 	$(BIN)/python -m tests.chaos.crash --runs $(or $(N),1000) --seed $(or $(SEED),1)
+
+chaos: setup ## faults on a running pipeline, by a schedule that SEED decides (MINUTES=10 SEED=1)
+	$(BIN)/python -m cluster.testing.chaos --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
 bench: setup ## latency and throughput, about five minutes
 	$(BIN)/python -m benchmarks
 
 bench-storage: setup ## the store's files beside classic HDF5 designs (EVENTS=1000000), about ten minutes
 	$(BIN)/python -m benchmarks.storage $(if $(EVENTS),--events $(EVENTS))
+
+bench-restart: setup ## a rolling restart of all stages under load, about six minutes
+	$(BIN)/python -m benchmarks.restart
+
+bench-backlog: setup ## events that waited for stopped stages, and how fast they drain, about five minutes
+	$(BIN)/python -m benchmarks.backlog
 
 clean: ## remove .venv, caches and the default data directory
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info $(DIR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +17,8 @@ from rich.table import Table
 
 from benchmarks.latency import RATES_PER_S, measure_latency
 from benchmarks.load import running_pipeline
-from benchmarks.report import RESULTS, machine, spread
+from benchmarks.report import RESULTS, environment_of, spread
 from benchmarks.throughput import MESSAGES, measure_throughput
-from cluster.nodes import find_nats_server
 from contracts.settings import load_settings
 
 LATENCY_TARGET_MS_P95 = {500: 50.0}
@@ -44,7 +42,7 @@ def main(
 
 async def _measure(scratch: Path, seconds: int, repetitions: int) -> dict[str, Any]:
     settings = load_settings({"FI_PARTITIONS": str(PARTITIONS), **os.environ})
-    environment = await asyncio.to_thread(_environment, scratch)
+    environment = await asyncio.to_thread(environment_of, scratch)
     environment |= {"partitions": settings.partitions, "hop_storage": settings.hop_storage}
     async with running_pipeline(scratch / "run", settings) as pipeline:
         latency = await measure_latency(pipeline, seconds, repetitions)
@@ -78,11 +76,6 @@ def _median(rows: list[dict[str, Any]], rate: int, kind: str, percentile: str) -
 def _rate(rows: list[dict[str, Any]], batch: int, kind: str) -> int:
     values: list[float] = [row[kind] for row in rows if row["batch"] == batch]
     return round(statistics.median(values))
-
-
-def _environment(scratch: Path) -> dict[str, Any]:
-    version = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
-    return {**machine(scratch), "nats_server": version.strip()}
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -10,14 +10,13 @@ import asyncio
 import gc
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from nats.aio.client import Client
 
 from cluster.gateway import Accepted, Gateway, batch_id
 from cluster.supervisor import Supervisor
@@ -26,6 +25,7 @@ from cluster.workload import consultations
 from contracts.settings import Settings
 from contracts.subjects import partition_of
 from stages.runtime.api import Api
+from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.facts import ClusterFacts, read_cluster
 
@@ -73,7 +73,7 @@ class Pipeline(NamedTuple):
 
     supervisor: Supervisor
     gateways: list[Gateway]
-    observer: Client
+    observer: GuardedClient
     facts: ClusterFacts
 
     def gateway(self, message: Message) -> Gateway:
@@ -108,8 +108,17 @@ async def running_pipeline(directory: Path, settings: Settings) -> AsyncIterator
         yield Pipeline(supervisor, gateways, clients[0], await read_cluster(clients[0]))
 
 
-async def open_loop(pipeline: Pipeline, tracker: Tracker, messages: Sequence[Message], rate_per_s: float) -> array[int]:
-    """Offers messages at fixed times; returns accepted latencies from their due times, in ns."""
+async def open_loop(
+    pipeline: Pipeline,
+    tracker: Tracker,
+    messages: Sequence[Message],
+    rate_per_s: float,
+    enough: Callable[[int], bool] = lambda number: False,
+) -> array[int]:
+    """Offers messages at fixed times, all or until `enough` of how many; returns accepted latencies, in ns.
+
+    These count from due times. There are as many as messages were offered.
+    """
     latencies = array("q")
     # The generator shares the cores with what it measures; its own collections would show as latency.
     gc.collect()
@@ -125,6 +134,8 @@ async def open_loop(pipeline: Pipeline, tracker: Tracker, messages: Sequence[Mes
 
     async with asyncio.TaskGroup() as tasks:
         for number, message in enumerate(messages):
+            if enough(number):
+                break
             due_ns = start_ns + int(number * 1e9 / rate_per_s)
             wait_s = (due_ns - time.time_ns()) / 1e9
             if wait_s > 0:
@@ -136,6 +147,12 @@ async def open_loop(pipeline: Pipeline, tracker: Tracker, messages: Sequence[Mes
 
 async def closed_loop(pipeline: Pipeline, tracker: Tracker, messages: Sequence[Message]) -> None:
     """Publishes everything as fast as it is accepted, and waits for the last receipt."""
+    await fill(pipeline, tracker, messages)
+    await settle(tracker)
+
+
+async def fill(pipeline: Pipeline, tracker: Tracker, messages: Sequence[Message]) -> None:
+    """Publishes everything as fast as it is accepted, whatever becomes of it."""
     lanes: dict[str, list[Message]] = {}
     for message in messages:
         lanes.setdefault(message.consultation, []).append(message)
@@ -152,7 +169,6 @@ async def closed_loop(pipeline: Pipeline, tracker: Tracker, messages: Sequence[M
     async with asyncio.TaskGroup() as tasks:
         for _ in range(IN_FLIGHT):
             tasks.create_task(worker())
-    await settle(tracker)
 
 
 async def settle(tracker: Tracker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.nodes import find_nats_server
 from cluster.track import percentiles_ms
 from stages.persist.files import sync_data, write_all_at
 
@@ -43,6 +45,12 @@ def machine(scratch: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "fdatasync_4k_ms": {"p50": percentile(times_ms, 50), "p95": percentile(times_ms, 95)},
     }
+
+
+def environment_of(scratch: Path) -> dict[str, Any]:
+    """`machine`, and the servers' version."""
+    version = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
+    return {**machine(scratch), "nats_server": version.strip()}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -18,11 +18,12 @@ import msgspec
 
 from cluster.workload import consultations
 from contracts.events import Event, encode_event, format_rfc3339, parse_rfc3339
-from contracts.policy import DEFAULT_POLICY
+from contracts.rules import DEFAULT_POLICY
 from stages.hash.core import payload_hash
 from stages.ingest.core import parse_message
-from stages.segment.core import CLASSIFICATION
+from stages.segment.core import classify
 
+CLASSIFICATION = classify(DEFAULT_POLICY.rules)
 DATA_SET = Path(__file__).resolve().parents[2] / "shared" / "data" / "primock57.ndjson"
 MADE_UP_EVENTS = 7450
 

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Literal, TypeVar
 
 import msgspec
-from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
@@ -23,18 +22,17 @@ from nats.js.errors import APIError
 
 from cluster.topology import Drift, data_held, diff, merge, refusals, streams
 from contracts import subjects
+from contracts.budgets import TOPOLOGY_APPLY, TOPOLOGY_PAUSE_MAX, TOPOLOGY_PAUSE_MIN, TOPOLOGY_REQUEST
 from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.frames import decode_frame_head
 from contracts.receipts import decode_receipt
 from contracts.settings import Settings
 from stages.runtime.api import NO_STREAM, Api
+from stages.runtime.client import GuardedClient
 from stages.runtime.facts import META_CLUSTER_ID
 
 T = TypeVar("T")
 
-WAIT_S = 60.0
-_API_TIMEOUT_S = 3.0
-_RETRY_S_MIN, _RETRY_S_MAX = 0.05, 0.2
 _NAME_TAKEN: Final = 10058
 _NO_PEERS: Final = 10005
 _NO_ROOM: Final = frozenset({10023, 10028, 10047})
@@ -70,7 +68,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     refused: tuple[str, ...] = ()
 
 
-async def plan(client: Client, settings: Settings, *, wait_s: float = WAIT_S) -> Plan:
+async def plan(client: GuardedClient, settings: Settings, *, wait_s: float = TOPOLOGY_APPLY.s) -> Plan:
     """What differs between the cluster and `settings`. Changes nothing.
 
     Args:
@@ -85,7 +83,7 @@ async def plan(client: Client, settings: Settings, *, wait_s: float = WAIT_S) ->
     return await _Applier(client, settings, wait_s).plan()
 
 
-async def apply(client: Client, settings: Settings, *, wait_s: float = WAIT_S) -> Plan:
+async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TOPOLOGY_APPLY.s) -> Plan:
     """Creates what is missing, updates what may be updated, and waits until every replica of every stream is current.
 
     Safe to repeat, and to run in two places at once.
@@ -119,9 +117,9 @@ async def apply(client: Client, settings: Settings, *, wait_s: float = WAIT_S) -
 class _Applier:
     """One plan or apply: a connection, a deadline, and the retries both need."""
 
-    def __init__(self, client: Client, settings: Settings, wait_s: float) -> None:
+    def __init__(self, client: GuardedClient, settings: Settings, wait_s: float) -> None:
         self._settings = settings
-        self._jetstream: JetStreamContext = client.jetstream(timeout=_API_TIMEOUT_S)
+        self._jetstream: JetStreamContext = client.jetstream(timeout=TOPOLOGY_REQUEST.s)
         self._api = Api(client, settings)
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
@@ -260,7 +258,7 @@ class _Applier:
             await self._pause()
 
     async def _pause(self) -> None:
-        await asyncio.sleep(random.uniform(_RETRY_S_MIN, _RETRY_S_MAX))
+        await asyncio.sleep(random.uniform(TOPOLOGY_PAUSE_MIN.s, TOPOLOGY_PAUSE_MAX.s))
 
 
 def _passing(error: APIError) -> bool:

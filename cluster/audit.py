@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from contracts.budgets import COMMAND_CONNECT, SHARD_CHECK
 from contracts.errors import ShardError
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
@@ -20,8 +21,6 @@ from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_s
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
-
-_CONNECT_WAIT_S = 5.0
 
 
 class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,9 +74,9 @@ async def read_records(
         TopologyError: it is not a cluster of ours.
         WireFormatError: a record of a version this build does not know.
     """
-    client = await connect(tuple(urls), "fi-audit", wait_s=_CONNECT_WAIT_S)
+    client = await connect(tuple(urls), "fi-audit", wait_s=COMMAND_CONNECT.s)
     try:
-        facts = await read_cluster(client, wait_s=_CONNECT_WAIT_S)
+        facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
         api = Api(client, Settings())
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
@@ -96,7 +95,7 @@ async def audit_store(
     urls: Collection[str],
     *,
     trusted: Collection[str] = (),
-    shard_timeout_s: float = 120.0,
+    shard_timeout_s: float = SHARD_CHECK.s,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
     """Verifies the store at `path` and holds it against the cluster, also while the pipeline runs.

@@ -37,15 +37,23 @@ def read_file(path: Path) -> SettingsFile:
         SettingsError: it cannot be read, or is not TOML. Names the file, and the line of a mistake.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        data = path.read_bytes()
     except OSError as error:
         raise SettingsError(
             f"settings file {path} cannot be read: {error.strerror}; see --config and {CONFIG_VARIABLE}"
         ) from error
+    return parse_file(data, str(path))
+
+
+def parse_file(data: bytes, path: str) -> SettingsFile:
+    """What the TOML text `data` of the file `path` says. Raises `SettingsError`, naming the line of a mistake."""
+    try:
+        values = tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SettingsError(f"settings file {path} is not UTF-8 text: {error}; save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits and arrays in arrays in arrays raise no `TOMLDecodeError`.
         raise SettingsError(
             f"settings file {path} is not TOML: {error}; write each setting as NAME = VALUE, text in quotes"
         ) from None
-    return SettingsFile(str(path), values)
+    return SettingsFile(path, values)

@@ -14,13 +14,15 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from cluster.state import NotRunningError
+from contracts.budgets import CONTROL_REQUEST
 from contracts.errors import FiError, SettingsError
 from contracts.subjects import Stage
+from contracts.wire import UNREADABLE
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
@@ -28,13 +30,18 @@ log = logging.getLogger(__name__)
 SOCKET_FILE: Final = "control.sock"
 _PATH_BYTES_MAX: Final = 100
 """Systems take socket paths of 104 to 108 bytes."""
-_REQUEST_S_MAX: Final = 5.0
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, tag_field="v", tag="scale.1"):
     """Run so many processes of these stages."""
 
     counts: dict[Stage, int]
+
+
+class RestartRequest(msgspec.Struct, frozen=True, tag_field="v", tag="restart.1"):
+    """Replace every process of these stages, one at a time."""
+
+    stages: tuple[Stage, ...]
 
 
 class ScaleAnswer(msgspec.Struct, frozen=True):
@@ -52,7 +59,23 @@ class ScaleAnswer(msgspec.Struct, frozen=True):
     usage: bool = False
 
 
+class RestartAnswer(msgspec.Struct, frozen=True):
+    """What came of it.
+
+    Attributes:
+        replaced: stage → how many of its processes were.
+        error: why it was not done to the end; empty when it was.
+        usage: the request itself was wrong.
+    """
+
+    replaced: dict[Stage, int]
+    error: str = ""
+    usage: bool = False
+
+
 Scale = Callable[[dict[Stage, int]], Awaitable[ScaleAnswer]]
+Restart = Callable[[tuple[Stage, ...]], Awaitable[RestartAnswer]]
+Answer = TypeVar("Answer", ScaleAnswer, RestartAnswer)
 
 
 def socket_path(directory: Path) -> Path:
@@ -68,12 +91,13 @@ class ControlServer:
 
     Args:
         path: of the socket; whoever calls has made sure that nobody else listens there.
-        scale: carries a request out.
+        scale, restart: carry a request out.
     """
 
-    def __init__(self, path: Path, scale: Scale) -> None:
+    def __init__(self, path: Path, scale: Scale, restart: Restart) -> None:
         self.path = path
         self._scale = scale
+        self._restart = restart
         self._server: asyncio.Server | None = None
         self._busy = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,7 +127,7 @@ class ControlServer:
         self._tasks.add(task)
         try:
             answer = await self._carry_out(reader)
-            async with asyncio.timeout(_REQUEST_S_MAX):
+            async with asyncio.timeout(CONTROL_REQUEST.s):
                 writer.write(msgspec.json.encode(answer) + b"\n")
                 await writer.drain()
         except (OSError, TimeoutError) as error:
@@ -112,13 +136,15 @@ class ControlServer:
             self._tasks.discard(task)
             writer.close()
 
-    async def _carry_out(self, reader: asyncio.StreamReader) -> ScaleAnswer:
+    async def _carry_out(self, reader: asyncio.StreamReader) -> ScaleAnswer | RestartAnswer:
         try:
-            async with asyncio.timeout(_REQUEST_S_MAX):
-                request = msgspec.json.decode(await reader.readline(), type=ScaleRequest)
-        except (TimeoutError, ValueError, msgspec.MsgspecError) as error:
+            async with asyncio.timeout(CONTROL_REQUEST.s):
+                request = msgspec.json.decode(await reader.readline(), type=ScaleRequest | RestartRequest)
+        except (TimeoutError, ValueError, *UNREADABLE) as error:
             return ScaleAnswer({}, {}, f"not a request that this version knows: {error}", usage=True)
         async with self._busy:
+            if isinstance(request, RestartRequest):
+                return await self._restart(request.stages)
             return await self._scale(request.counts)
 
 
@@ -130,11 +156,32 @@ async def ask_scale(path: str, counts: dict[Stage, int], limit_s: float) -> Scal
         SettingsError: the counts are not possible.
         FiError: it was not done, or not within `limit_s`.
     """
+    answer = await _ask(path, ScaleRequest(counts), ScaleAnswer, limit_s)
+    if answer.error:
+        raise (SettingsError if answer.usage else FiError)(answer.error)
+    return answer
+
+
+async def ask_restart(path: str, stages: tuple[Stage, ...], limit_s: float) -> RestartAnswer:
+    """Asks the supervisor that listens at `path` to replace the processes of `stages`, and waits until it has.
+
+    Raises:
+        NotRunningError: nobody listens there.
+        FiError: no answer, or not within `limit_s`. What was not done is in the answer.
+    """
+    answer = await _ask(path, RestartRequest(stages), RestartAnswer, limit_s)
+    if answer.usage:
+        raise FiError(answer.error)
+    return answer
+
+
+async def _ask(path: str, request: ScaleRequest | RestartRequest, kind: type[Answer], limit_s: float) -> Answer:
+    """One request and its answer. Raises as `ask_restart`."""
     try:
         async with asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                writer.write(msgspec.json.encode(ScaleRequest(counts)) + b"\n")
+                writer.write(msgspec.json.encode(request) + b"\n")
                 line = await reader.readline()
             finally:
                 writer.close()
@@ -143,9 +190,6 @@ async def ask_scale(path: str, counts: dict[Stage, int], limit_s: float) -> Scal
     except OSError as error:
         raise NotRunningError(f"nobody listens at {path} ({error.strerror}); is `fictl up` still starting?") from error
     try:
-        answer = msgspec.json.decode(line, type=ScaleAnswer)
-    except msgspec.MsgspecError as error:
+        return msgspec.json.decode(line, type=kind)
+    except UNREADABLE as error:
         raise FiError(f"the supervisor did not answer ({error}); see its log") from error
-    if answer.error:
-        raise (SettingsError if answer.usage else FiError)(answer.error)
-    return answer

@@ -18,6 +18,7 @@ from cluster.publish import LinePublisher, PublishReport
 from cluster.supervisor import Supervisor
 from cluster.track import StageTimes, Totals, Tracker, percentiles_ms
 from cluster.workload import consultations
+from contracts.budgets import DEMO_SILENT
 from contracts.events import event_to_dict
 from contracts.subjects import partition_of
 from stages.persist.store import EventStore
@@ -28,7 +29,6 @@ from stages.runtime.facts import read_cluster
 
 SEED = 57
 DEFAULT_EVENTS = 5000
-SILENT_S_MAX = 60.0
 SHOWN_EVENTS = 8
 
 OnStep = Callable[[str, int, int | None], None]
@@ -161,7 +161,7 @@ class DemoRun:
         def progress(totals: Totals) -> None:
             self._on_step("persisting", totals.settled, goal)
 
-        self._settled = await self._tracker.settled(progress, silent_s_max=SILENT_S_MAX)
+        self._settled = await self._tracker.settled(progress, silent_s_max=DEMO_SILENT.s)
 
     def examine(self, directory: Path) -> DemoResult:
         """Reads the store back and verifies it. Blocking."""
@@ -220,7 +220,7 @@ def _problems(checked: VerifyReport, doubled: int, settled: bool) -> list[str]:
     if doubled:
         problems.append(f"{doubled} events are stored more than once")
     if not settled:
-        problems.append(f"no receipt came for {SILENT_S_MAX:.0f} s; see the logs of the stages")
+        problems.append(f"no receipt came for {DEMO_SILENT.s:.0f} s; see the logs of the stages")
     return problems
 
 

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cluster.gateway import Gateway, RefusedError
+from contracts.budgets import LETTERS
 from contracts.errors import ClusterUnavailableError, FencedError, SettingsError
 from contracts.events import split_body
 from contracts.letters import Letter, read_letter
@@ -45,8 +46,6 @@ from stages.runtime.writer import FencedWriter
 PAGE: Final = 256
 PAGE_BYTES: Final = 8 * 1024 * 1024
 DELETES_AT_ONCE: Final = 64
-DEADLINE_S: Final = 30.0
-"""How long one publish or removal may take before it is given up."""
 
 Tell = Callable[[float, float], None]
 """Told how far it is: (done, total)."""
@@ -283,7 +282,7 @@ class DeadLetters:
                 replay_id(self._cluster_id, letter, data),
                 traceparent=letter.traceparent,
                 first_seen=letter.first_seen,
-                deadline_s=DEADLINE_S,
+                deadline_s=LETTERS.s,
             )
         except RefusedError as error:
             return Replayed(letter, f"{publish_subject(letter.site, letter.consultation)}: {error}")
@@ -307,11 +306,11 @@ class DeadLetters:
         # These have the newest after them. Going first, they make room for a mark in a full stream.
         removed = await self._delete_all(older, erase)
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(LETTERS.s):
                 may_go = [letter for letter in newest if await self._may_go(letter)]
         except TimeoutError:
             raise ClusterUnavailableError(
-                f"{DLQ} took no mark within {DEADLINE_S:.0f} s; is it full? Remove older letters first, or raise "
+                f"{DLQ} took no mark within {LETTERS.s:.0f} s; is it full? Remove older letters first, or raise "
                 "dlq_bytes_max with `fictl cluster apply`"
             ) from None
         return removed + await self._delete_all(may_go, erase)
@@ -363,11 +362,11 @@ class DeadLetters:
         """Deletes one message; False when it was gone."""
         async with self._deletes:
             try:
-                async with asyncio.timeout(DEADLINE_S):
+                async with asyncio.timeout(LETTERS.s):
                     return await self._api.delete(DLQ, letter.seq, erase=erase)
             except TimeoutError:
                 raise ClusterUnavailableError(
-                    f"{DLQ} did not delete letter {letter.seq} within {DEADLINE_S:.0f} s; repeat, nothing is doubled"
+                    f"{DLQ} did not delete letter {letter.seq} within {LETTERS.s:.0f} s; repeat, nothing is doubled"
                 ) from None
 
 

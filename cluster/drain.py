@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from cluster.backlog import count_from
+from contracts.budgets import MEMBERS_POLL
 from contracts.frames import decode_frame_head
-from contracts.subjects import EVENTS, INPUT_STREAM, STAGES, Stage, input_filter, raw_filter
+from contracts.subjects import INPUT_STREAM, STAGES, Stage, input_filter
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt, read_checkpoint
-
-POLL_S = 0.1
-_NS = 1_000_000_000
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +62,12 @@ async def _worked_off(api: Api, stage: Stage, partitions: int, deadline_s: float
     while open_:
         for partition in tuple(open_):
             reached = await _input_reaches(api, stage, partition)
-            if await _output_reaches(api, stage, partition) >= reached:
+            if await output_reaches(api, stage, partition) >= reached:
                 open_.discard(partition)
         if open_ and time.monotonic() > deadline_s:
             return False
         if open_:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(MEMBERS_POLL.s)
     return True
 
 
@@ -80,7 +78,8 @@ async def _input_reaches(api: Api, stage: Stage, partition: int) -> int:
     return last.seq if stage == "ingest" else decode_frame_head(last.data).last
 
 
-async def _output_reaches(api: Api, stage: Stage, partition: int) -> int:
+async def output_reaches(api: Api, stage: Stage, partition: int) -> int:
+    """The origin up to which a stage has finished a partition. Raises as `read_checkpoint`."""
     if stage == "persist":
         receipt, _ = await last_receipt(api, partition)
         return 0 if receipt is None else receipt.origin
@@ -91,7 +90,7 @@ async def _report(api: Api, partitions: int, unfinished: tuple[Stage, ...]) -> D
     waiting = persisted = duplicates = dead_lettered = 0
     for partition in range(partitions):
         receipt, _ = await last_receipt(api, partition)
-        waiting += await _messages_from(api, partition, 1 if receipt is None else receipt.origin + 1)
+        waiting += await count_from(api, partition, 1 if receipt is None else receipt.origin + 1)
         if receipt is not None:
             persisted += receipt.persisted
             duplicates += receipt.duplicates
@@ -104,25 +103,3 @@ async def _report(api: Api, partitions: int, unfinished: tuple[Stage, ...]) -> D
         dead_lettered=dead_lettered,
         unfinished=unfinished,
     )
-
-
-async def _messages_from(api: Api, partition: int, origin: int) -> int:
-    """How many messages `FI_EVENTS` holds for the partition from `origin` on: a consumer that reads nothing counts."""
-    name, pattern = f"count-{secrets.token_hex(6)}", raw_filter(partition)
-    config = {
-        "name": name,
-        "deliver_policy": "by_start_sequence",
-        "opt_start_seq": origin,
-        "ack_policy": "none",
-        "filter_subject": pattern,
-        "num_replicas": 1,
-        "mem_storage": True,
-        "inactive_threshold": _NS,
-    }
-    request = {"stream_name": EVENTS, "config": config, "action": "create"}
-    data = await api.request(f"$JS.API.CONSUMER.CREATE.{EVENTS}.{name}.{pattern}", msgspec.json.encode(request))
-    return msgspec.json.decode(data, type=_Counted).num_pending
-
-
-class _Counted(msgspec.Struct):
-    num_pending: int

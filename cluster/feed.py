@@ -19,6 +19,7 @@ from msgspec import Raw
 
 from contracts.errors import InvalidEventError
 from contracts.events import JSON_SPACE, MESSAGE_BYTES_MAX
+from contracts.wire import UNREADABLE
 from stages.ingest.core import parse_message
 
 CHUNK_BYTES = 256 * 1024
@@ -83,7 +84,7 @@ class LineChecker:
             raise InvalidEventError("message.too_large", "", f"more than {MESSAGE_BYTES_MAX} bytes in one line")
         try:
             peek = _decode_peek(text)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             peek = _Peek(_NO_CONSULTATION)
         site = self._site_of(peek)
         self._validate(text, site or _NO_SITE, peek.consultation_id or _NO_CONSULTATION)

@@ -19,10 +19,10 @@ from typing import NamedTuple
 from uuid import UUID, uuid5
 
 import msgspec
-from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
+from contracts.budgets import ACCEPT, ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, publish_subject
@@ -34,14 +34,13 @@ from contracts.telemetry import (
     HEADER_TRACEPARENT,
 )
 from stages.runtime.api import ApiError
+from stages.runtime.client import GuardedClient
 from stages.runtime.telemetry import OFF, Telemetry
 from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer, error_type
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 256
-TIMEOUT_S = 2.0
-RETRY_S_MIN, RETRY_S_MAX = 0.05, 0.2
 FULL_DOUBLINGS_MAX = 3
 """A full stream is asked again after the retry interval, doubled each time up to this often."""
 
@@ -104,10 +103,10 @@ class Gateway:
 
     def __init__(
         self,
-        client: Client,
+        client: GuardedClient,
         *,
         in_flight: int = IN_FLIGHT,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = ACCEPT.s,
         jitter: Callable[[], float] = random.random,
         telemetry: Telemetry = OFF,
     ) -> None:
@@ -268,6 +267,7 @@ class Gateway:
     async def _pause(self, times: int) -> None:
         # While the client reconnects, requests would pile up in its buffer.
         while True:
-            await asyncio.sleep(times * (RETRY_S_MIN + (RETRY_S_MAX - RETRY_S_MIN) * self._jitter()))
+            low_s, high_s = ACCEPT_PAUSE_MIN.s, ACCEPT_PAUSE_MAX.s
+            await asyncio.sleep(times * (low_s + (high_s - low_s) * self._jitter()))
             if self.client.is_connected or self.client.is_closed:
                 return

@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 
 from cluster.state import ProcessState, State, process_exists, read_state
+from contracts.budgets import HEALTH_ANSWER
+from contracts.wire import UNREADABLE
 from stages.runtime.connection import server_name
 from stages.runtime.health import Check, Report
 from stages.runtime.watch import HEALTH_DIRECTORY, HealthFile
 
-ASK_S_MAX = 4.0
-"""A process answers `/readyz` within little more than a second, whatever state the cluster is in."""
 ANSWER_BYTES_MAX = 1024 * 1024
 
 
@@ -38,8 +38,8 @@ class ProcessHealth(msgspec.Struct, frozen=True, kw_only=True):
     checks: dict[str, Check] = {}
 
 
-async def look(directory: Path) -> list[ProcessHealth]:
-    """Asks every process of the run in `directory`, side by side.
+async def look(directory: Path, limit_s: float = HEALTH_ANSWER.s) -> list[ProcessHealth]:
+    """Asks every process of the run in `directory`, side by side; each may take `limit_s`.
 
     Raises:
         NotRunningError: nothing runs there.
@@ -50,13 +50,13 @@ async def look(directory: Path) -> list[ProcessHealth]:
     asked = [
         _server(process, servers.get(process.name, ""))
         if process.kind == "server"
-        else _stage(process, files.get(process.name), state)
+        else _stage(process, files.get(process.name), state, limit_s)
         for process in state.processes
     ]
     known = {process.name for process in state.processes}
     # Those that joined the run by themselves, with `fictl run --dir`. One that was killed has left its file behind.
     asked += [
-        _stage(ProcessState(name=file.name, kind=file.stage, pid=file.pid), file, state)
+        _stage(ProcessState(name=file.name, kind=file.stage, pid=file.pid), file, state, limit_s)
         for file in files.values()
         if file.name not in known and process_exists(file.pid)
     ]
@@ -69,22 +69,22 @@ def read_health_files(directory: Path) -> list[HealthFile]:
     for path in sorted((directory / HEALTH_DIRECTORY).glob("*.json")):
         try:
             files.append(msgspec.json.decode(path.read_bytes(), type=HealthFile))
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE):
             continue
     return files
 
 
-async def get(url: str) -> tuple[int, bytes]:
+async def get(url: str, limit_s: float = HEALTH_ANSWER.s) -> tuple[int, bytes]:
     """Status and body of one GET.
 
     Raises:
         OSError: nobody listens.
-        TimeoutError: no answer within `ASK_S_MAX`.
+        TimeoutError: no answer within `limit_s`.
         ValueError: not an HTTP answer.
     """
     authority, _, path = url.removeprefix("http://").partition("/")
     host, _, port = authority.rpartition(":")
-    async with asyncio.timeout(ASK_S_MAX):
+    async with asyncio.timeout(limit_s):
         reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         try:
             writer.write(f"GET /{path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n".encode())
@@ -108,7 +108,7 @@ async def _server(process: ProcessState, url: str) -> ProcessHealth:
     return ProcessHealth(name=process.name, kind=process.kind, pid=process.pid, ready=greets, why=why, url=url)
 
 
-async def _stage(process: ProcessState, file: HealthFile | None, state: State) -> ProcessHealth:
+async def _stage(process: ProcessState, file: HealthFile | None, state: State, limit_s: float) -> ProcessHealth:
     if process.pid is None:
         return _not_ready(process, "is down", "")
     if file is None or file.pid != process.pid:
@@ -117,13 +117,13 @@ async def _stage(process: ProcessState, file: HealthFile | None, state: State) -
     host = f"[{file.host}]" if ":" in file.host else file.host
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{file.port}"
     try:
-        _, body = await get(f"{url}/readyz")
+        _, body = await get(f"{url}/readyz", limit_s)
         report = msgspec.json.decode(body, type=Report)
     except TimeoutError:
-        return _not_ready(process, f"does not answer within {ASK_S_MAX:g} s: frozen, or its event loop is stuck", url)
+        return _not_ready(process, f"does not answer within {limit_s:g} s: frozen, or its event loop is stuck", url)
     except OSError as error:
         return _not_ready(process, f"does not answer ({errno.errorcode.get(error.errno or 0, error)})", url)
-    except (ValueError, msgspec.MsgspecError) as error:
+    except (ValueError, *UNREADABLE) as error:
         return _not_ready(process, f"answers something else ({error})", url)
     why = "; ".join(f"{name}: {check.why}" for name, check in report.checks.items() if not check.ok)
     return ProcessHealth(

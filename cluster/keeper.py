@@ -11,14 +11,10 @@ from typing import Literal
 import msgspec
 
 from cluster.process import ManagedProcess, ProcessError, describe_exit
+from contracts.budgets import RESTART_HEALTHY, RESTART_PAUSE_MAX, RESTART_PAUSE_MIN
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
-
-BACKOFF_S_MIN = 0.1
-BACKOFF_S_MAX = 5.0
-HEALTHY_S = 10.0
-"""A process that served for this long starts again without delay, as if it had never died."""
 
 
 class ProcessEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +45,7 @@ class Keeper:
         self.process = process
         self._on_event = on_event
         self._task: asyncio.Task[None] | None = None
-        self._delay_s = BACKOFF_S_MIN
+        self._delay_s = RESTART_PAUSE_MIN.s
 
     async def start(self) -> None:
         """Starts the process, waits until it serves, and watches over it from then on.
@@ -85,13 +81,13 @@ class Keeper:
         while True:
             since = time.monotonic()
             code = await self.process.wait()
-            if time.monotonic() - since >= HEALTHY_S:
-                self._delay_s = BACKOFF_S_MIN
+            if time.monotonic() - since >= RESTART_HEALTHY.s:
+                self._delay_s = RESTART_PAUSE_MIN.s
             await self._restart(describe_exit(code))
 
     async def _restart(self, reason: str) -> None:
         while True:
-            delay, self._delay_s = self._delay_s, min(2 * self._delay_s, BACKOFF_S_MAX)
+            delay, self._delay_s = self._delay_s, min(2 * self._delay_s, RESTART_PAUSE_MAX.s)
             detail = f"{reason}; its last words: {self.process.last_log_line() or 'none'}"
             self._tell(ProcessEvent(name=self.process.name, kind="died", detail=detail, restart_in_s=delay))
             await asyncio.sleep(delay)

@@ -12,9 +12,8 @@ import os
 import time
 from pathlib import Path
 
+from contracts.budgets import LOCK_POLL
 from contracts.errors import DefiniteError
-
-_POLL_S = 0.05
 
 
 class DirectoryBusyError(DefiniteError):
@@ -49,7 +48,7 @@ class DirectoryLock:
                         f"{self._path.parent} is in use by another run; stop it with `fictl down --dir …`, "
                         "or choose another directory"
                     )
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(LOCK_POLL.s)
         except BaseException:
             os.close(fd)
             raise

@@ -7,22 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 
 import msgspec
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
+from contracts.budgets import MEMBERS_POLL, PAUSE_PUT
 from contracts.errors import ClusterUnavailableError, TopologyError
-from contracts.membership import Member, Pause, shares
+from contracts.membership import Member, Pause, decode_pause, shares
 from contracts.receipts import Receipt
 from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, KV_DELETED
 from stages.runtime.api import Api, StoredMessage
+from stages.runtime.client import GuardedClient
 from stages.runtime.facts import read_cluster
 from stages.runtime.membership import read_receipts, readable
 
-POLL_S = 0.1
 _STORE_SHOWN = 8
-_PUT_LIMIT_S = 3.0
 
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +34,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
         state: ``works``, ``opening``, ``idle`` (nothing falls to it), ``paused`` or ``draining``.
         pinned: it was told its partitions.
         store: id of its store (persist), else empty.
+        policy: version of the policy in force (segment); 0 for a stage that has none.
+        holding: its dead-letter breaker is open.
         age_s: since it last renewed its announcement, by this machine's clock.
     """
 
@@ -47,6 +48,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     pinned: bool
     store: str
+    policy: int
+    holding: bool
     age_s: float
 
 
@@ -79,7 +82,7 @@ class MembersReport(msgspec.Struct, frozen=True, kw_only=True):
         return not self.unheld
 
 
-async def look(client: Client, api: Api) -> MembersReport:
+async def look(client: GuardedClient, api: Api) -> MembersReport:
     """Looks once.
 
     Raises:
@@ -87,10 +90,44 @@ async def look(client: Client, api: Api) -> MembersReport:
         ClusterUnavailableError: the cluster does not answer.
     """
     facts = await read_cluster(client)
-    found = {stage: await api.last_messages(MEMBERS, [members_pattern(stage)]) for stage in STAGES}
+    found, control = await read_buckets(api)
+    return report(found, control, await read_receipts(api, facts.partitions), facts.partitions, time.time_ns())
+
+
+Announcements = Mapping[Stage, dict[str, StoredMessage]]
+
+
+async def read_buckets(api: Api) -> tuple[Announcements, dict[str, StoredMessage]]:
+    """What stands in the buckets, with two requests: announcements by stage and key, and pauses by key.
+
+    Raises:
+        ClusterUnavailableError: the cluster does not answer.
+    """
+    found = await api.last_messages(MEMBERS, [members_pattern(stage) for stage in STAGES])
     control = await api.last_messages(CONTROL, [pause_subject(stage) for stage in STAGES])
-    receipts = await read_receipts(api, facts.partitions)
-    now_ns = time.time_ns()
+    begins = {stage: members_pattern(stage).removesuffix("*.*") for stage in STAGES}
+    by_stage = {
+        stage: {key: message for key, message in found.items() if key.startswith(begin)}
+        for stage, begin in begins.items()
+    }
+    return by_stage, control
+
+
+def report(
+    found: Announcements,
+    control: Mapping[str, StoredMessage],
+    receipts: Mapping[int, Receipt],
+    partitions: int,
+    now_ns: int,
+) -> MembersReport:
+    """What the buckets and the last receipts say.
+
+    Args:
+        found, control: from `read_buckets`.
+        receipts: partition → its last receipt.
+        partitions: P.
+        now_ns: nanoseconds since the epoch.
+    """
     members: list[MemberStatus] = []
     unheld: list[Unheld] = []
     moving: list[Stage] = []
@@ -99,15 +136,15 @@ async def look(client: Client, api: Api) -> MembersReport:
         seen = readable(messages)
         owned = receipts if stage == "persist" else {}
         if (pause := control.get(pause_subject(stage))) is not None and pause.data:
-            paused[stage] = msgspec.json.decode(pause.data, type=Pause)
+            paused[stage] = decode_pause(pause.data)
         members += [_status(member, messages[key], now_ns) for key, member in sorted(seen.items())]
-        assigned = shares(seen, facts.partitions, {p: receipt.store for p, receipt in owned.items()})
+        assigned = shares(seen, partitions, {p: receipt.store for p, receipt in owned.items()})
         if _moves(seen, assigned, stage in paused):
             moving.append(stage)
         held = {partition for member in seen.values() for partition in member.partitions}
         unheld += [
             Unheld(stage=stage, partition=p, why=_why(stage, p, seen, assigned, owned, stage in paused))
-            for p in range(facts.partitions)
+            for p in range(partitions)
             if p not in held
         ]
     return MembersReport(members=tuple(members), unheld=tuple(unheld), moving=tuple(moving), paused=paused)
@@ -125,6 +162,8 @@ def _status(member: Member, message: StoredMessage, now_ns: int) -> MemberStatus
         state="draining" if member.draining else "paused" if member.paused else state,
         pinned=member.pinned is not None,
         store=member.store,
+        policy=member.policy,
+        holding=member.holding,
         age_s=max(0.0, (now_ns - message.time_ns) / 1e9),
     )
 
@@ -156,7 +195,7 @@ def _why(
 
 
 async def look_until(
-    client: Client, api: Api, settled: Callable[[MembersReport], bool], limit_s: float
+    client: GuardedClient, api: Api, settled: Callable[[MembersReport], bool], limit_s: float
 ) -> MembersReport:
     """Looks again and again until `settled`, for `limit_s` at most; gives what it saw last. Raises as `look`."""
     deadline_s = time.monotonic() + limit_s
@@ -164,10 +203,10 @@ async def look_until(
         report = await look(client, api)
         if settled(report) or time.monotonic() > deadline_s:
             return report
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(MEMBERS_POLL.s)
 
 
-async def pause(client: Client, stage: Stage, pause: Pause) -> None:
+async def pause(client: GuardedClient, stage: Stage, pause: Pause) -> None:
     """Tells all processes of a stage, on every node, to finish what they have in hand and to stop reading.
 
     Raises:
@@ -177,14 +216,14 @@ async def pause(client: Client, stage: Stage, pause: Pause) -> None:
     await _put(client, stage, msgspec.json.encode(pause), {})
 
 
-async def resume(client: Client, stage: Stage) -> None:
+async def resume(client: GuardedClient, stage: Stage) -> None:
     """Takes `pause` back. Raises as it does."""
     await _put(client, stage, b"", {HEADER_KV_OPERATION: KV_DELETED})
 
 
-async def _put(client: Client, stage: Stage, data: bytes, headers: dict[str, str]) -> None:
+async def _put(client: GuardedClient, stage: Stage, data: bytes, headers: dict[str, str]) -> None:
     try:
-        await client.jetstream(timeout=_PUT_LIMIT_S).publish(
+        await client.jetstream(timeout=PAUSE_PUT.s).publish(
             pause_subject(stage), data, headers={HEADER_EXPECTED_STREAM: CONTROL, **headers}
         )
     except APIError as error:

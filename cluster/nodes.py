@@ -13,9 +13,10 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import msgspec
 from nats.errors import Error as NatsError
@@ -23,14 +24,12 @@ from nats.errors import Error as NatsError
 from cluster.lock import DirectoryLock
 from cluster.ports import LOOPBACK, free_ports, is_free
 from cluster.process import ManagedProcess, ProcessError
+from contracts.budgets import DIRECTORY_LOCK, SERVER_ANSWER, SERVER_POLL, SERVER_START, SERVER_STOP
 from contracts.errors import ClusterUnavailableError, DefiniteError
+from contracts.wire import UNREADABLE
 from stages.runtime.connection import connect
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
-START_LIMIT_S = 60.0
-STOP_LIMIT_S = 15.0
-LOCK_WAIT_S = 20.0
-_POLL_S = 0.05
 _PORT_ATTEMPTS = 5
 _PORT_TAKEN = "address already in use"
 
@@ -65,6 +64,27 @@ class NodePorts(msgspec.Struct, frozen=True):
     route: int
 
 
+class Wiring(NamedTuple):
+    """How one server finds the others.
+
+    Attributes:
+        routes: ``host:port`` that it connects to.
+        advertise: ``host:port`` that the others are told it has; empty: what it listens on.
+    """
+
+    routes: Sequence[str]
+    advertise: str = ""
+
+
+Wire = Callable[[Sequence[NodePorts]], Sequence[Wiring]]
+"""The ports of all servers → the wiring of each."""
+
+
+def direct(ports: Sequence[NodePorts]) -> list[Wiring]:
+    """Every server connects to the others' own ports."""
+    return [Wiring([f"{LOOPBACK}:{each.route}" for each in ports])] * len(ports)
+
+
 class Node(ManagedProcess):
     """One nats-server. Killed and started again it keeps its ports and its store.
 
@@ -90,7 +110,7 @@ class Node(ManagedProcess):
         """``nats-server -c <generated file>``."""
         return [str(self._binary), "-c", str(self._config)]
 
-    async def stop(self, limit_s: float = STOP_LIMIT_S) -> bool:
+    async def stop(self, limit_s: float = SERVER_STOP.s) -> bool:
         """See `ManagedProcess.stop`. An orderly stop hands the server's leaderships to others first."""
         return await super().stop(limit_s)
 
@@ -101,8 +121,8 @@ class Node(ManagedProcess):
             check: ``js-enabled-only`` (JetStream runs) or ``js-server-only`` (and it is in touch with the cluster).
         """
         try:
-            async with asyncio.timeout(2):
-                return await _http_status(self.ports.monitor, f"/healthz?{check}=true") == 200
+            async with asyncio.timeout(SERVER_ANSWER.s):
+                return await http_status(self.ports.monitor, f"/healthz?{check}=true") == 200
         except (OSError, TimeoutError, ValueError):
             return False
 
@@ -124,12 +144,12 @@ class Node(ManagedProcess):
 
         Raises:
             PortTakenError: another process holds one of its ports.
-            ProcessError: it ended, or took longer than `START_LIMIT_S`.
+            ProcessError: it ended, or took longer than `SERVER_START`.
         """
         await self._wait_healthy("js-server-only")
 
     async def _wait_healthy(self, check: str) -> None:
-        deadline = time.monotonic() + START_LIMIT_S
+        deadline = time.monotonic() + SERVER_START.s
         while not (self._listens() and await self.healthy(check)):
             if not self.running:
                 code = await self.wait()
@@ -138,10 +158,10 @@ class Node(ManagedProcess):
                 raise self.died(code)
             if time.monotonic() > deadline:
                 raise ProcessError(
-                    f"{self.name} is not healthy ({check}) after {START_LIMIT_S:.0f} s; "
+                    f"{self.name} is not healthy ({check}) after {SERVER_START.s:.0f} s; "
                     f"end of {self.log}:\n{self.log_tail()}"
                 )
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(SERVER_POLL.s)
 
 
 class EmbeddedCluster:
@@ -152,12 +172,13 @@ class EmbeddedCluster:
         nodes: the servers, once `start` was called.
     """
 
-    def __init__(self, directory: Path, servers: int = 3) -> None:
-        """Args: `servers` is 1 (no replication), 3 or 5."""
+    def __init__(self, directory: Path, servers: int = 3, wire: Wire = direct) -> None:
+        """Args: `servers` is 1 (no replication), 3 or 5; `wire` says how they find each other."""
         self.directory = directory
         self.nodes: tuple[Node, ...] = ()
         self._home = directory.absolute() / "nats"
         self._servers = servers
+        self._wire = wire
         self._lock = DirectoryLock(self._home / "lock")
         self._rng = random.Random()
 
@@ -186,12 +207,12 @@ class EmbeddedCluster:
             ServerMissingError: no nats-server is installed.
             DirectoryBusyError: another run uses the directory.
             ProcessError: a server did not come up; holds the end of its log.
-            ClusterUnavailableError: no leader was elected within `START_LIMIT_S`.
+            ClusterUnavailableError: no leader was elected within `SERVER_START`.
         """
         if self._lock.fds:
             return
         binary = find_nats_server()
-        await self._lock.acquire(LOCK_WAIT_S)
+        await self._lock.acquire(DIRECTORY_LOCK.s)
         try:
             ports = self._remembered_ports()
             for _ in range(_PORT_ATTEMPTS):
@@ -208,7 +229,7 @@ class EmbeddedCluster:
             raise
 
     async def stop(self) -> None:
-        """Stops all servers (SIGTERM, then SIGKILL after `STOP_LIMIT_S`). Does nothing when none runs."""
+        """Stops all servers (SIGTERM, then SIGKILL after `SERVER_STOP`). Does nothing when none runs."""
         await self._stop_nodes()
         self._lock.release()
 
@@ -223,7 +244,7 @@ class EmbeddedCluster:
         except ExceptionGroup as failures:
             taken = failures.subgroup(PortTakenError)
             raise (taken or failures).exceptions[0] from None
-        await self._wait_leader()
+        await wait_leader(self.urls, f"see the logs in {self._home}")
 
     async def _stop_nodes(self) -> None:
         try:
@@ -231,25 +252,6 @@ class EmbeddedCluster:
         except BaseException:
             await asyncio.gather(*(node.kill() for node in self.nodes))
             raise
-
-    async def _wait_leader(self) -> None:
-        client = await connect(self.urls, "fi-cluster-start", wait_s=START_LIMIT_S)
-        try:
-            jetstream = client.jetstream(timeout=2)
-            deadline = time.monotonic() + START_LIMIT_S
-            while True:
-                try:
-                    await jetstream.account_info()
-                    return
-                except NatsError as error:
-                    if time.monotonic() > deadline:
-                        raise ClusterUnavailableError(
-                            f"JetStream has no leader after {START_LIMIT_S:.0f} s ({error!r}); "
-                            f"see the logs in {self._home}"
-                        ) from error
-                await asyncio.sleep(_POLL_S)
-        finally:
-            await client.close()
 
     def _new_ports(self) -> list[NodePorts]:
         free = free_ports(3 * self._servers, self._rng)
@@ -259,7 +261,7 @@ class EmbeddedCluster:
         """The ports of the previous run, if all of them are free: clients that were told them find us again."""
         try:
             ports = msgspec.json.decode((self._home / "ports.json").read_bytes(), type=list[NodePorts])
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE):
             return None
         every = [port for node in ports for port in msgspec.structs.astuple(node)]
         return ports if len(ports) == self._servers and all(map(is_free, every)) else None
@@ -268,9 +270,9 @@ class EmbeddedCluster:
         self._home.mkdir(parents=True, exist_ok=True)
         (self._home / "ports.json").write_bytes(msgspec.json.encode(ports))
         nodes = []
-        for number, own in enumerate(ports, start=1):
+        for number, (own, wiring) in enumerate(zip(ports, self._wire(ports), strict=True), start=1):
             name = f"n{number}"
-            text = server_config(name, self._home / name, own, [each.route for each in ports])
+            text = server_config(name, self._home / name, own, wiring)
             (self._home / f"{name}.conf").write_text(text, encoding="utf-8")
             nodes.append(Node(name, binary, self._home, own, self._lock.fds))
         return tuple(nodes)
@@ -281,14 +283,15 @@ def listening_directory(store: Path) -> Path:
     return store / "listening"
 
 
-def server_config(name: str, store: Path, ports: NodePorts, routes: Sequence[int]) -> str:
+def server_config(name: str, store: Path, ports: NodePorts, wiring: Wiring, host: str = LOOPBACK) -> str:
     """The configuration file of one server.
 
     Args:
         name: server name; replicas are known by it.
         store: its directory.
         ports: its own.
-        routes: route ports of all servers; a single one makes a server that is no cluster.
+        wiring: the other servers; a single route (to itself) or none makes a server that is no cluster.
+        host: the address it listens on.
     """
 
     def quoted(text: str) -> str:
@@ -296,21 +299,48 @@ def server_config(name: str, store: Path, ports: NodePorts, routes: Sequence[int
 
     lines = [
         f"server_name: {name}",
-        f"host: {quoted(LOOPBACK)}",
+        f"host: {quoted(host)}",
         f"port: {ports.client}",
-        f"http: {quoted(f'{LOOPBACK}:{ports.monitor}')}",
+        f"http: {quoted(f'{host}:{ports.monitor}')}",
         f"max_payload: {MAX_PAYLOAD_BYTES}",
         f"ports_file_dir: {quoted(os.fspath(listening_directory(store)))}",
         f"jetstream {{ store_dir: {quoted(os.fspath(store))}, sync_interval: always }}",
     ]
-    if len(routes) > 1:
-        peers = ", ".join(quoted(f"nats://{LOOPBACK}:{port}") for port in routes)
-        listen = f"host: {quoted(LOOPBACK)}, port: {ports.route}, no_advertise: true"
+    if len(wiring.routes) > 1:
+        peers = ", ".join(quoted(f"nats://{place}") for place in wiring.routes)
+        listen = f"host: {quoted(host)}, port: {ports.route}, no_advertise: true"
+        if wiring.advertise:
+            listen += f", advertise: {quoted(wiring.advertise)}"
         lines.append(f"cluster {{ name: fi, {listen}, routes: [{peers}] }}")
     return "\n".join(lines) + "\n"
 
 
-async def _http_status(port: int, path: str) -> int:
+async def wait_leader(urls: Sequence[str], hint: str) -> None:
+    """Returns once JetStream has a leader.
+
+    Raises:
+        ClusterUnavailableError: no server answers, or none leads after `SERVER_START`; ends with `hint`.
+    """
+    client = await connect(urls, "fi-cluster-start", wait_s=SERVER_START.s)
+    try:
+        jetstream = client.jetstream(timeout=SERVER_ANSWER.s)
+        deadline = time.monotonic() + SERVER_START.s
+        while True:
+            try:
+                await jetstream.account_info()
+                return
+            except NatsError as error:
+                if time.monotonic() > deadline:
+                    raise ClusterUnavailableError(
+                        f"JetStream has no leader after {SERVER_START.s:.0f} s ({error!r}); {hint}"
+                    ) from error
+            await asyncio.sleep(SERVER_POLL.s)
+    finally:
+        await client.close()
+
+
+async def http_status(port: int, path: str) -> int:
+    """The status that a GET of `path` has on a loopback port. Raises `OSError`; `ValueError` for what is not HTTP."""
     reader, writer = await asyncio.open_connection(LOOPBACK, port)
     try:
         writer.write(f"GET {path} HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode())

@@ -15,12 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from contracts.budgets import KILLED
 from contracts.errors import DefiniteError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_TAIL_BYTES = 4096
-KILL_WAIT_S = 30.0
-"""How long the kernel may take to bury a process after SIGKILL (it can be held up in a disk write)."""
 
 
 class ProcessError(DefiniteError):
@@ -133,12 +132,12 @@ class ManagedProcess(ABC):
         """SIGKILL, and waits until the process is gone. Does nothing when it does not run.
 
         Raises:
-            ProcessError: the kernel has not ended it after `KILL_WAIT_S`.
+            ProcessError: the kernel has not ended it after `KILLED`.
         """
         self.send(signal.SIGKILL)
         if self.running:
             try:
-                async with asyncio.timeout(KILL_WAIT_S):
+                async with asyncio.timeout(KILLED.s):
                     await self.wait()
             except TimeoutError:
                 raise ProcessError(f"{self.name} survives SIGKILL: is its disk hanging?") from None

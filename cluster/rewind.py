@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from cluster.audit import read_partition
+from contracts.budgets import REWIND_LOCK, REWIND_LOCK_POLL, REWIND_POLL
 from contracts.errors import ClusterUnavailableError, FencedError, NotOursError, ShardError
 from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt
 from contracts.statements import Signer
@@ -33,9 +34,6 @@ from stages.runtime.writer import FencedWriter
 
 log = logging.getLogger(__name__)
 
-LOCK_WAIT_S: Final = 5.0
-_LOCK_POLL_S: Final = 0.1
-_POLL_S: Final = 0.2
 _TRIES: Final = 5
 
 
@@ -262,7 +260,7 @@ class Rewinder:
     @asynccontextmanager
     async def _locked(self, partition: int) -> AsyncIterator[None]:
         """Holds the partition's lock in this store. A persister that stands by, or has stopped, lets go of it soon."""
-        deadline = time.monotonic() + LOCK_WAIT_S
+        deadline = time.monotonic() + REWIND_LOCK.s
         while True:
             try:
                 lock = await asyncio.to_thread(lock_partition, self._store, partition)
@@ -272,7 +270,7 @@ class Rewinder:
                     raise NotOursError(
                         f"{error}. A persister works on partition {partition}: stop it first if its files are damaged"
                     ) from error
-                await asyncio.sleep(_LOCK_POLL_S)
+                await asyncio.sleep(REWIND_LOCK_POLL.s)
         try:
             yield
         finally:
@@ -313,4 +311,4 @@ async def wait_caught_up(
             raise ClusterUnavailableError(
                 f"partitions {behind} have not caught up within {wait_s:g} s; does persist run for them? See its log"
             )
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(REWIND_POLL.s)

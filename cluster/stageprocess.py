@@ -11,13 +11,12 @@ from typing import BinaryIO
 import msgspec
 
 from cluster.process import ManagedProcess, ProcessError
+from contracts.budgets import STAGE_READY
 from contracts.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings
 from contracts.subjects import Stage
 from stages.runtime.tasks import end_tasks
 
 READY_LINE = b"READY"
-READY_LIMIT_S = 90.0
-"""How long a stage may take to recover its partitions. Persist checks the tails of its live shards."""
 
 StageCommand = Callable[[Stage, str], list[str]]
 """(stage, process name) → the command to run. It prints ``READY`` once its share of the partitions runs."""
@@ -88,11 +87,11 @@ class StageProcess(ManagedProcess):
         ready = asyncio.create_task(self._ready.wait())
         ended = asyncio.create_task(self.wait())
         try:
-            await asyncio.wait({ready, ended}, timeout=READY_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ready, ended}, timeout=STAGE_READY.s, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 raise self.died(ended.result())
             if not ready.done():
-                raise ProcessError(f"{self.name} was not ready after {READY_LIMIT_S:g} s; see {self.log}")
+                raise ProcessError(f"{self.name} was not ready after {STAGE_READY.s:g} s; see {self.log}")
         finally:
             await end_tasks(ready, ended)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from contracts.errors import DefiniteError
 from contracts.settings import Settings
+from contracts.wire import UNREADABLE
 
 STATE_FILE = "cluster.json"
 
@@ -73,7 +74,7 @@ def read_state(directory: Path) -> State:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:
         raise NotRunningError(f"nothing runs in {directory}; start it with `fictl up --dir {directory}`") from None
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise NotRunningError(f"{path} cannot be read ({error}); was it written by another version?") from error
     alive = process_started(state.supervisor_pid) == state.supervisor_started and process_exists(state.supervisor_pid)
     if state.status == "stopped" or not alive:

@@ -8,10 +8,12 @@ running when `stop` returns, when `start` fails, or (on Linux) when the supervis
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -19,13 +21,14 @@ from typing import Any, Literal
 import msgspec
 
 from cluster.apply import apply
-from cluster.control import ControlServer, ScaleAnswer, socket_path
+from cluster.control import ControlServer, RestartAnswer, ScaleAnswer, socket_path
 from cluster.keeper import Keeper, OnEvent, ProcessEvent
 from cluster.lock import DirectoryLock
-from cluster.nodes import STOP_LIMIT_S, EmbeddedCluster
+from cluster.nodes import EmbeddedCluster, Wire, direct
 from cluster.process import ManagedProcess
 from cluster.stageprocess import StageCommand, StageProcess
 from cluster.state import ProcessState, State, process_started, write_state
+from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
@@ -33,8 +36,6 @@ from stages.runtime.connection import connect
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
-
-_LOCK_WAIT_S = 20.0
 
 
 class RunningProcess(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ class Supervisor:
         servers: int = 3,
         on_event: OnEvent = lambda event: None,
         command: StageCommand | None = None,
+        wire: Wire = direct,
     ) -> None:
         """Describes a run; `start` begins it.
 
@@ -75,6 +77,7 @@ class Supervisor:
             servers: nats-server processes; must be at least `settings.replicas`.
             on_event: told of every start, death and stop.
             command: what to run for a stage process; the default is ``python -m cluster run``.
+            wire: how the servers find each other.
 
         Raises:
             SettingsError: more replicas than servers, or more processes of a stage than partitions.
@@ -83,7 +86,7 @@ class Supervisor:
             raise SettingsError(f"replicas = {settings.replicas} needs as many servers; there are {servers}")
         self.directory = directory.absolute()
         self.settings = settings
-        self.cluster = EmbeddedCluster(self.directory, servers)
+        self.cluster = EmbeddedCluster(self.directory, servers, wire)
         self._scale: dict[Stage, int] = dict.fromkeys(STAGES, 1)
         for stage, count in (scale or {}).items():
             self._scale[stage] = self._checked(stage, count)
@@ -123,7 +126,7 @@ class Supervisor:
         Raises:
             FiError: something did not come up; says what, with the end of its log. Nothing is left running.
         """
-        await self._lock.acquire(_LOCK_WAIT_S)
+        await self._lock.acquire(DIRECTORY_LOCK.s)
         self._stop_requested.clear()
         self._force.clear()
         self._stopped.clear()
@@ -138,7 +141,7 @@ class Supervisor:
             finally:
                 await client.close()
             await _all([self.start_stage(stage) for stage in STAGES])
-            self._control = ControlServer(socket_path(self.directory), self._scale_all)
+            self._control = ControlServer(socket_path(self.directory), self._scale_all, self._restart_all)
             await self._control.start()
             self._set_status("ready")
         except BaseException:
@@ -175,7 +178,7 @@ class Supervisor:
                 await control.close()
             for stage in STAGES:
                 await self.stop_stage(stage)
-            await self._stop_keepers(self._servers, STOP_LIMIT_S)
+            await self._stop_keepers(self._servers, SERVER_STOP.s)
         except BaseException:
             await asyncio.gather(*(keeper.stop(0) for _, keeper in self._keepers()))
             raise
@@ -197,7 +200,8 @@ class Supervisor:
             ProcessError: one of them did not come up; holds the end of its log.
         """
         keepers = self._stages[stage]
-        keepers += [self._new_keeper(stage, index) for index in range(len(keepers), self._scale[stage])]
+        while len(keepers) < self._scale[stage]:
+            keepers.append(self._new_keeper(stage))
         await _all([keeper.start() for keeper in keepers])
         self._write_state()
 
@@ -212,6 +216,47 @@ class Supervisor:
         await self._stop_keepers(self._stages[stage][count:], self.settings.drain_s)
         del self._stages[stage][count:]
         await self.start_stage(stage)
+
+    async def restart(self, stage: Stage, on_replaced: Callable[[], None] = lambda: None) -> None:
+        """Replaces every process of a stage, one at a time: the new one is ready before the old one drains.
+
+        So a partition always has a process to go to, and waits for a hand-over alone, not for a process to start.
+
+        Args:
+            stage: which.
+            on_replaced: called after each.
+
+        Raises:
+            ProcessError: a new process did not come up. The old one goes on, and no further one is touched.
+        """
+        keepers = self._stages[stage]
+        for old in tuple(keepers):
+            new = self._new_keeper(stage)
+            keepers.append(new)
+            try:
+                await new.start()
+            except BaseException:
+                keepers.remove(new)
+                raise
+            await self._stop_keepers([old], self.settings.drain_s)
+            keepers.remove(old)
+            self._write_state()
+            on_replaced()
+
+    async def _restart_all(self, stages: tuple[Stage, ...]) -> RestartAnswer:
+        """`restart` for several stages, in flow order, on behalf of another process."""
+        replaced = dict.fromkeys(stages, 0)
+
+        def count(stage: Stage) -> None:
+            replaced[stage] += 1
+
+        try:
+            for stage in STAGES:
+                if stage in replaced:
+                    await self.restart(stage, partial(count, stage))
+        except FiError as error:
+            return RestartAnswer(replaced, str(error))
+        return RestartAnswer(replaced)
 
     async def _scale_all(self, counts: dict[Stage, int]) -> ScaleAnswer:
         """`scale` for several stages, in flow order, on behalf of another process."""
@@ -238,9 +283,12 @@ class Supervisor:
         """SIGCONT to a process. Raises `KeyError`."""
         self._process(name).thaw()
 
-    async def hold_down(self, name: str) -> None:
-        """SIGKILL to a process that is not started again until `bring_back`. Raises `KeyError`."""
-        await self._keeper(name).stop(0)
+    async def hold_down(self, name: str, limit_s: float = 0) -> None:
+        """Ends a process, which is not started again until `bring_back`.
+
+        SIGKILL at once; with a limit, SIGTERM first and SIGKILL after so many seconds. Raises `KeyError`.
+        """
+        await self._keeper(name).stop(limit_s)
         self._write_state()
 
     async def bring_back(self, name: str) -> None:
@@ -248,8 +296,9 @@ class Supervisor:
         await self._keeper(name).start()
         self._write_state()
 
-    def _new_keeper(self, stage: Stage, index: int) -> Keeper:
-        name = f"{stage}-{index}"
+    def _new_keeper(self, stage: Stage) -> Keeper:
+        taken = {keeper.process.name for keeper in self._stages[stage]}
+        name = next(name for index in itertools.count() if (name := f"{stage}-{index}") not in taken)
         process = StageProcess(
             stage,
             name,

@@ -21,12 +21,10 @@ from nats.js.api import (
 )
 
 from contracts import subjects
+from contracts.budgets import HOP_DEDUP
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.settings import MIB, Settings
 from stages.runtime.facts import META_CLUSTER_ID, META_PARTITION_BY, META_PARTITIONS
-
-DEDUP_WINDOW_S = 120.0
-"""Of streams only stages write to: a retry comes within seconds, and the fence holds after that."""
 
 MEMBERS_BYTES_MAX = 8 * MIB
 CONTROL_BYTES_MAX = 64 * MIB
@@ -131,7 +129,7 @@ def _stream(settings: Settings, name: str, listens_on: list[str], bytes_max: int
         max_msgs_per_subject=-1,
         max_msg_size=-1,
         max_age=0,
-        duplicate_window=DEDUP_WINDOW_S,
+        duplicate_window=HOP_DEDUP.s,
         num_replicas=settings.replicas,
         # A follower may answer a direct get with stale data; checkpoints must come from the leader.
         allow_direct=False,

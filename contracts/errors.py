@@ -8,7 +8,13 @@ from __future__ import annotations
 
 
 class FiError(Exception):
-    """The root of every error raised by this project. The message says what to do next."""
+    """The root of every error raised by this project. The message says what to do next, and not at any length."""
+
+    MESSAGE_CHARS_MAX = 4000
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= self.MESSAGE_CHARS_MAX else f"{text[: self.MESSAGE_CHARS_MAX]}…"
 
 
 class DefiniteError(FiError):
@@ -43,6 +49,18 @@ class InvalidEventError(DefiniteError):
 
 class WireFormatError(DefiniteError):
     """Bytes that should be a frame, receipt or seal record are not, or are of a version this build cannot read."""
+
+
+class StrayFrameError(WireFormatError):
+    """A message on a hop that no stage of any version wrote there: garbage, or a frame of another partition.
+
+    Attributes:
+        subject: where it lies.
+    """
+
+    def __init__(self, subject: str, seq: int, why: str) -> None:
+        self.subject = subject
+        super().__init__(f"{subject}: sequence {seq} does not belong there: {why}")
 
 
 class FencedError(DefiniteError):

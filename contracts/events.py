@@ -13,19 +13,26 @@ from typing import Annotated, Any
 from uuid import UUID, uuid5
 
 import msgspec
+from msgspec import Meta
 
 from contracts.errors import WireFormatError
 from contracts.policy import CRITICALITIES, EVENT_TYPES, GROUPS
 from contracts.subjects import TOKEN_PATTERN
+from contracts.wire import UNREADABLE, Count, Id, Sequence, TimeNs
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
 MESSAGE_BYTES_MAX = 2 * 1024 * 1024
 """Largest message `FI_EVENTS` takes: several events of one consultation may share one."""
 PAYLOAD_DEPTH_MAX = 64
+NESTING_MAX = 500
+"""What is nested deeper is not read at all. No interpreter gives up on less."""
 DEFAULT_SOURCE = "fi_consultation_service"
 JSON_SPACE = b" \t\r\n"
 DEFAULT_TIMEZONE = "America/Mexico_City"
 
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_BLOCK_BYTES = 16 * 1024
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'"{}[]'))
 _ID_NAMESPACE = UUID("6f4b1d0e-6a52-5d0b-9f6b-3b0c8f7a2d11")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -56,33 +63,33 @@ class Event(msgspec.Struct, frozen=True, array_like=True, tag=1):
         audit_hash: 32 bytes after the hash stage.
     """
 
-    origin: int
-    index: int
-    event_id: bytes
-    consultation_id: bytes
+    origin: Sequence
+    index: Count
+    event_id: Id
+    consultation_id: Id
     site: str
     event_type: str
-    timestamp_ns: int
+    timestamp_ns: TimeNs
     stamped: bool
     payload: bytes
     metadata: bytes
-    accepted_ns: int
+    accepted_ns: TimeNs
     traceparent: str = ""
-    ingest_ns: int = 0
-    segment_ns: int = 0
-    hash_ns: int = 0
-    group: int = -1
-    criticality: int = -1
-    policy_version: int = 0
-    audit_hash: bytes = b""
+    ingest_ns: TimeNs = 0
+    segment_ns: TimeNs = 0
+    hash_ns: TimeNs = 0
+    group: Annotated[int, Meta(ge=-1, lt=len(GROUPS))] = -1
+    criticality: Annotated[int, Meta(ge=-1, lt=len(CRITICALITIES))] = -1
+    policy_version: Count = 0
+    audit_hash: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class EventKey(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The leading fields of an encoded `Event`: what persist needs to place it without decoding the rest."""
 
-    origin: int
-    index: int
-    event_id: bytes
+    origin: Sequence
+    index: Count
+    event_id: Id
 
 
 def derive_event_id(origin: int, accepted_ns: int, index: int) -> bytes:
@@ -134,7 +141,7 @@ def decode_event(data: bytes | memoryview) -> Event:
     """Inverse of `encode_event`. Raises as `decode_event_key`."""
     try:
         return _event_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not an event: {error}") from error
 
 
@@ -146,7 +153,7 @@ def decode_event_key(data: bytes | memoryview) -> EventKey:
     """
     try:
         return _key_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not an event: {error}") from error
 
 
@@ -160,16 +167,46 @@ def split_body(body: bytes) -> list[bytes]:
     lines passed over. Whether the texts are events is not looked at.
     """
     text = body.strip(JSON_SPACE)
-    if b"\n" not in text or is_json(text):
+    first, newline, _ = text.partition(b"\n")
+    # Where the first line is whole, what follows makes the rest no part of it; and it is the shorter one to read.
+    if not newline or (not is_json(first) and is_json(text)):
         return [text]
     return [line for part in text.split(b"\n") if (line := part.strip(JSON_SPACE))]
 
 
+def is_nested_beyond_reading(text: bytes) -> bool:
+    """True when a parser of `text`, JSON or not, might go deeper than `NESTING_MAX`, whatever it makes of it.
+
+    Asked before a parser, whose own limit moves with its caller's depth: the same message must always be taken apart
+    in the same way, or its letters and its frame's counts would differ when it is read again.
+    """
+    if text.count(b"{") + text.count(b"[") <= NESTING_MAX:
+        return False
+    depth = at = 0
+    quoted = False
+    while at < len(text):
+        block = text[at : at + _BLOCK_BYTES]
+        # Not between a backslash and what it escapes.
+        block = text[at : at + _BLOCK_BYTES + (len(block) - len(block.rstrip(b"\\"))) % 2]
+        at += len(block)
+        if b"\\" in block:
+            block = _ESCAPED.sub(b"", block)
+        pieces = block.translate(None, _NO_STRUCTURE).split(b'"')
+        for bracket in b"".join(pieces[quoted::2]):
+            depth += 1 if bracket in b"{[" else -1
+            if depth > NESTING_MAX:
+                return True
+        quoted ^= len(pieces) % 2 == 0
+    return False
+
+
 def is_json(text: bytes) -> bool:
-    """True when `text` is one well-formed JSON value (strings are not checked for UTF-8)."""
+    """True when `text` is one well-formed JSON value (strings are not checked for UTF-8), nested to `NESTING_MAX`."""
+    if is_nested_beyond_reading(text):
+        return False
     try:
         _syntax_decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return False
     return True
 

@@ -21,6 +21,7 @@ from contracts.hashing import HASH_BYTES, audit_hash, leaf_hash
 from contracts.proofs import check_consistency, root_from_inclusion
 from contracts.receipts import Receipt, SealRecord, Signature
 from contracts.statements import Statement, check_signature, statement_of
+from contracts.wire import UNREADABLE
 
 _Count = Annotated[int, Meta(ge=0)]
 
@@ -100,7 +101,7 @@ def decode_evidence(data: bytes) -> Evidence:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ProofError(f"not a proof: {error}") from error
 
 

@@ -6,17 +6,21 @@ Always true of a frame: `prev` <= `first` - 1 < `last` in origins; it covers eve
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from contracts.errors import WireFormatError
 from contracts.events import Event
+from contracts.wire import UNREADABLE, Count, Sequence, TimeNs
 
 
 class Dead(msgspec.Struct, frozen=True, array_like=True):
     """Events of one origin that a stage dead-lettered."""
 
-    origin: int
-    count: int
+    origin: Sequence
+    count: Count
 
 
 class FrameHead(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -34,13 +38,13 @@ class FrameHead(msgspec.Struct, frozen=True, array_like=True, tag=1):
         dead: what has been dead-lettered of the covered origins, by any stage so far.
     """
 
-    partition: int
-    prev: int
-    first: int
-    last: int
-    trail: tuple[int, ...]
+    partition: Count
+    prev: Count
+    first: Sequence
+    last: Sequence
+    trail: Annotated[tuple[Sequence, ...], Meta(max_length=3)]
     writer: str
-    made_ns: int
+    made_ns: TimeNs
     closed: bytes
     dead: tuple[Dead, ...]
 
@@ -58,6 +62,13 @@ class PackedFrame(FrameHead, frozen=True, array_like=True, tag=1):
 
 
 _encoder = msgspec.msgpack.Encoder()
+
+
+class _Versioned(msgspec.Struct, array_like=True):
+    version: int
+
+
+_version_decoder = msgspec.msgpack.Decoder(_Versioned)
 _head_decoder = msgspec.msgpack.Decoder(FrameHead)
 _decoder = msgspec.msgpack.Decoder(Frame)
 _packed_decoder = msgspec.msgpack.Decoder(PackedFrame)
@@ -76,7 +87,7 @@ def decode_frame(data: bytes) -> Frame:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a frame: {error}") from error
 
 
@@ -84,13 +95,21 @@ def decode_packed_frame(data: bytes) -> PackedFrame:
     """Like `decode_frame`, leaving each event as its encoded bytes. Raises as `decode_frame`."""
     try:
         return _packed_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a frame: {error}") from error
+
+
+def is_newer_frame(data: bytes) -> bool:
+    """True for what may be a frame of a later version than this build reads: whole msgpack that begins like one."""
+    try:
+        return _version_decoder.decode(data).version > 1
+    except UNREADABLE:
+        return False
 
 
 def decode_frame_head(data: bytes) -> FrameHead:
     """What a frame covers, without its events. Raises as `decode_frame`."""
     try:
         return _head_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a frame: {error}") from error

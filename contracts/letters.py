@@ -20,6 +20,7 @@ from contracts.telemetry import (
     DEAD_HANDLED,
     DEAD_INDEX,
     DEAD_ORIGIN,
+    DEAD_POLICY,
     DEAD_REASON,
     DEAD_SUBJECT,
     HEADER_FIRST_SEEN,
@@ -72,6 +73,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
         origin, index: which event: the message in `FI_EVENTS`, and the place within it.
         reason, field, detail: why, as in `InvalidEventError`.
         site, consultation: tokens of the subject that the gateway published to.
+        policy: version of the policy that it was refused under.
         first_seen: where the event first came in.
         traceparent: the gateway's trace.
         handled: no letter, but what stands for the last one of its subject, which was removed.
@@ -90,6 +92,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     site: str
     consultation: str
+    policy: int
     first_seen: str
     traceparent: str
     handled: bool
@@ -116,6 +119,7 @@ def read_letter(subject: str, seq: int, time_ns: int, data: bytes, headers: Mapp
         detail=headers.get(DEAD_DETAIL, ""),
         site=site,
         consultation=consultation,
+        policy=_number(headers.get(DEAD_POLICY, "")),
         first_seen=headers.get(HEADER_FIRST_SEEN, ""),
         traceparent=headers.get(HEADER_TRACEPARENT, ""),
         handled=DEAD_HANDLED in headers,

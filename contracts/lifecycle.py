@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 
+from contracts.errors import WireFormatError
 from contracts.events import Event
 
 _ROW = struct.Struct(">16sq")
@@ -17,10 +18,22 @@ class ClosedConsultations:
     """Consultation id (16 bytes) → when it was committed, nanoseconds since the epoch."""
 
     def __init__(self, packed: bytes, remembered_max: int) -> None:
-        """The memory that `packed` holds; it keeps `remembered_max` consultations at most."""
+        """The memory that `packed` holds; it keeps `remembered_max` consultations at most.
+
+        Raises:
+            WireFormatError: `packed` holds something else.
+        """
+        if len(packed) % _ROW.size:
+            raise WireFormatError(f"not committed consultations: {len(packed)} bytes are no rows of {_ROW.size}")
         self._closed: dict[bytes, int] = dict(_ROW.iter_unpack(packed))
-        self._remembered_max = remembered_max
         self.packed = packed
+        self.limit(remembered_max)
+
+    def limit(self, remembered_max: int) -> None:
+        """From now on it keeps so many consultations at most, the last ones."""
+        self._remembered_max = remembered_max
+        if len(self._closed) > remembered_max:
+            self._pack()
 
     def committed_ns(self, consultation_id: bytes) -> int | None:
         """When the consultation was committed; None when it is open or no longer remembered."""
@@ -35,8 +48,11 @@ class ClosedConsultations:
             del self._closed[event.consultation_id]
         elif event.event_type == "CONSULTATION_COMMITTED" and committed_ns is None:
             self._closed[event.consultation_id] = event.timestamp_ns
-            while len(self._closed) > self._remembered_max:
-                del self._closed[next(iter(self._closed))]
         else:
             return
+        self._pack()
+
+    def _pack(self) -> None:
+        while len(self._closed) > self._remembered_max:
+            del self._closed[next(iter(self._closed))]
         self.packed = b"".join(_ROW.pack(*row) for row in self._closed.items())

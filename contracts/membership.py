@@ -14,6 +14,7 @@ import msgspec
 
 from contracts.errors import WireFormatError
 from contracts.subjects import Stage
+from contracts.wire import UNREADABLE, Count, TimeNs
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="member.1"):
@@ -32,6 +33,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="memb
         pinned: the partitions it was told to hold, whatever the assignment says; None: it takes its share.
         draining: it is about to end and takes nothing on.
         paused: its stage is paused and it obeys.
+        policy: version of the policy in force (segment); 0 for a stage that has none.
+        holding: its dead-letter breaker is open.
     """
 
     stage: Stage
@@ -39,13 +42,15 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="memb
     name: str
     nonce: str
     pid: int
-    started_ns: int
-    partitions: tuple[int, ...] = ()
-    opening: tuple[int, ...] = ()
+    started_ns: TimeNs
+    partitions: tuple[Count, ...] = ()
+    opening: tuple[Count, ...] = ()
     store: str = ""
-    pinned: tuple[int, ...] | None = None
+    pinned: tuple[Count, ...] | None = None
     draining: bool = False
     paused: bool = False
+    policy: int = 0
+    holding: bool = False
 
     def may_hold(self, partition: int, owners: Mapping[int, str]) -> bool:
         """True unless the partition belongs to another store. `owners`: as for `shares`."""
@@ -60,12 +65,13 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="pause
         by: who asked, as ``user@node``.
     """
 
-    since_ns: int
+    since_ns: TimeNs
     by: str
 
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Member)
+_pause_decoder = msgspec.json.Decoder(Pause)
 
 
 def encode_member(member: Member) -> bytes:
@@ -81,8 +87,16 @@ def decode_member(data: bytes) -> Member:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a member's announcement: {error}") from error
+
+
+def decode_pause(data: bytes) -> Pause:
+    """What stands under a pause key. The key alone pauses: what nobody can read was put there by hand."""
+    try:
+        return _pause_decoder.decode(data)
+    except UNREADABLE:
+        return Pause(since_ns=0, by="somebody, in words that this version cannot read")
 
 
 def assign(members: Collection[str], partitions: Collection[int]) -> dict[int, str]:

@@ -1,13 +1,11 @@
-"""What segment knows about event types: their group, their criticality, and the rules it enforces.
+"""What segment knows about event types: their group, their criticality, and the rules it can enforce.
 
-A policy is a frozen value with a version; the version in force is stored with every event it passed.
+Which of the rules hold is for the policy to say (`contracts.rules`).
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args
-
-import msgspec
 
 from contracts.errors import InvalidEventError
 
@@ -47,27 +45,6 @@ EVENT_TYPES: dict[str, tuple[Group, Criticality]] = {
     "CORE_ERROR_OCCURRED": ("system", "elevated"),
 }
 """The 28 event types of DOMAIN, each with its group and criticality."""
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The rules in force. `version` is stored with every event that passed under them.
-
-    Attributes:
-        version: grows with each change.
-        check_payload: enforce DOMAIN's payload rules.
-        check_lifecycle: refuse an event that says it happened after its consultation was committed.
-        closed_remembered: how many committed consultations each partition remembers for that.
-        payload_bytes_max: largest payload accepted.
-    """
-
-    version: int = 1
-    check_payload: bool = True
-    check_lifecycle: bool = True
-    closed_remembered: int = 64
-    payload_bytes_max: int = 1024 * 1024
-
-
-DEFAULT_POLICY = Policy()
 
 
 def _number(payload: dict[str, Any], field: str, low: float, high: float, *, integer: bool = False) -> None:

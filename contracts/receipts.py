@@ -5,11 +5,14 @@ A receipt is the commit: until one is accepted by the replicated stream, nothing
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from contracts.errors import WireFormatError
 from contracts.hashing import EMPTY_ROOT
+from contracts.wire import UNREADABLE, Count, FileName, HexHash, Sequence, TimeNs
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -20,7 +23,7 @@ class Signature(msgspec.Struct, frozen=True):
         value: 64 bytes, base64 on the wire.
     """
 
-    key: str
+    key: HexHash
     value: bytes
 
 
@@ -33,9 +36,9 @@ class StoreEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         first: the shard that the store's own part of the partition begins with; the ones before are in other stores.
     """
 
-    shard: int
-    commits: int
-    first: int = 1
+    shard: Sequence
+    commits: Count
+    first: Sequence = 1
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +51,8 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     frontier: bytes
-    duplicates: int
-    dead_lettered: int
+    duplicates: Count
+    dead_lettered: Count
     closed: bytes
 
 
@@ -76,20 +79,20 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
         signature: there when persist has a signing key.
     """
 
-    partition: int
+    partition: Count
     cluster: str
     writer: str
     node: str
     store: str
     ends: dict[str, StoreEnd]
-    origin: int
-    trail: tuple[int, ...]
-    persisted: int
-    duplicates: int
-    dead_lettered: int
-    root: str
+    origin: Count
+    trail: Annotated[tuple[Count, ...], Meta(max_length=3)]
+    persisted: Count
+    duplicates: Count
+    dead_lettered: Count
+    root: HexHash
     closed: bytes
-    committed_ns: int
+    committed_ns: TimeNs
     takeover: bool = False
     signature: Signature | UnsetType = UNSET
 
@@ -114,18 +117,18 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
         signature: there when persist has a signing key.
     """
 
-    partition: int
+    partition: Count
     store: str
-    shard: int
-    file: str
-    sha256: str
-    first_origin: int
-    last_origin: int
-    events: int
-    tree_size: int
-    root: str
-    sealed_ns: int
-    bytes: int
+    shard: Sequence
+    file: FileName
+    sha256: HexHash
+    first_origin: Sequence
+    last_origin: Sequence
+    events: Count
+    tree_size: Count
+    root: HexHash
+    sealed_ns: TimeNs
+    bytes: Count
     cluster: str | UnsetType = UNSET
     resume: ResumePoint | UnsetType = UNSET
     signature: Signature | UnsetType = UNSET
@@ -169,7 +172,7 @@ def decode_receipt(data: bytes) -> Receipt:
     """
     try:
         return _receipt_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a receipt: {error}") from error
 
 
@@ -177,5 +180,5 @@ def decode_seal(data: bytes) -> SealRecord:
     """Inverse of `encode_receipt` for seal records. Raises `WireFormatError`."""
     try:
         return _seal_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"not a seal record: {error}") from error

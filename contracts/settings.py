@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from contracts.budgets import disorders
 from contracts.errors import SettingsError
 from contracts.subjects import PartitionBy
 
@@ -22,8 +23,10 @@ CONFIG_VARIABLE = "FI_CONFIG"
 """Names the settings file, and is no setting itself. Empty: there is no file."""
 MIB = 1024 * 1024
 HIDDEN: Final = "***"
+_SHOWN_CHARS_MAX: Final = 200
 
-_Positive = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
+"""As large as JSON numbers are exact."""
 _Seconds = Annotated[float, Meta(gt=0, le=366 * 86_400)]
 """At most a year, so not ``inf`` either: timers and JSON take no such number."""
 _SecretUrl = Annotated[str, Meta(extra={"secret": "user, password and query"})]
@@ -182,7 +185,8 @@ def resolve_settings(
         defaults: in place of the built-in ones.
 
     Raises:
-        SettingsError: names no setting, or a value of the wrong type or out of range. Names every one and its source.
+        SettingsError: names no setting, or a value of the wrong type or out of range: every one and its source. Or
+            values that break the order of waits (`contracts.budgets.ORDERS`).
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_NAMES, Source("default"))
@@ -196,11 +200,9 @@ def resolve_settings(
     if problems:
         raise SettingsError("; ".join(problems))
     settings = msgspec.structs.replace(defaults or Settings(), **values)
-    if settings.member_renew_s >= settings.member_ttl_s:
-        raise SettingsError(
-            f"member_renew_s = {settings.member_renew_s:g} must be well below member_ttl_s = {settings.member_ttl_s}: "
-            "every process would count as dead between two of its announcements"
-        )
+    breaking = [str(disorder) for disorder in disorders(settings) if disorder.order.breaks]
+    if breaking:
+        raise SettingsError("; ".join(breaking))
     return ResolvedSettings(settings, sources)
 
 
@@ -244,9 +246,9 @@ def _given(file: SettingsFile | None, env: Mapping[str, str], overrides: Mapping
 def _check(given: _Given) -> Any:
     layer = given.source.layer
     where = {
-        "file": f"{given.source.name}: {given.key}",
-        "environment": f"environment variable {given.key}",
-        "command line": f"command line: {given.key}",
+        "file": f"{given.source.name}: {_cut(given.key, str)}",
+        "environment": f"environment variable {_cut(given.key, str)}",
+        "command line": f"command line: {_cut(given.key, str)}",
     }[layer]
     if layer == "file" and isinstance(given.value, dict):
         raise SettingsError(f"{where} is a section: settings have none, write each as NAME = VALUE at the top level")
@@ -256,8 +258,20 @@ def _check(given: _Given) -> Any:
         checked = msgspec.convert({given.name: given.value}, Settings, strict=layer == "file")
     except msgspec.ValidationError as error:
         reason = str(error).partition(" - at ")[0]
-        raise SettingsError(f"{where} = {shown_value(given.name, given.value)!r}: {reason}") from None
+        raise SettingsError(f"{where} = {_cut(shown_value(given.name, given.value))}: {_cut(reason, str)}") from None
+    except UnicodeEncodeError:
+        # What the system gives for bytes that are no UTF-8.
+        raise SettingsError(f"{where} = {_cut(shown_value(given.name, given.value))}: is not UTF-8 text") from None
     return getattr(checked, given.name)
+
+
+def _cut(value: Any, show: Callable[[Any], str] = ascii) -> str:
+    """`value` for a message: a variable can hold a megabyte."""
+    try:
+        text = show(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
 
 
 def _hint(name: str, layer: str) -> str:

@@ -40,6 +40,8 @@ EVENTS_PUBLISH_PATTERN = "fi.events.*.*"
 TOKEN_PATTERN = r"[A-Za-z0-9_-]{1,64}"
 _TOKEN = re.compile(TOKEN_PATTERN)
 
+VERSION_DIGITS_MAX = 9
+
 _FNV_OFFSET = 2166136261
 _FNV_PRIME = 16777619
 
@@ -104,6 +106,24 @@ def members_pattern(stage: Stage) -> str:
 def pause_subject(stage: Stage) -> str:
     """The key ``pause.<stage>`` of `FI_CONTROL`: there while the stage is paused."""
     return f"$KV.FI_CONTROL.pause.{stage}"
+
+
+POLICY_PATTERN = "$KV.FI_CONTROL.policy.*"
+"""Matches every version of the policy."""
+FLUSH_SUBJECT = "$KV.FI_CONTROL.flush"
+"""The key ``flush`` of `FI_CONTROL`: what was last asked to be sealed."""
+
+
+def policy_subject(version: int) -> str:
+    """The key ``policy.<version>`` of `FI_CONTROL`: written once, and never again."""
+    return f"$KV.FI_CONTROL.policy.{version}"
+
+
+def policy_version(subject: str) -> int:
+    """Inverse of `policy_subject`; 0 for a key that is no version's."""
+    token = subject.rpartition(".")[2]
+    canonical = token.isascii() and token.isdecimal() and len(token) <= VERSION_DIGITS_MAX and str(int(token)) == token
+    return int(token) if canonical else 0
 
 
 def _as_token(text: str) -> str:

@@ -41,6 +41,8 @@ DEAD_STAGE: Final = "Fi-Dead-Stage"
 DEAD_ORIGIN: Final = "Fi-Dead-Origin"
 DEAD_INDEX: Final = "Fi-Dead-Index"
 DEAD_SUBJECT: Final = "Fi-Dead-Subject"
+DEAD_POLICY: Final = "Fi-Dead-Policy"
+"""Version of the policy that the event was refused under; not there where no policy had a part in it."""
 DEAD_HANDLED: Final = "Fi-Dead-Handled"
 """On a message that is no letter but stands for the last one of its subject, which was removed."""
 HEADER_FIRST_SEEN: Final = "Fi-First-Seen"
@@ -51,6 +53,9 @@ _TRACEPARENT: Final = re.compile(
 )
 _TRACEPARENT_CHARS_MAX: Final = 64
 """A message may hold ten thousand events, and each of them carries it."""
+
+TARGET_DISK: Final = "disk"
+"""What a circuit stands before that is no stream."""
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -225,6 +230,22 @@ BREAKER_OPEN: Final = _gauge(
     "stage",
 )
 BREAKER_TRIPS: Final = _counter("fi.breaker.trips", "{trip}", "times the dead-letter breaker opened", "stage")
+CIRCUIT_STATE: Final = _gauge(
+    "fi.circuit.state",
+    "{state}",
+    "1 while nobody may try the stream (or the disk): it does not answer; 0.5 while one may; 0 when it answers",
+    "target",
+)
+CIRCUIT_TRIPS: Final = _counter(
+    "fi.circuit.trips", "{trip}", "times the circuit before a stream or the disk opened", "target"
+)
+POLICY_HITS: Final = _counter(
+    "fi.policy.cache.hits", "{frame}", "frames judged by the policy in memory: all there are, each counted once"
+)
+POLICY_MISSES: Final = _counter(
+    "fi.policy.cache.misses", "{policy}", "versions of the policy that were read from the bucket, at start and later"
+)
+POLICY_VERSION: Final = _gauge("fi.policy.version", "{version}", "version of the policy that events are judged by")
 LANE_RESTARTS: Final = _counter(
     "fi.lane.restarts",
     "{restart}",
@@ -311,6 +332,11 @@ CATALOGUE: Final[dict[str, Instrument]] = {
         LANES,
         BREAKER_OPEN,
         BREAKER_TRIPS,
+        CIRCUIT_STATE,
+        CIRCUIT_TRIPS,
+        POLICY_HITS,
+        POLICY_MISSES,
+        POLICY_VERSION,
         LANE_RESTARTS,
         READERS_OPENED,
         FRAME_EVENTS,

@@ -5,91 +5,159 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from contracts.subjects import Stage
+import msgspec
+
+from contracts.membership import Member
+from contracts.subjects import FLUSH_SUBJECT, POLICY_PATTERN, Stage
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.breaker import Breaker
+from stages.runtime.control import Control
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.lane import Lane
 from stages.runtime.lanes import RunnableLane
-from stages.runtime.process import Arrival, LaneMaker
+from stages.runtime.process import Actor
 from stages.runtime.work import StageCore
 from stages.segment.core import SegmentCore
+from stages.segment.policies import Policies
 
 if TYPE_CHECKING:
     from contracts.statements import Signer
+    from stages.persist.flush import Flushes
     from stages.persist.storedir import Store
 
-_CORES: dict[Stage, Callable[[], StageCore]] = {"ingest": IngestCore, "segment": SegmentCore, "hash": HashCore}
 
-
-def lane_maker(stage: Stage, shards: Path) -> LaneMaker:
-    """How a process of `stage` makes its lanes.
+def actor(stage: Stage, shards: Path, clock_ns: Callable[[], int] = time.time_ns) -> Actor:
+    """What a process of `stage` runs.
 
     Args:
         stage: which.
         shards: directory of this node's store; used by persist only.
+        clock_ns: the wall clock.
     """
     if stage == "persist":
-        return _persist_maker(shards)
-    core = _CORES[stage]
-    breaker = cache(Breaker)
-
-    def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
-        own = breaker(api.settings)
-        api.telemetry.breaker(stage, own)
-        return Lane(api, core(), partition, nonce, on_open, breaker=own)
-
-    return make
+        return PersistActor(shards)
+    if stage == "segment":
+        return SegmentActor(clock_ns)
+    return HopActor(IngestCore if stage == "ingest" else HashCore, clock_ns)
 
 
-def arrival(stage: Stage, shards: Path) -> Arrival:
-    """What a process of `stage` does before it takes part: it gives the id of its store, empty for stages without one.
+class HopActor:
+    """Ingest and hash: nothing but lanes, which share a breaker.
 
-    Persist opens its store, and lets go of partitions that other stores took over meanwhile. Raises as
-    `stages.persist.storedir.open_store` and `stages.persist.moved.let_go_of_moved`.
+    Args:
+        make_core: for one lane.
+        clock_ns: the wall clock.
     """
 
-    async def arrive(api: Api, facts: ClusterFacts, nonce: str) -> str:
-        if stage != "persist":
-            return ""
+    def __init__(self, make_core: Callable[[], StageCore], clock_ns: Callable[[], int]) -> None:
+        self._make_core = make_core
+        self._clock_ns = clock_ns
+        self._breaker: Breaker | None = None
+
+    async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
+        """See `Actor.arrive`. Nothing is to be done."""
+        return ""
+
+    def make_lane(
+        self, api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]
+    ) -> RunnableLane:
+        """See `Actor.make_lane`."""
+        core = self._make_core()
+        return Lane(api, core, partition, nonce, on_open, self._clock_ns, self._shared_breaker(api, core.stage))
+
+    def _shared_breaker(self, api: Api, stage: Stage) -> Breaker:
+        if self._breaker is None:
+            self._breaker = Breaker(api.settings)
+            api.telemetry.breaker(stage, self._breaker)
+        return self._breaker
+
+    def describe(self, me: Member) -> Member:
+        """See `Actor.describe`."""
+        return msgspec.structs.replace(me, holding=self._breaker is not None and self._breaker.is_open)
+
+
+class SegmentActor(HopActor):
+    """Segment: its lanes judge by the policy in force, which is read before the first of them is made."""
+
+    def __init__(self, clock_ns: Callable[[], int]) -> None:
+        super().__init__(self._core, clock_ns)
+        self._policies: Policies
+        self._lanes: WeakValueDictionary[int, Lane] = WeakValueDictionary()
+
+    def _core(self) -> StageCore:
+        return SegmentCore(self._policies.for_frame)
+
+    async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
+        """See `Actor.arrive`. Returns once the policy was read."""
+        self._policies = Policies(api, self._try_again)
+        await control.listen(POLICY_PATTERN, self._policies.take)
+        return ""
+
+    def make_lane(
+        self, api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]
+    ) -> RunnableLane:
+        """See `Actor.make_lane`."""
+        breaker = self._shared_breaker(api, "segment")
+        lane = Lane(api, self._core(), partition, nonce, on_open, self._clock_ns, breaker, self._policies.refresh)
+        self._lanes[partition] = lane
+        return lane
+
+    def _try_again(self) -> None:
+        """What the policy before refused, the one now in force may let through."""
+        if self._breaker is not None:
+            self._breaker.retry_now()
+        for lane in list(self._lanes.values()):
+            lane.end_hold()
+
+    def describe(self, me: Member) -> Member:
+        """See `Actor.describe`."""
+        return msgspec.structs.replace(super().describe(me), policy=self._policies.version)
+
+
+class PersistActor:
+    """Persist: opens its store, and lets go of partitions that other stores took over meanwhile.
+
+    h5py and numpy are loaded in persist processes only.
+    """
+
+    def __init__(self, shards: Path) -> None:
+        self._shards = shards
+        self._store: Store
+        self._signer: Signer | None = None
+        self._flushes: Flushes
+
+    async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
+        """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store` and `let_go_of_moved`."""
+        from stages.persist.flush import Flushes
+        from stages.persist.keys import load_key
         from stages.persist.moved import let_go_of_moved
+        from stages.persist.storedir import open_store
 
-        store = await asyncio.to_thread(_open_store, shards, facts.cluster_id)
-        signer = await asyncio.to_thread(_load_signer, api.settings.signing_key_file)
-        await let_go_of_moved(api, store, facts.partitions, nonce, signer, time.time_ns)
-        return store.store_id
+        def open_own() -> Store:
+            return open_store(self._shards, facts.cluster_id, now_ns=time.time_ns())
 
-    return arrive
+        self._store = await asyncio.to_thread(open_own)
+        key_file = api.settings.signing_key_file
+        self._signer = await asyncio.to_thread(load_key, Path(key_file)) if key_file else None
+        self._flushes = Flushes(facts.cluster_id)
+        await control.listen(FLUSH_SUBJECT, self._flushes.take)
+        await let_go_of_moved(api, self._store, facts.partitions, nonce, self._signer, time.time_ns)
+        return self._store.store_id
 
+    def make_lane(
+        self, api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]
+    ) -> RunnableLane:
+        """See `Actor.make_lane`."""
+        from stages.persist.actor import PersistLane
 
-@cache
-def _open_store(shards: Path, cluster_id: str) -> Store:
-    """Once for all lanes of the process: lanes are made on the event loop."""
-    from stages.persist.storedir import open_store
+        return PersistLane(api, self._store, partition, nonce, on_open, signer=self._signer, flushes=self._flushes)
 
-    return open_store(shards, cluster_id, now_ns=time.time_ns())
-
-
-@cache
-def _load_signer(key_file: str) -> Signer | None:
-    from stages.persist.keys import load_key
-
-    return load_key(Path(key_file)) if key_file else None
-
-
-def _persist_maker(shards: Path) -> LaneMaker:
-    # h5py and numpy are loaded in persist processes only.
-    from stages.persist.actor import PersistLane
-
-    def make(api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]) -> RunnableLane:
-        store = _open_store(shards, facts.cluster_id)
-        signer = _load_signer(api.settings.signing_key_file)
-        return PersistLane(api, store, partition, nonce, on_open, signer=signer)
-
-    return make
+    def describe(self, me: Member) -> Member:
+        """See `Actor.describe`. Nothing is added."""
+        return me

@@ -13,16 +13,19 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, dlq, keys, members, partitions, proof, store, topology
+from cluster.cli import config, dlq, keys, members, partitions, policy, proof, store, topology
 from cluster.cli.capacity import capacity
 from cluster.cli.common import FAILED, config_option, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
+from cluster.cli.flush import flush
 from cluster.cli.health import health
 from cluster.cli.metrics import metrics
 from cluster.cli.publish import publish
 from cluster.cli.run import run
 from cluster.cli.schema import schema
+from cluster.cli.status import status
+from cluster.cli.top import top
 from cluster.cli.up import down, up
 from contracts.errors import FiError
 
@@ -37,6 +40,7 @@ config_app = typer.Typer(help="Settings: where each comes from, and whether they
 key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
 partitions_app = typer.Typer(help="Partitions: who owns which, and moving one.", no_args_is_help=True)
 cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
+policy_app = typer.Typer(help="The rules that segment holds events to: look, change, look back.", no_args_is_help=True)
 dlq_app = typer.Typer(help="Dead letters: events that were refused, with the reason.", no_args_is_help=True)
 
 
@@ -58,14 +62,15 @@ def options(
 
 for verb in (demo, up, down, run, publish, store.events, export, store.verify, store.shards, schema):
     app.command()(verb)
-for running in (members.members, members.scale, members.pause, members.resume, members.drain):
+for running in (members.members, members.scale, members.restart, members.pause, members.resume, members.drain, flush):
     app.command()(running)
-for watching in (health, metrics, capacity):
+for watching in (status, top, health, metrics, capacity):
     app.command()(watching)
 for proving in (proof.prove, proof.check_proof, proof.consistency):
     app.command()(proving)
 config_app.command("show")(config.show)
 config_app.command("check")(config.check)
+config_app.command("budgets")(config.budgets)
 key_app.command("new")(keys.new)
 key_app.command("public")(keys.public)
 app.command()(partitions.rebuild)
@@ -73,6 +78,9 @@ partitions_app.command("ls")(partitions.list_partitions)
 partitions_app.command("move")(partitions.move)
 for verb in (topology.plan, topology.apply, topology.status):
     cluster_app.command()(verb)
+policy_app.command("show")(policy.show)
+policy_app.command("set")(policy.set_)
+policy_app.command("history")(policy.history)
 for dlq_verb in (dlq.ls, dlq.show, dlq.replay, dlq.drop):
     dlq_app.command()(dlq_verb)
 app.add_typer(cluster_app, name="cluster")
@@ -80,6 +88,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(key_app, name="key")
 app.add_typer(partitions_app, name="partitions")
+app.add_typer(policy_app, name="policy")
 
 
 def main(arguments: list[str] | None = None) -> None:

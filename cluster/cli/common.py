@@ -17,6 +17,7 @@ import typer
 
 from cluster.config import find_file
 from cluster.state import NotRunningError, read_state
+from contracts.budgets import COMMAND_CONNECT, PROGRESS
 from contracts.errors import (
     ClusterUnavailableError,
     DefiniteError,
@@ -28,8 +29,9 @@ from contracts.errors import (
 from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_credentials, resolve_settings
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
     from rich.console import Console
+
+    from stages.runtime.client import GuardedClient
 
 T = TypeVar("T")
 
@@ -39,10 +41,8 @@ NOT_READY: Final = 3
 CORRUPT: Final = 4
 
 DEFAULT_DIRECTORY = Path(".fi")
-CONNECT_WAIT_S = 5.0
 REDIRECTED_WIDTH: Final = 160
 
-PROGRESS_AFTER_S: Final = 2.0
 
 DirectoryOption = Annotated[Path, typer.Option("--dir", help="Use what `fictl up --dir DIR` started.")]
 NatsOption = Annotated[
@@ -133,15 +133,15 @@ def _parse_set(chosen: list[str] | None) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def connected(urls: tuple[str, ...]) -> AsyncIterator[Client]:
+async def connected(urls: tuple[str, ...]) -> AsyncIterator[GuardedClient]:
     """A connection to any of `urls`, closed at the end.
 
     Raises:
-        ClusterUnavailableError: none answered within `CONNECT_WAIT_S`.
+        ClusterUnavailableError: none answered within `COMMAND_CONNECT`.
     """
     from stages.runtime.connection import connect
 
-    client = await connect(urls, "fi", wait_s=CONNECT_WAIT_S)
+    client = await connect(urls, "fi", wait_s=COMMAND_CONNECT.s)
     try:
         yield client
     finally:
@@ -157,7 +157,7 @@ def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
-    """Gives what to tell (done, total) to; a terminal's stderr shows it as a bar after `PROGRESS_AFTER_S`."""
+    """Gives what to tell (done, total) to; a terminal's stderr shows it as a bar after `PROGRESS`."""
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield lambda done, total: None
@@ -169,7 +169,7 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
     begun_s = time.monotonic()
 
     def tell(done: float, total: float) -> None:
-        if time.monotonic() - begun_s >= PROGRESS_AFTER_S:
+        if time.monotonic() - begun_s >= PROGRESS.s:
             bar.start()
             bar.update(task, completed=done, total=total)
 

@@ -29,18 +29,18 @@ from cluster.cli.common import (
     given_settings,
     print_json,
     run_async,
+    say,
 )
 from cluster.cli.run import SHARDS
-from cluster.cli.topology import PLAN_WAIT_S
 from cluster.config import DEFAULT_FILE
 from cluster.state import NotRunningError
+from contracts.budgets import TOPOLOGY_PLAN
 from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
 from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
-
     from contracts.settings import SettingsFile, Source
+    from stages.runtime.client import GuardedClient
 
 DRIFTS_SHOWN_MAX = 3
 _PROBE_BYTES = 4096
@@ -91,6 +91,54 @@ def show(chosen: SetOption = None, as_json: JsonOption = False) -> None:
     for name, (value, source) in rows.items():
         table.add_row(name, escape(msgspec.json.encode(value).decode()), escape(_source_words(source)))
     console().print(table)
+
+
+def budgets(chosen: SetOption = None, as_json: JsonOption = False) -> None:
+    """Shows every wait: who waits for what, how long, and what happens when the time is over.
+
+    In capitals those that are built in; the others are settings. Says on stderr which are not over before another
+    that they should be.
+
+    Example: fictl config budgets --json
+    """
+    from contracts.budgets import BUDGETS, SETTING_WAITS, disorders
+
+    resolved = given_settings(chosen)
+    rows = [
+        {
+            "name": name,
+            "seconds": float(getattr(resolved.settings, name)),
+            "source": resolved.sources[name].layer,
+            **wait._asdict(),
+        }
+        for name, wait in SETTING_WAITS.items()
+    ]
+    for name, budget in BUDGETS.items():
+        meaning = {"kind": budget.kind, "waits": budget.waits, "then": budget.then}
+        rows.append({"name": name, "seconds": budget.s, "source": "constant", **meaning})
+    found = disorders(resolved.settings)
+    if as_json:
+        wrong = [
+            {
+                "shorter": disorder.order.shorter,
+                "longer": disorder.order.longer,
+                "text": str(disorder),
+            }
+            for disorder in found
+        ]
+        print_json({"budgets": rows, "disorders": wrong})
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("wait", "seconds", "from", "kind", "who waits for what", "then")
+    for row in rows:
+        seconds = f"{row['seconds']:g}"
+        words = (str(row[key]) for key in ("source", "kind", "waits", "then"))
+        table.add_row(str(row["name"]), seconds, *map(escape, words))
+    console().print(table)
+    for disorder in found:
+        say(str(disorder))
 
 
 def check(
@@ -198,7 +246,7 @@ def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] |
         return [_failed("servers", error), Check(name="streams", result="not checked", detail="no server to ask")]
 
 
-async def _look_at_servers(client: Client, urls: tuple[str, ...]) -> str:
+async def _look_at_servers(client: GuardedClient, urls: tuple[str, ...]) -> str:
     from cluster.status import status
 
     servers = (await status(client, urls)).servers
@@ -208,10 +256,10 @@ async def _look_at_servers(client: Client, urls: tuple[str, ...]) -> str:
     return f"{', '.join(hide_credentials(server.url) for server in servers)} answer"
 
 
-async def _look_at_streams(client: Client, settings: Settings) -> str:
+async def _look_at_streams(client: GuardedClient, settings: Settings) -> str:
     from cluster.apply import plan
 
-    todo = await plan(client, settings, wait_s=PLAN_WAIT_S)
+    todo = await plan(client, settings, wait_s=TOPOLOGY_PLAN.s)
     if todo.refused:
         raise TopologyError("; ".join(todo.refused))
     missing = [change.stream for change in todo.changes if change.action == "create"]

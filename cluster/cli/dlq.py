@@ -30,6 +30,7 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from contracts.budgets import COMMAND_READY
 from contracts.errors import SettingsError, TopologyError
 from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, publish_subject
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     Act = Callable[[DeadLetters, Sequence[Letter]], Awaitable[None]]
 
 SHOWN_MAX: Final = 100
-_READY_WAIT_S: Final = 5.0
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d{1,9})([smhd])")
 
@@ -401,7 +401,7 @@ async def _opened(urls: tuple[str, ...]) -> AsyncIterator[DeadLetters]:
 
     async with connected(urls) as client:
         try:
-            facts = await read_cluster(client, wait_s=_READY_WAIT_S)
+            facts = await read_cluster(client, wait_s=COMMAND_READY.s)
         except TopologyError as error:
             raise NotReadyError(str(error)) from error
         yield DeadLetters(Api(client, Settings()), facts.cluster_id)

@@ -66,6 +66,7 @@ def _head(letter: Letter) -> dict[str, Any]:
         "reason": letter.reason,
         "field": letter.field,
         "detail": letter.detail,
+        "policy": letter.policy if letter.policy > 0 else None,
         "site": letter.site,
         "consultation": letter.consultation,
         "traceparent": letter.traceparent,
@@ -93,7 +94,7 @@ def counted_lines(counts: Counts) -> str:
 
 def page(letter: Letter) -> str:
     """Everything about one letter."""
-    where = f"{letter.stage} partition {letter.partition}"
+    where = f"{letter.stage} partition {letter.partition}" + (f", policy {letter.policy}" if letter.policy > 0 else "")
     trace = letter.traceparent.split("-")
     rows = {
         "letter": f"{letter.seq}, dead-lettered {format_rfc3339(letter.time_ns)}",

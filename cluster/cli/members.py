@@ -1,4 +1,4 @@
-"""`fictl members|scale|pause|resume|drain`: who works on what, and changing it while it runs."""
+"""`fictl members|scale|restart|pause|resume|drain`: who works on what, and changing it while it runs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from cluster.cli.common import (
 )
 from cluster.cli.up import parse_scale
 from cluster.state import State, read_state
-from contracts.errors import SettingsError
+from contracts.budgets import DRAINED, OBEYED, RESTART, SCALE, SETTLED
+from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
-
+    from cluster.control import RestartAnswer
     from cluster.drain import DrainReport
     from cluster.members import MembersReport
     from stages.runtime.api import Api
+    from stages.runtime.client import GuardedClient
 
 T = TypeVar("T")
 
-SCALE_LIMIT_S = 180.0
 StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(STAGES)}.", show_default=False)]
 WaitOption = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it at most.")]
 
@@ -68,7 +68,7 @@ def members(
 def scale(
     counts: Annotated[list[str], typer.Argument(metavar="STAGE=N…", help="E.g. segment=4.", show_default=False)],
     directory: DirectoryOption = DEFAULT_DIRECTORY,
-    wait_s: WaitOption = 30.0,
+    wait_s: WaitOption = SETTLED.s,
     as_json: JsonOption = False,
 ) -> None:
     """Changes how many processes of a stage a running `fictl up` keeps, and waits until the partitions have moved.
@@ -88,9 +88,9 @@ def scale(
         from cluster.members import look_until
 
         with progress_bar("scaling"):
-            answer = await ask_scale(state.control, wanted, SCALE_LIMIT_S)
+            answer = await ask_scale(state.control, wanted, SCALE.s)
 
-        async def wait(client: Client, api: Api) -> MembersReport:
+        async def wait(client: GuardedClient, api: Api) -> MembersReport:
             return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
 
         return answer.before, answer.after, await _with_cluster(state.urls, wait)
@@ -108,11 +108,56 @@ def scale(
         raise NotReadyError(f"partitions of {', '.join(moving)} still move after {wait_s:g} s; see `fictl members`")
 
 
+def restart(
+    stages: Annotated[list[str] | None, typer.Argument(metavar="[STAGE…]", help="Default: all.")] = None,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    wait_s: WaitOption = SETTLED.s,
+    as_json: JsonOption = False,
+) -> None:
+    """Replaces the processes of a running `fictl up`, one at a time, in flow order, while events flow.
+
+    The new process is ready before the old one finishes what it has in hand: each partition only waits for its
+    hand-over. Nothing is lost, doubled or reordered. Use it after an upgrade of the package. If a new process does not
+    come up, the old one goes on, nothing further is touched, and the exit code is 1; 3 if partitions still moved after
+    the wait.
+
+    Example: fictl restart persist --dir .fi
+    """
+    chosen = tuple(dict.fromkeys(map(_stage, stages or STAGES)))
+    state = _controlled(directory)
+
+    async def work() -> tuple[RestartAnswer, MembersReport]:
+        from cluster.control import ask_restart
+        from cluster.members import look_until
+
+        with progress_bar("restarting"):
+            answer = await ask_restart(state.control, chosen, RESTART.s)
+
+        async def wait(client: GuardedClient, api: Api) -> MembersReport:
+            return await look_until(client, api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
+
+        return answer, await _with_cluster(state.urls, wait)
+
+    answer, report = run_async(work())
+    moving = [stage for stage in report.moving if stage in chosen]
+    if as_json:
+        told = {"replaced": answer.replaced, "error": answer.error, "settled": not moving, "members": report.members}
+        print_json(told)
+    else:
+        for stage, count in answer.replaced.items():
+            say(f"{stage}: {count} processes replaced")
+        _show(report)
+    if answer.error:
+        raise FiError(f"not all was replaced: {answer.error}")
+    if moving:
+        raise NotReadyError(f"partitions of {', '.join(moving)} still move after {wait_s:g} s; see `fictl members`")
+
+
 def pause(
     stage: StageArgument,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
-    wait_s: WaitOption = 10.0,
+    wait_s: WaitOption = OBEYED.s,
     as_json: JsonOption = False,
 ) -> None:
     """Pauses all processes of STAGE on every node: they finish what they have in hand and stop reading.
@@ -130,7 +175,7 @@ def resume(
     stage: StageArgument,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
-    wait_s: WaitOption = 10.0,
+    wait_s: WaitOption = OBEYED.s,
     as_json: JsonOption = False,
 ) -> None:
     """Takes `fictl pause STAGE` back; every process goes on from where it stood. Does nothing when it is not paused.
@@ -141,7 +186,7 @@ def resume(
 
 
 def drain(
-    directory: DirectoryOption = DEFAULT_DIRECTORY, wait_s: WaitOption = 60.0, as_json: JsonOption = False
+    directory: DirectoryOption = DEFAULT_DIRECTORY, wait_s: WaitOption = DRAINED.s, as_json: JsonOption = False
 ) -> None:
     """Stops the stages of the `fictl up` in DIR in flow order, each when its input is worked off; the servers stay up.
 
@@ -152,7 +197,7 @@ def drain(
     """
     state = _controlled(directory)
 
-    async def work(client: Client, api: Api) -> tuple[DrainReport, dict[Stage, int]]:
+    async def work(client: GuardedClient, api: Api) -> tuple[DrainReport, dict[Stage, int]]:
         from cluster.control import ask_scale
         from cluster.drain import drain as drain_stages
         from stages.runtime.facts import read_cluster
@@ -160,7 +205,7 @@ def drain(
         before: dict[Stage, int] = {}
 
         async def stop(stage: Stage) -> None:
-            answer = await ask_scale(state.control, {stage: 0}, SCALE_LIMIT_S)
+            answer = await ask_scale(state.control, {stage: 0}, SCALE.s)
             before[stage] = answer.before[stage]
 
         with progress_bar("draining") as tell:
@@ -190,7 +235,7 @@ def drain(
 def _tell(
     stage: Stage, directory: Path, nats: list[str] | None, wait_s: float, as_json: bool, *, pausing: bool
 ) -> None:
-    async def work(client: Client, api: Api) -> MembersReport:
+    async def work(client: GuardedClient, api: Api) -> MembersReport:
         from cluster.members import look_until
         from cluster.members import pause as pause_stage
         from cluster.members import resume as resume_stage
@@ -230,13 +275,13 @@ def _controlled(directory: Path) -> State:
     return state
 
 
-async def _look(client: Client, api: Api) -> MembersReport:
+async def _look(client: GuardedClient, api: Api) -> MembersReport:
     from cluster.members import look
 
     return await look(client, api)
 
 
-async def _with_cluster(urls: tuple[str, ...], work: Callable[[Client, Api], Awaitable[T]]) -> T:
+async def _with_cluster(urls: tuple[str, ...], work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:
     from stages.runtime.api import Api
 
     async with connected(urls) as client:

@@ -24,12 +24,12 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from contracts.budgets import COMMAND_CONNECT, REBUILD
 from contracts.errors import FiError, NotOursError
 
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
 
-CONNECT_WAIT_S = 5.0
 
 ShardsOption = Annotated[
     Path | None, typer.Option("--shards", help="The store's directory. Default: that of the run in --dir.")
@@ -48,7 +48,7 @@ def rebuild(
     shards: ShardsOption = None,
     nats: NatsOption = None,
     dry_run: DryRunOption = False,
-    wait: WaitOption = 120.0,
+    wait: WaitOption = REBUILD.s,
     as_json: JsonOption = False,
 ) -> None:
     """Makes damaged or deleted shards again from the events that the cluster still holds.
@@ -75,7 +75,7 @@ def move(
     shards: ShardsOption = None,
     nats: NatsOption = None,
     dry_run: DryRunOption = False,
-    wait: WaitOption = 120.0,
+    wait: WaitOption = REBUILD.s,
     as_json: JsonOption = False,
 ) -> None:
     """Lets the store on this node take partitions over from one that is gone. Run it where the new store is.
@@ -114,7 +114,7 @@ def list_partitions(
 
         rows = []
         async with connected(urls) as client:
-            facts = await read_cluster(client, wait_s=CONNECT_WAIT_S)
+            facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             api = Api(client, Settings())
             for partition in range(facts.partitions):
                 receipt, _ = await last_receipt(api, partition)
@@ -174,7 +174,7 @@ def _take_back(
         done: list[Rewind] = []
         failed: list[str] = []
         async with connected(urls) as client:
-            facts = await read_cluster(client, wait_s=CONNECT_WAIT_S)
+            facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             api = Api(client, settings)
             store = open_store(shards or directory / "shards", facts.cluster_id, now_ns=time.time_ns())
             signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None

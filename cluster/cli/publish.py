@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from contracts.budgets import COMMAND_READY, PROGRESS_REFRESH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from contracts.settings import Settings
 
 REFUSED_SHOWN_MAX = 20
-_REFRESH_S: Final = 0.1
-_READY_WAIT_S: Final = 5.0
 
 
 def publish(
@@ -127,7 +126,7 @@ async def _publish(
         connected(urls) as client,
     ):
         try:
-            await read_cluster(client, wait_s=_READY_WAIT_S)
+            await read_cluster(client, wait_s=COMMAND_READY.s)
         except TopologyError as error:
             raise NotReadyError(str(error)) from error
         publisher = LinePublisher(Gateway(client, in_flight=in_flight, telemetry=telemetry), **options)
@@ -143,7 +142,7 @@ async def _publish(
 async def _repeat(refresh: Callable[[], None]) -> None:
     while True:
         refresh()
-        await asyncio.sleep(_REFRESH_S)
+        await asyncio.sleep(PROGRESS_REFRESH.s)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def run(
         raise SettingsError("persist needs a store: give --shards DIR, a directory on this node's own disk")
     store = shards or directory / SHARDS
 
-    from stages.actors import arrival, lane_maker
+    from stages.actors import actor
     from stages.runtime.logs import configure_logging
     from stages.runtime.process import StageProcess
     from stages.runtime.watch import Watch
@@ -79,8 +79,7 @@ def run(
                 chosen,
                 urls,
                 settings,
-                lane_maker(chosen, store),
-                arrive=arrival(chosen, store),
+                actor(chosen, store),
                 partitions=None if partitions is None else parse_partitions(partitions),
                 name=own_name,
                 on_ready=lambda: print("READY", flush=True),

@@ -30,6 +30,7 @@ from cluster.cli.common import (
     trusted_keys,
 )
 from cluster.cli.export import verify_export
+from contracts.budgets import SHARD_CHECK
 from contracts.errors import SettingsError, ShardError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def verify(
     ] = None,
     nats: NatsOption = None,
     public_key: PublicKeyOption = None,
-    shard_timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Longest a shard may take.")] = 120.0,
+    shard_timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Longest a shard may take.")] = SHARD_CHECK.s,
     as_json: JsonOption = False,
 ) -> None:
     """Reads every shard, recomputes every audit hash and checksum, and checks order and continuity.

@@ -22,12 +22,11 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from contracts.budgets import TOPOLOGY_PLAN
 
 if TYPE_CHECKING:
     from cluster.apply import Change, Plan
     from cluster.status import ClusterStatus
-
-PLAN_WAIT_S = 10.0
 
 
 def plan(
@@ -48,7 +47,7 @@ def plan(
         from cluster.apply import plan as make_plan
 
         async with connected(urls) as client:
-            return await make_plan(client, wanted, wait_s=PLAN_WAIT_S)
+            return await make_plan(client, wanted, wait_s=TOPOLOGY_PLAN.s)
 
     found = run_async(work())
     if as_json:

@@ -22,12 +22,10 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from contracts.budgets import UP_POLL, UP_START, UP_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
-
-START_LIMIT_S = 180.0
-STOP_LIMIT_S = 180.0
 
 
 def up(
@@ -107,7 +105,7 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
             stderr=log,
             start_new_session=True,
         )
-    deadline_s = time.monotonic() + START_LIMIT_S
+    deadline_s = time.monotonic() + UP_START.s
     try:
         while time.monotonic() < deadline_s:
             if child.poll() is not None:
@@ -119,12 +117,12 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
             if state is not None and state.status == "ready" and state.supervisor_pid == child.pid:
                 say(f"ready: {' '.join(state.urls)}  (stop with `fictl down --dir {directory}`)")
                 return
-            time.sleep(0.1)
-        raise FiError(f"not ready after {START_LIMIT_S:.0f} s; see {log_path}")
+            time.sleep(UP_POLL.s)
+        raise FiError(f"not ready after {UP_START.s:.0f} s; see {log_path}")
     except BaseException:
         if child.poll() is None:
             child.terminate()
-            child.wait(STOP_LIMIT_S)
+            child.wait(UP_STOP.s)
         raise
 
 
@@ -139,12 +137,12 @@ def down(
 
     pid = read_state(directory).supervisor_pid
     os.kill(pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + STOP_LIMIT_S
+    deadline_s = time.monotonic() + UP_STOP.s
     while time.monotonic() < deadline_s:
         try:
             read_state(directory)
         except NotRunningError:
             say(f"stopped what ran in {directory}")
             return
-        time.sleep(0.1)
-    raise FiError(f"process {pid} still runs after {STOP_LIMIT_S:.0f} s; kill -9 {pid} loses nothing that was accepted")
+        time.sleep(UP_POLL.s)
+    raise FiError(f"process {pid} still runs after {UP_STOP.s:.0f} s; kill -9 {pid} loses nothing that was accepted")

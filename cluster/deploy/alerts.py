@@ -19,6 +19,7 @@ from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES
 from contracts.telemetry import (
     BACKPRESSURE_AGE,
     BREAKER_OPEN,
+    CIRCUIT_STATE,
     CONSUMER_LAG,
     DURABLE_BUDGET_MS_P95,
     DURABLE_LATENCY,
@@ -193,6 +194,19 @@ def _pressure() -> Iterator[Alert]:
         severity="page",
         summary="{{ $labels.instance }} gets no acknowledgements",
         description="{{ $value | humanizePercentage }} of its tries failed: no quorum, no leader or no connection.",
+    )
+
+    yield Alert(
+        name="FiCircuitOpen",
+        # Not closed for a minute, and open lately: half-open alone waits for somebody who has something to try.
+        expr=(
+            f"(max by (target, instance) (min_over_time({series(CIRCUIT_STATE)}[1m])) > 0)"
+            f" and (max by (target, instance) (max_over_time({series(CIRCUIT_STATE)}[2m])) == 1)"
+        ),
+        held="1m",
+        severity="page",
+        summary="{{ $labels.instance }} gets no answer from {{ $labels.target }}: its circuit is open",
+        description="Its lanes keep what they have in hand, and one tries for all until there is an answer.",
     )
 
 

@@ -31,6 +31,8 @@ from contracts.telemetry import (
     BREAKER_OPEN,
     BREAKER_TRIPS,
     BUFFER_SIZE,
+    CIRCUIT_STATE,
+    CIRCUIT_TRIPS,
     COMMIT_DURATION,
     COMMIT_EVENTS,
     CONSUMED_MESSAGES,
@@ -50,6 +52,9 @@ from contracts.telemetry import (
     OPERATION_DURATION,
     ORIGIN_REACHED,
     PERSIST_ERRORS,
+    POLICY_HITS,
+    POLICY_MISSES,
+    POLICY_VERSION,
     PROCESS_DURATION,
     QUEUE_BYTES,
     QUEUE_LENGTH,
@@ -287,6 +292,19 @@ _INFRASTRUCTURE: Final = {
             description=BREAKER_OPEN.meaning,
         ),
         Panel(
+            title="Policy in force",
+            queries=((highest(POLICY_VERSION, "instance"), "{{instance}}"),),
+            description=f"{POLICY_VERSION.meaning}; two for longer than seconds: a process cannot read the newer one",
+        ),
+        Panel(
+            title="Policy, frames judged a second and versions read in 15 minutes",
+            queries=(
+                (rate(POLICY_HITS), "judged by what is in memory"),
+                (increase(POLICY_MISSES, window="15m"), "versions read"),
+            ),
+            description=POLICY_HITS.meaning,
+        ),
+        Panel(
             title="CPU, cores",
             queries=((rate(CPU_TIME, "instance"), "{{instance}}"),),
         ),
@@ -308,6 +326,14 @@ _INFRASTRUCTURE: Final = {
             title="Reconnects in 15 minutes",
             queries=((increase(RECONNECTS, "instance", window="15m"), "{{instance}}"),),
             description=RECONNECTS.meaning,
+        ),
+        Panel(
+            title="Circuits: 1 open, 0.5 half-open",
+            queries=(
+                (highest(CIRCUIT_STATE, "target", "instance"), "{{target}} {{instance}}"),
+                (grown(CIRCUIT_TRIPS, "target", window="15m"), "{{target}}, trips in 15 minutes"),
+            ),
+            description=CIRCUIT_STATE.meaning,
         ),
         Panel(
             title="Lanes that started again, in 15 minutes",

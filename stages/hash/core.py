@@ -33,6 +33,9 @@ class HashCore:
     def open(self, closed: bytes) -> None:
         """Nothing to take up: each frame brings segment's memory along."""
 
+    def begin(self) -> None:
+        """Nothing changes while the process runs."""
+
     def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
         """Hashes the events of one frame after `origin`. See `StageCore.step`."""
         return step_frame(message, origin, lambda event: _hashed(event, now_ns))

@@ -22,6 +22,9 @@ class IngestCore:
         """Keeps segment's memory: frames made after the hops were lost hand it on from the receipt."""
         self._closed = closed
 
+    def begin(self) -> None:
+        """Nothing changes while the process runs."""
+
     def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
         """Parses one gateway message. See `StageCore.step`."""
         if message.seq <= origin:

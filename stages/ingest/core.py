@@ -46,6 +46,7 @@ from contracts.letters import FirstSeen, parse_first_seen
 from contracts.policy import EVENT_TYPES
 from contracts.subjects import is_token
 from contracts.telemetry import parse_traceparent
+from contracts.wire import UNREADABLE
 from stages.ingest.explain import duplicate_field, explain_decoding, explain_part, quoted
 
 EVENTS_MAX = 32 * 1024
@@ -173,7 +174,7 @@ def _parse_parts(message: _Message, parts: list[bytes], raw: bytes | None) -> Pa
 def _parse_event(message: _Message, index: int, text: bytes) -> Event:
     try:
         wire = _decode_wire(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise explain_decoding(text, error) from None
     consultation_id = _check_subject(message.site, message.consultation)
     payload, metadata = bytes(wire.payload), bytes(wire.metadata)
@@ -246,7 +247,7 @@ def _decode_part(name: str, part: bytes) -> Any:
     """Decodes `payload` or `metadata` whole: as `Raw` it was skipped over, with its strings and numbers unread."""
     try:
         value = _decode_any(part)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise explain_part(name, part, error) from None
     # A part with no more brackets than that cannot be deeper, whatever its strings hold.
     if part.count(b"{") + part.count(b"[") > PAYLOAD_DEPTH_MAX and _is_too_deep(value):

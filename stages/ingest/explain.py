@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Raw
 
 from contracts.errors import InvalidEventError
-from contracts.events import PAYLOAD_DEPTH_MAX
+from contracts.events import PAYLOAD_DEPTH_MAX, is_nested_beyond_reading
+from contracts.wire import UNREADABLE
 
 _REQUIRED = ("consultation_id", "event_type", "payload", "metadata")
 _STRINGS = {"consultation_id": False, "event_type": False, "event_id": True, "timestamp": True}
@@ -47,7 +48,7 @@ def explain_decoding(text: bytes, error: Exception) -> InvalidEventError:
     """Why `text` could not be read as an event's fields, given what msgspec raised on it."""
     if not text:
         return InvalidEventError("json.empty", "", "the message is empty")
-    if isinstance(error, RecursionError):
+    if isinstance(error, RecursionError) or is_nested_beyond_reading(text):
         return _explain_recursion(text)
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8("json", "", error)
@@ -57,7 +58,7 @@ def explain_decoding(text: bytes, error: Exception) -> InvalidEventError:
         fields = _decode_fields(text)
     except msgspec.ValidationError:
         return InvalidEventError("json.not_object", "", "an event is a JSON object")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as deeper:
+    except UNREADABLE as deeper:
         return explain_decoding(text, deeper)
     return _explain_fields(fields)
 

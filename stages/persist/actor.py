@@ -17,22 +17,24 @@ from typing import TypeVar
 import msgspec
 from msgspec import UNSET
 
+from contracts.budgets import DISK_PAUSE_MAX, DISK_PAUSE_MIN, STANDBY
 from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
 from contracts.receipts import Receipt, SealRecord, encode_receipt, first_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
-from contracts.telemetry import EVENT_PERSIST_FAILED, EVENT_PERSISTED
+from contracts.telemetry import CIRCUIT_TRIPS, EVENT_PERSIST_FAILED, EVENT_PERSISTED, TARGET_DISK
 from stages.persist.core import Group, plan_group
+from stages.persist.disk import LOCAL, Disk, Files
+from stages.persist.flush import Flushes
 from stages.persist.moved import let_go, signed
-from stages.persist.names import partition_state
-from stages.persist.partition import PartitionFiles
 from stages.persist.resume import BEGINNING
 from stages.persist.seal import SealedInfo
-from stages.persist.storedir import Store, lock_partition, probe_disk
+from stages.persist.storedir import Store
 from stages.persist.trim import Trimmer
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
 from stages.runtime.checkpoint import Cursor, cursor_from_receipt, last_receipt, last_seal
+from stages.runtime.circuit import Circuit
 from stages.runtime.tasks import end_tasks, run_blocking
 from stages.runtime.writer import FencedWriter
 
@@ -42,12 +44,14 @@ T = TypeVar("T")
 
 GROUP_FRAMES_MAX = 64
 GROUP_BYTES_MAX = 4 * 1024 * 1024
-STANDBY_S = 1.0
-DISK_RETRY_S_MIN, DISK_RETRY_S_MAX = 1.0, 10.0
 
 
 class PersistLane(LaneBase):
-    """Owns one partition's shards. Arguments as `LaneBase`, the store they lie in, and who signs (None: nobody)."""
+    """Owns one partition's shards.
+
+    Arguments as `LaneBase`; `store` is where they lie, `signer` who signs (None: nobody), `flushes` what is to be
+    flushed, `node` the host's name, and `disk` the files themselves.
+    """
 
     def __init__(
         self,
@@ -58,16 +62,23 @@ class PersistLane(LaneBase):
         on_open: Callable[[int], None],
         clock_ns: Callable[[], int] = time.time_ns,
         signer: Signer | None = None,
+        flushes: Flushes | None = None,
+        node: str = "",
+        disk: Disk = LOCAL,
     ) -> None:
         super().__init__(api, "persist", partition, nonce, on_open)
+        self._flushes = flushes or Flushes(store.cluster_id)
+        self._flushes.lanes[partition] = self
         self._store = store
         self._clock_ns = clock_ns
         self._signer = signer
+        self._node = node or socket.gethostname()
+        self._disk = disk
         self._trimmer = Trimmer(api, partition)
         self._subject = receipt_subject(partition)
         self._writer = FencedWriter(api, RECEIPTS, self._subject, nonce)
         self._receipt: Receipt
-        self._files: PartitionFiles
+        self._files: Files
         self._background: list[asyncio.Task[None]] = []
         self._files_lock = asyncio.Lock()
         """Held while a thread changes the partition's state in memory."""
@@ -76,11 +87,20 @@ class PersistLane(LaneBase):
         self._seal_work = asyncio.Event()
         self._all_sealed = asyncio.Event()
         self._standing_by = False
-        self._retry_s = DISK_RETRY_S_MIN
+        self._disk_circuit = Circuit(
+            failures_max=1,
+            pause_s_min=DISK_PAUSE_MIN.s,
+            pause_s_max=DISK_PAUSE_MAX.s,
+            try_s_max=DISK_PAUSE_MAX.s,
+            jitter=api.jitter,
+            trips=api.telemetry.counter(CIRCUIT_TRIPS, {"target": TARGET_DISK}),
+        )
+        """Before this partition's files. Closed again by a commit: a disk may take a probe and no commit."""
+        self._probe.disk_circuit(self._disk_circuit)
 
     async def _session(self, nonce: str) -> None:
         try:
-            lock = await run_blocking(lock_partition, self._store, self._partition)
+            lock = await run_blocking(self._disk.lock, self._store, self._partition)
             try:
                 await self._own(nonce)
             finally:
@@ -91,8 +111,10 @@ class PersistLane(LaneBase):
                 self._standing_by = True
             self._probe.standing_by()
             self._on_open(self._partition)
-            await self._rest(STANDBY_S)
+            await self._rest(STANDBY.s)
         except StoreFailedError as error:
+            now_s = asyncio.get_running_loop().time()
+            self._disk_circuit.failed(now_s, now_s)
             await self._stop_partition(error, self._disk_recovers)
         except ShardError as error:
             await self._stop_partition(error, self._files_change)
@@ -110,32 +132,35 @@ class PersistLane(LaneBase):
         """Waits until the disk takes a write again, with room for a shard to be sealed and one to be prepared."""
         room_bytes = 2 * self._api.settings.shard_bytes
         while not self._stopping.is_set():
-            await self._rest(self._retry_s)
-            self._retry_s = min(2 * self._retry_s, DISK_RETRY_S_MAX)
+            begun_s = asyncio.get_running_loop().time()
+            if pause_s := self._disk_circuit.ask(begun_s):
+                await self._rest(pause_s)
+                continue
             try:
-                await run_blocking(probe_disk, self._store, self._partition, room_bytes)
+                await run_blocking(self._disk.probe, self._store, self._partition, room_bytes)
                 return
             except StoreFailedError as error:
+                self._disk_circuit.failed(asyncio.get_running_loop().time(), begun_s)
                 log.error("persist partition %d is still stopped: %s", self._partition, error)
 
     async def _files_change(self) -> None:
         """Waits until somebody changed the partition's files or its receipts: neither mends itself."""
         before = await self._state()
         while not self._stopping.is_set():
-            await self._rest(STANDBY_S)
+            await self._rest(STANDBY.s)
             if await self._state() != before:
                 return
 
     async def _state(self) -> object:
         _, seq = await last_receipt(self._api, self._partition)
-        return seq, await run_blocking(partition_state, self._store.directory, self._partition)
+        return seq, await run_blocking(self._disk.state, self._store.directory, self._partition)
 
     async def _own(self, nonce: str) -> None:
         """Takes the partition over and works until stopped or fenced."""
         await self._take_over(nonce)
         self._standing_by = False
         files = await run_blocking(
-            PartitionFiles.open, self._store, self._partition, self._receipt, self._api.settings, self._clock_ns
+            self._disk.open, self._store, self._partition, self._receipt, self._api.settings, self._clock_ns
         )
         if files.cut_commits:
             log.warning("partition %d: an unaccepted tail was cut", self._partition)
@@ -149,7 +174,8 @@ class PersistLane(LaneBase):
         try:
             feed = self._open_feed(nonce, cursor_from_receipt(self._receipt, "persist"))
             for task in self._background:
-                task.add_done_callback(lambda _: self._look_again(feed))
+                task.add_done_callback(lambda _: self.look_again())
+            self._suspicious = self._suspicious or self._flush_is_due()
             try:
                 while await self._await_input(feed):
                     await self._advance(feed)
@@ -160,9 +186,16 @@ class PersistLane(LaneBase):
             await end_tasks(*self._background)
             files.close()
 
-    def _look_again(self, feed: InputFeed) -> None:
+    def look_again(self) -> None:
+        """Something may be due beside the commits: look before the next one, and now if nothing comes in."""
         self._suspicious = True
-        feed.reader.wake()
+        if self._feed is not None:
+            self._feed.reader.wake()
+
+    def _flush_is_due(self) -> bool:
+        """True when everything up to the flush's target is committed, and not all of it sealed or about to be."""
+        target = self._flushes.target(self._partition)
+        return target > 0 and self._receipt.origin >= target and not self._files.is_flushed(target)
 
     async def _take_over(self, nonce: str) -> None:
         """Claims the partition with a fenced, empty receipt.
@@ -185,7 +218,7 @@ class PersistLane(LaneBase):
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
         base = last or first_receipt(self._partition, store.cluster_id, store.store_id, nonce)
         claim = msgspec.structs.replace(
-            base, writer=nonce, node=socket.gethostname(), committed_ns=self._clock_ns(), takeover=True
+            base, writer=nonce, node=self._node, committed_ns=self._clock_ns(), takeover=True
         )
         claim = self._signed(claim)
         await self._writer.publish(encode_receipt(claim), f"takeover/{claim.origin}")
@@ -199,7 +232,7 @@ class PersistLane(LaneBase):
         if seq != self._writer.expected_seq:
             raise FencedError(self._subject, seq)
         async with self._files_lock:
-            if self._files.is_old():
+            if self._files.is_old() or self._flush_is_due():
                 await self._roll()
 
     async def _advance(self, feed: InputFeed) -> None:
@@ -221,11 +254,13 @@ class PersistLane(LaneBase):
         self._receipt = receipt
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
         self._holes = 0
-        self._retry_s = DISK_RETRY_S_MIN
+        self._disk_circuit.answered(asyncio.get_running_loop().time())
         self._trimmer.committed(receipt)
         log.debug(EVENT_PERSISTED, extra={"partition": self._partition, "origin": receipt.origin})
         if self._files.wants_next():
             self._seal_work.set()
+        if self._flush_is_due():
+            self._suspicious = True
 
     def _store_group(self, messages: Sequence[StoredMessage], origin: int) -> tuple[Group | None, Receipt | None]:
         """In a thread: the group, and its receipt once it is durable; None for that when the shard has no room."""

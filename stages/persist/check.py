@@ -23,7 +23,7 @@ from stages.persist.header import LiveHeader, SealedHeader
 from stages.persist.live import LiveReader
 from stages.persist.names import parse_name
 from stages.persist.rows import CommitRow, blob_bytes, pack_blob, row_crc32, split_blob
-from stages.persist.seal import sealed_info
+from stages.persist.seal import areas_of, sealed_info
 from stages.persist.sealed import SealedReader
 
 PROBLEMS_MAX = 100
@@ -258,6 +258,8 @@ def _check_sealed(path: Path, check: ShardCheck) -> None:
             _check_columns(reader, contents.columns.finish(header.store), check)
             _check_tree(reader, check)
         _check_attributes(reader, check)
+        if areas_of(path) != header.areas:
+            check.report("header", "does not place the arrays where they are")
     finally:
         reader.close()
 

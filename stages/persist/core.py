@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from contracts.events import decode_event_key
+from contracts.errors import StrayFrameError, WireFormatError
+from contracts.events import Event, decode_event
 from contracts.frames import decode_packed_frame
+from contracts.hashing import HASH_BYTES
 from stages.runtime.api import StoredMessage
-from stages.runtime.checkpoint import check_joined
+from stages.runtime.checkpoint import check_joined, read_frame
 
 
 class Group(NamedTuple):
@@ -55,15 +57,21 @@ def plan_group(
     trail: tuple[int, ...] = ()
     closed = b""
     for message in messages:
-        frame = decode_packed_frame(message.data)
+        frame = read_frame(message, decode_packed_frame)
         check_joined(message.subject, frame, origin)
         if frame.last <= origin:
             continue
+        reached = frame.prev
         for raw in frame.events:
-            key = decode_event_key(raw)
-            if key.origin > origin:
+            event = _read_event(message, raw)
+            if not reached <= event.origin <= frame.last:
+                raise StrayFrameError(
+                    message.subject, message.seq, f"an event of origin {event.origin} is out of place"
+                )
+            reached = event.origin
+            if event.origin > origin:
                 records.append(bytes(raw))
-                ids.append(key.event_id)
+                ids.append(event.event_id)
         dead_lettered += sum(row.count for row in frame.dead if row.origin > origin)
         origin, trail, closed = frame.last, (*frame.trail, message.seq), frame.closed
     if not trail:
@@ -71,6 +79,17 @@ def plan_group(
     fresh_records, fresh_ids = _without_duplicates(records, ids, seen(ids))
     duplicates = len(records) - len(fresh_records)
     return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed)
+
+
+def _read_event(message: StoredMessage, record: bytes) -> Event:
+    """The whole event, although only its key is needed: a shard that holds what is no event can never be sealed."""
+    try:
+        event = decode_event(record)
+    except WireFormatError as error:
+        raise StrayFrameError(message.subject, message.seq, str(error)) from error
+    if len(event.audit_hash) != HASH_BYTES:
+        raise StrayFrameError(message.subject, message.seq, f"the event of origin {event.origin} was not hashed")
+    return event
 
 
 def _without_duplicates(

@@ -14,10 +14,14 @@ from typing import Any
 import msgspec
 
 from contracts.errors import ShardCorruptError, ShardError
+from contracts.wire import UNREADABLE, Count, HexHash, Sequence, TimeNs
+from stages.persist.rows import ROW_BYTES
 
 HEADER_BYTES = 8192
 """A power of two from 512, as HDF5 demands of a user block; holds the two frontiers of a tree of 2**60 leaves."""
 
+WATERMARK_BYTES = 8
+_ID_BYTES = 16
 _MAGIC = b"FI-SHARD\n"
 _CRC_CHARS = 9
 
@@ -30,8 +34,8 @@ class Area(msgspec.Struct, frozen=True, array_like=True):
         bytes: its length.
     """
 
-    offset: int
-    bytes: int
+    offset: Count
+    bytes: Count
 
 
 class LiveHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", tag="fi.live.1"):
@@ -48,18 +52,18 @@ class LiveHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format", 
         tree_size_before, frontier_before: where the store's part begins, the partition's Merkle tree before it.
     """
 
-    partition: int
-    shard: int
+    partition: Count
+    shard: Sequence
     store: str
     cluster: str
-    created_ns: int
+    created_ns: TimeNs
     frames: Area
     index: Area
     watermark: Area
-    file_bytes: int
-    structure_crc32: int
+    file_bytes: Count
+    structure_crc32: Count
     begins: bool = False
-    tree_size_before: int = 0
+    tree_size_before: Count = 0
     frontier_before: bytes = b""
 
 
@@ -81,26 +85,26 @@ class SealedHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="format"
         begins: the store took the partition over here; the shards before are in another store.
     """
 
-    partition: int
-    shard: int
+    partition: Count
+    shard: Sequence
     store: str
     cluster: str
-    first_origin: int
-    last_origin: int
-    commits: int
-    events: int
-    record_bytes: int
-    timestamp_ns_min: int
-    timestamp_ns_max: int
-    sealed_ns: int
-    tree_size_before: int
+    first_origin: Sequence
+    last_origin: Sequence
+    commits: Count
+    events: Count
+    record_bytes: Count
+    timestamp_ns_min: TimeNs
+    timestamp_ns_max: TimeNs
+    sealed_ns: TimeNs
+    tree_size_before: Count
     frontier_before: bytes
-    tree_size: int
+    tree_size: Count
     frontier: bytes
-    root: str
+    root: HexHash
     areas: dict[str, Area]
-    file_bytes: int
-    body_sha256: str
+    file_bytes: Count
+    body_sha256: HexHash
     begins: bool = False
 
 
@@ -148,11 +152,32 @@ def decode_header(block: bytes, path: Path) -> LiveHeader | SealedHeader:
         name = _format_decoder.decode(text).format
         decoder = _decoders.get(name)
         if decoder is None:
-            raise ShardError(f"{path}: format {name!r} is not known to this build; use the version that wrote it")
+            raise ShardError(f"{path}: format {name[:40]!r} is not known to this build; use the version that wrote it")
         header: LiveHeader | SealedHeader = decoder.decode(text)
-    except msgspec.MsgspecError as error:
+        _check_places(header)
+    except (*UNREADABLE, ValueError) as error:
         raise ShardCorruptError(f"{path}: its header makes no sense ({error}); rebuild it from the stream") from error
     return header
+
+
+def _check_places(header: LiveHeader | SealedHeader) -> None:
+    """Raises `ValueError` for arrays that do not lie behind the header, in the file, and apart."""
+    if isinstance(header, LiveHeader):
+        areas = [header.frames, header.index, header.watermark]
+        if header.watermark.bytes != WATERMARK_BYTES or header.index.bytes % ROW_BYTES:
+            raise ValueError("its watermark is no number, or its index no rows")
+    else:
+        areas = [*header.areas.values()]
+        # Ids lie there unpacked.
+        if header.events * _ID_BYTES > header.file_bytes:
+            raise ValueError(f"{header.events} events do not fit in {header.file_bytes} bytes")
+    end = HEADER_BYTES
+    for area in sorted((area for area in areas if area.bytes), key=lambda area: area.offset):
+        if area.offset < end:
+            raise ValueError(f"an array begins at byte {area.offset}, inside of what ends at {end}")
+        end = area.offset + area.bytes
+    if end > header.file_bytes:
+        raise ValueError(f"an array ends at byte {end} of {header.file_bytes}")
 
 
 def read_header(path: Path) -> LiveHeader | SealedHeader:

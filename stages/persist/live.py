@@ -32,7 +32,7 @@ from stages.persist.files import (
     zero_fill,
 )
 from stages.persist.hdf5 import new_hdf5
-from stages.persist.header import HEADER_BYTES, Area, LiveHeader, encode_header, read_live_header
+from stages.persist.header import HEADER_BYTES, WATERMARK_BYTES, Area, LiveHeader, encode_header, read_live_header
 from stages.persist.names import tmp_path
 from stages.persist.rows import (
     ROW_BYTES,
@@ -46,7 +46,6 @@ from stages.persist.rows import (
 )
 from stages.persist.storedir import Store
 
-_WATERMARK_BYTES = 8
 _WINDOW_BYTES = 1024 * 1024
 _ROWS_AT_ONCE = 1024
 _PAGE_BYTES = 4096
@@ -105,7 +104,7 @@ def create_live(
     areas = {
         "frames": Area(offsets["frames"], capacity_bytes),
         "index": Area(offsets["index"], rows * ROW_BYTES),
-        "watermark": Area(offsets["watermark"], _WATERMARK_BYTES),
+        "watermark": Area(offsets["watermark"], WATERMARK_BYTES),
     }
     fd = os.open(tmp, os.O_RDWR)
     try:
@@ -203,7 +202,7 @@ class LiveReader:
 
     def watermark(self) -> int:
         """How many rows readers may see now."""
-        return int.from_bytes(os.pread(self._fd, _WATERMARK_BYTES, self.header.watermark.offset), "little", signed=True)
+        return int.from_bytes(os.pread(self._fd, WATERMARK_BYTES, self.header.watermark.offset), "little", signed=True)
 
     def read_rows(self, first: int, last: int) -> list[CommitRow]:
         """Index rows [first, last), counted from 0, as they are on disk: unchecked, possibly empty or torn."""
@@ -360,7 +359,7 @@ class LiveShard(LiveReader):
         """
         if not 0 <= commits <= self.commits:
             raise ShardError(f"{self.path}: has {self.commits} commits, so {commits} cannot be shown")
-        self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
+        self._write(commits.to_bytes(WATERMARK_BYTES, "little"), self.header.watermark.offset)
 
     def cut(self, commits: int) -> bool:
         """Removes all rows after the first `commits`, and every byte of theirs, durably.
@@ -381,7 +380,7 @@ class LiveShard(LiveReader):
         self._writable()
         # The watermark first: a reader must not find it beyond rows that are already gone.
         if self.watermark() > commits or self.watermark() < 0:
-            self._write(commits.to_bytes(_WATERMARK_BYTES, "little"), self.header.watermark.offset)
+            self._write(commits.to_bytes(WATERMARK_BYTES, "little"), self.header.watermark.offset)
         if commits < self.commits:
             self._settle(commits)
         index, frames, used = self.header.index, self.header.frames, self.commits * ROW_BYTES

@@ -87,7 +87,12 @@ class LiveView:
 
     def events(self) -> Iterator[tuple[int, Event]]:
         """(row, event) for all events in order."""
-        return ((row, decode_event(record)) for row, record in enumerate(self.records()))
+        for row, record in enumerate(self.records()):
+            try:
+                event = decode_event(record)
+            except WireFormatError as error:
+                raise ShardCorruptError(f"{self.path}: event {row + 1} is {error}") from error
+            yield row, event
 
     def find(self, event_id: bytes) -> tuple[int, Event] | None:
         """(row, event) of an event id (16 bytes), or None."""

@@ -63,6 +63,7 @@ class PartitionFiles:
         self._live: LiveShard
         self._frontier_before = MerkleFrontier()
         self._first_ns: int | None = None
+        self._begins_after: int | None = None
         self._first_shard = FIRST_SHARD
         self._damaged: dict[int, Path] = {}
         """Damaged sealed forms of shards whose live form is there too: nothing may be appended to those."""
@@ -229,6 +230,7 @@ class PartitionFiles:
         live.set_watermark(live.commits)
         first = next(iter(live.read_rows(0, 1)), None) if live.commits else None
         self._first_ns = None if first is None else first.committed_ns
+        self._begins_after = None if first is None else first.prev_origin
 
     def _discard_unaccepted(self, file: ShardFile) -> None:
         """A shard after the current one holds nothing that was accepted (its first receipt never was)."""
@@ -265,7 +267,7 @@ class PartitionFiles:
             # Reads all of the file; one that was made ready and never appended to is zero.
             self._live.cut(0)
         self._frontier_before = self.frontier.copy()
-        self._first_ns = None
+        self._first_ns = self._begins_after = None
 
     @property
     def end(self) -> StoreEnd:
@@ -293,6 +295,10 @@ class PartitionFiles:
         """True when there is something in the live shard to seal."""
         return self._live.events > 0
 
+    def is_flushed(self, target: int) -> bool:
+        """True when nothing that settles origins up to `target` is in the live shard, or no event at all."""
+        return self._begins_after is None or self._begins_after >= target or not self.holds_events()
+
     def commit(self, group: Group) -> int:
         """Appends the group and makes it durable: one fdatasync. Committed only when its receipt is accepted.
 
@@ -317,7 +323,7 @@ class PartitionFiles:
         self.seen.add(self._live.header.shard, group.ids)
         now_ns = self._clock_ns()
         if self._first_ns is None:
-            self._first_ns = now_ns
+            self._first_ns, self._begins_after = now_ns, group.prev_origin
         return now_ns
 
     def accepted(self) -> None:

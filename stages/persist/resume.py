@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 from contracts.lifecycle import ClosedConsultations
-from contracts.policy import DEFAULT_POLICY
 from contracts.receipts import ResumePoint
+from contracts.rules import CLOSED_REMEMBERED_MAX
 from stages.persist.rows import ROW_COLUMNS
 from stages.persist.sealed import SealedReader, Selection
 
@@ -21,8 +21,8 @@ _CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
 def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
     """The point after the sealed shard at `sealed`, from the point before it.
 
-    Segment's memory follows from the stored events; a commit that came again as a duplicate long after leaves no trace
-    in it, as if that had not been sent.
+    Segment's memory follows from the stored events, as far back as any policy looks. A commit that came again as a
+    duplicate long after leaves no trace in it, as if that had not been sent.
 
     Raises:
         ShardCorruptError: the shard cannot be read.
@@ -32,7 +32,7 @@ def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
         duplicates, dead_lettered = (
             int(commits[:, ROW_COLUMNS.index(name)].sum()) for name in ("duplicates", "dead_lettered")
         )
-        closed = ClosedConsultations(before.closed, DEFAULT_POLICY.closed_remembered)
+        closed = ClosedConsultations(before.closed, CLOSED_REMEMBERED_MAX)
         for _, event in heapq.merge(
             *(reader.select(Selection(event_type=name)) for name in _CLOSING_TYPES), key=lambda found: found[0]
         ):

@@ -338,7 +338,7 @@ def _finish(
         tree_size=written.frontier.size,
         frontier=written.frontier.to_bytes(),
         root=written.frontier.root().hex(),
-        areas=_areas(tmp),
+        areas=areas_of(tmp),
         file_bytes=tmp.stat().st_size,
         body_sha256=body.hexdigest(),
         begins=live.header.begins,
@@ -354,7 +354,7 @@ def _finish(
     return SealedInfo(final, info.header, info.sha256, info.bytes)
 
 
-def _areas(path: Path) -> dict[str, Area]:
+def areas_of(path: Path) -> dict[str, Area]:
     """The contiguous datasets of the file."""
     areas: dict[str, Area] = {}
 

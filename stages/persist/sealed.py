@@ -7,6 +7,7 @@ and only the chunks that hold a wanted event are unpacked.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
@@ -30,7 +31,26 @@ _ID_TEXT = f"S{ID_BYTES}"
 # isal's type stub calls this class an instance.
 _DECOMPRESS_ERROR = cast(type[Exception], isal_zlib.error)
 _NO_ROWS: Array = np.empty(0, "<u4")
-_READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError, _DECOMPRESS_ERROR)
+_READ_ERRORS = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    WireFormatError,
+    _DECOMPRESS_ERROR,
+)
+"""What reading a damaged file raises, by h5py, numpy and ourselves."""
+_CHUNK_BYTES_MAX = 1024 * 1024
+"""We write chunks of a quarter of that."""
+_LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)
+_KINDS = "iuSV"
+"""Integers, texts of one length, and raw bytes. Text of any length lies elsewhere in the file."""
+_PACKED_MAX = 1100
+"""Deflate makes nothing smaller by more: a dataset that claims to be larger is not in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +90,8 @@ class _Chunked:
         self._id = dataset.id
         self._chunk_items = int(dataset.chunks[0])
         self._chunk_bytes = self._chunk_items * dataset.dtype.itemsize
+        if self._chunk_bytes > _CHUNK_BYTES_MAX:
+            raise ValueError(f"its chunks are of {self._chunk_bytes} bytes")
         self._bytes = int(dataset.nbytes)
         self._number = -1
         self._chunk = b""
@@ -89,8 +111,9 @@ class _Chunked:
     def _unpack(self, number: int) -> bytes:
         if self._number != number:
             _, packed = self._id.read_direct_chunk((number * self._chunk_items,))
-            chunk = isal_zlib.decompress(packed, bufsize=self._chunk_bytes)
-            if len(chunk) != self._chunk_bytes:
+            unpacking = isal_zlib.decompressobj()
+            chunk = unpacking.decompress(packed, self._chunk_bytes + 1)
+            if len(chunk) != self._chunk_bytes or not unpacking.eof:
                 raise ValueError(f"chunk {number} holds {len(chunk)} bytes, not {self._chunk_bytes}")
             self._number, self._chunk = number, chunk
         return self._chunk
@@ -130,18 +153,17 @@ class SealedReader:
 
     def read(self, name: str) -> Array:
         """A whole dataset, by HDF5 path."""
-        try:
-            values: Array = self._open()[name][()]
-        except _READ_ERRORS as error:
-            raise self._unreadable(name, error) from error
-        return values
+        with self._reading(name):
+            dataset = self._dataset(name)
+            if dataset.nbytes > _PACKED_MAX * self.header.file_bytes:
+                raise ValueError(f"claims to hold {dataset.nbytes} bytes")
+            values: Array = dataset[()]
+            return values
 
     def attributes(self) -> dict[str, Any]:
         """The file's HDF5 attributes."""
-        try:
+        with self._reading("its attributes"):
             return dict(self._open().attrs)
-        except _READ_ERRORS as error:
-            raise self._unreadable("its attributes", error) from error
 
     def records(self, first: int = 0, last: int | None = None) -> Iterator[bytes]:
         """The records of events [first, last), counted from 0, in order; a few MB are held at a time."""
@@ -160,7 +182,7 @@ class SealedReader:
     def events(self) -> Iterator[tuple[int, Event]]:
         """(row, event) for all events in order."""
         for row, record in enumerate(self.records()):
-            yield row, decode_event(record)
+            yield row, self._event(record)
 
     def find(self, event_id: bytes) -> tuple[int, Event] | None:
         """(row, event) of an event id (16 bytes), or None."""
@@ -190,12 +212,11 @@ class SealedReader:
         # A row and the one after it: where its record begins and ends.
         bounds = self._offsets_at(np.concatenate([rows, rows + 1]).astype("<i8"))
         for row, start, end in zip(rows.tolist(), *bounds.reshape(2, -1).tolist(), strict=True):
-            record = self._bytes_of("records", start, end)
-            try:
-                event = decode_event(record)
-            except WireFormatError as error:
-                raise self._unreadable("records", error) from error
-            yield row, event
+            yield row, self._event(self._bytes_of("records", start, end))
+
+    def _event(self, record: bytes) -> Event:
+        with self._reading("records"):
+            return decode_event(record)
 
     def _offsets_at(self, rows: Array) -> Array:
         """`offset` at `rows`."""
@@ -230,48 +251,83 @@ class SealedReader:
                 codes = np.flatnonzero(self._names(column) == name)
                 if not len(codes):
                     return _NO_ROWS
-                chosen &= self.read(column) == codes[0]
+                chosen &= self._per_event(column) == codes[0]
         if since_ns is not None:
-            chosen &= self.read("timestamp_ns") >= since_ns
+            chosen &= self._per_event("timestamp_ns") >= since_ns
         if until_ns is not None:
-            chosen &= self.read("timestamp_ns") < until_ns
+            chosen &= self._per_event("timestamp_ns") < until_ns
         return np.flatnonzero(chosen)
+
+    def _per_event(self, name: str) -> Array:
+        """A column that has one number for each event."""
+        values = self.read(name)
+        if values.shape != (self.header.events,) or values.dtype.kind not in "iu":
+            raise self._unreadable(name, ValueError(f"is {values.dtype} of shape {values.shape}"))
+        return values
 
     def _consultation_rows(self, consultation_id: bytes) -> Array:
         at = self._search("by_consultation/ids", consultation_id)
         if at is None:
             return _NO_ROWS
-        start, end = self._mapped("by_consultation/start")[at : at + 2].tolist()
-        return self._mapped("by_consultation/rows")[start:end]
+        with self._reading("by_consultation"):
+            start, end = self._mapped("by_consultation/start")[at : at + 2].tolist()
+            rows = self._mapped("by_consultation/rows")[start:end]
+            if len(rows) and int(rows.max()) >= self.header.events:
+                raise ValueError(f"it speaks of event {rows.max()}")
+            return rows
 
     def column(self, name: str) -> Array:
         """A column of n values; `site` and `event_type` as text."""
         if name in ("site", "event_type"):
-            texts: Array = self._names(name)[self.read(name)]
-            return texts
-        return self.read(name)
+            with self._reading(name):
+                texts: Array = self._names(name)[self._per_event(name)]
+                return texts
+        values = self.read(name)
+        if values.shape[:1] != (self.header.events,) or values.dtype.kind not in "iu":
+            raise self._unreadable(name, ValueError(f"is {values.dtype} of shape {values.shape}"))
+        return values
 
     def _names(self, column: str) -> Array:
-        return self.read(f"names/{column}").astype("U")
+        with self._reading(f"names/{column}"):
+            return self.read(f"names/{column}").astype("U")
 
     def _open(self) -> h5py.File:
         if self._file is None:
             self._file = h5py.File(self.path, "r", locking=False)
         return self._file
 
+    def _dataset(self, name: str) -> h5py.Dataset:
+        """A dataset whose values lie in this file: links that lead out, or in circles, crash or hang the library."""
+        file = self._open()
+        parts = name.split("/")
+        for depth in range(1, len(parts) + 1):
+            place = "/".join(parts[:depth])
+            if file.id.links.get_info(place.encode()).type != h5py.h5l.TYPE_HARD:
+                raise ValueError(f"{place} is a link to somewhere else")
+        dataset = file[name]
+        if not isinstance(dataset, h5py.Dataset):
+            raise ValueError("it is not a dataset")
+        made = dataset.id.get_create_plist()
+        if made.get_layout() not in _LAYOUTS or made.get_external_count():
+            raise ValueError("its values are somewhere else")
+        if dataset.dtype.kind not in _KINDS:
+            raise ValueError(f"its type is {dataset.dtype}")
+        return dataset
+
     def _record_offsets(self) -> Array:
         if self._offsets is None:
-            self._offsets = self.read("offset")
+            offsets = self.read("offset")
+            if offsets.shape != (self.header.events + 1,) or np.any(offsets[1:] < offsets[:-1]):
+                raise self._unreadable("offset", ValueError("it does not grow from event to event"))
+            self._offsets = offsets
         return self._offsets
 
     def _bytes_of(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a compressed dataset in one row of chunks."""
-        try:
+        with self._reading(name):
             if name not in self._chunked:
-                self._chunked[name] = _Chunked(self._open()[name])
+                self._chunked[name] = _Chunked(self._dataset(name))
             return self._chunked[name].read(start, end)
-        except _READ_ERRORS as error:
-            raise self._unreadable(name, error) from error
 
     def _search(self, name: str, wanted: bytes) -> int | None:
         """Where `wanted` (16 bytes) is in the sorted ids `name`."""
@@ -302,6 +358,14 @@ class SealedReader:
                 except ValueError as error:
                     raise self._unreadable(name, error) from error
         return np.frombuffer(self._map, kind, area.bytes // kind.itemsize, area.offset)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong in the block is the file's fault."""
+        try:
+            yield
+        except _READ_ERRORS as error:
+            raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> ShardCorruptError:
         return ShardCorruptError(f"{self.path}: {name} cannot be read ({error}); rebuild the shard from the stream")

@@ -21,6 +21,7 @@ import msgspec
 
 from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import format_rfc3339
+from contracts.wire import UNREADABLE
 from stages.persist.files import publish_file, remove_file, sync_dir, write_all_at, write_new_file
 from stages.persist.names import lock_name, probe_name, tmp_path
 
@@ -116,7 +117,7 @@ def read_store(directory: Path) -> Store:
                 f"{path}: store format {version} is not known to this build; use the version that wrote it"
             )
         identity = msgspec.json.decode(data, type=_Identity)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ShardCorruptError(
             f"{path}: cannot be read ({error}); write it again from the store and cluster ids in a shard's attributes"
         ) from error

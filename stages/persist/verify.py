@@ -22,6 +22,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 
+from contracts.budgets import SHARD_CHECK
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
@@ -94,7 +95,7 @@ class VerifyReport:
 def verify_store(
     path: Path | str,
     *,
-    shard_timeout_s: float = 120.0,
+    shard_timeout_s: float = SHARD_CHECK.s,
     on_progress: Callable[[int, int], None] | None = None,
     on_shard: Callable[[ShardContents], None] | None = None,
 ) -> VerifyReport:

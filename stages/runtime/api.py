@@ -1,5 +1,8 @@
 """JetStream requests that every part needs: read a message, purge. Retried while the cluster elects leaders.
 
+Before each stream stands a circuit, shared by all of a process that read or write it: while it does not answer, one
+tries for all.
+
 Reads go to the stream's leader (never a direct get: a follower may be behind). Even so a read can be stale, when a
 frozen leader thaws; nothing may be destroyed on the strength of a read alone.
 """
@@ -8,24 +11,37 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import logging
 import random
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError, TimeoutError
 from nats.errors import Error as NatsError
 
+from contracts.budgets import CIRCUIT_PAUSE_MAX, CIRCUIT_PAUSE_MIN, STREAM_REMADE
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
+from contracts.subjects import HOPS, MEMBERS
+from contracts.telemetry import CIRCUIT_TRIPS
+from stages.runtime.circuit import Circuit, Gate
+from stages.runtime.client import GuardedClient, parse_headers
 from stages.runtime.telemetry import OFF, Telemetry
+
+log = logging.getLogger(__name__)
 
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
 NO_CONSUMER: Final = 10014
+NOT_NOW: Final = frozenset({500, 503})
+"""Codes of an answer that says no more than that nobody can answer now: no leader, no quorum."""
+CIRCUIT_FAILURES: Final = 5
+
+REMADE: Final = frozenset({*HOPS, MEMBERS})
+"""Streams that are made again when they are gone (`stages.runtime.leaders`, `fictl cluster apply`)."""
 
 _STATUS: Final = "Status"
 _END_OF_ANSWERS: Final = "204"
@@ -87,7 +103,7 @@ class Api:
 
     def __init__(
         self,
-        client: Client,
+        client: GuardedClient,
         settings: Settings,
         jitter: Callable[[], float] = random.random,
         telemetry: Telemetry = OFF,
@@ -95,42 +111,77 @@ class Api:
         self.client = client
         self.settings = settings
         self.telemetry = telemetry
-        self._jitter = jitter
+        self.jitter = jitter
+        self._gates: dict[str, Gate] = {}
+
+    def gate(self, stream: str) -> Gate:
+        """The circuit before `stream`, where its next try waits."""
+        if stream not in self._gates:
+            circuit = Circuit(
+                failures_max=CIRCUIT_FAILURES,
+                pause_s_min=CIRCUIT_PAUSE_MIN.s,
+                pause_s_max=CIRCUIT_PAUSE_MAX.s,
+                try_s_max=max(self.settings.publish_timeout_s, self.settings.api_timeout_s),
+                jitter=self.jitter,
+                trips=self.telemetry.counter(CIRCUIT_TRIPS, {"target": stream}),
+            )
+            self.telemetry.circuit(stream, circuit)
+            self._gates[stream] = Gate(circuit, lambda words: log.warning("%s: %s", stream, words))
+        return self._gates[stream]
+
+    def poke(self) -> None:
+        """The connection is back: every circuit may be tried at once."""
+        for gate in self._gates.values():
+            gate.poke()
 
     async def pause(self) -> None:
         """One retry interval, with jitter."""
         low, high = self.settings.retry_s_min, self.settings.retry_s_max
-        await asyncio.sleep(low + (high - low) * self._jitter())
+        await asyncio.sleep(low + (high - low) * self.jitter())
 
-    async def request(self, subject: str, body: bytes) -> bytes:
-        """One request, repeated until something answers. Only for requests that may safely be repeated.
+    async def request(self, stream: str, subject: str, body: bytes) -> bytes:
+        """One request about `stream`, repeated until something answers. Only for what may safely be repeated.
 
         Raises:
             RequestRefusedError: the API answered with an error that waiting does not cure.
             ClusterUnavailableError: the connection was closed.
         """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + STREAM_REMADE.s
         while True:
-            answer = await self._try(subject, body)
-            error_part = None if answer is None else _answer_decoder.decode(answer).error
+            answer, error_part = await self._try(stream, subject, body)
             if answer is not None and error_part is None:
                 return answer
-            if error_part is not None and error_part.code != 503 and error_part.code != 500:
-                raise RequestRefusedError(subject, error_part)
+            if error_part is not None and error_part.code not in NOT_NOW:
+                is_remade = error_part.err_code == NO_STREAM and stream in REMADE and loop.time() < until_s
+                if not is_remade:
+                    raise RequestRefusedError(subject, error_part)
             await self.pause()
 
-    async def _try(self, subject: str, body: bytes) -> bytes | None:
-        """One request, once; None when nobody answered. Raises as `request` when the connection was closed."""
+    async def _try(self, stream: str, subject: str, body: bytes) -> tuple[bytes | None, ApiError | None]:
+        """One request, once, when its turn has come: answer and error in it; None when nobody answered.
+
+        Raises as `request` when the connection was closed.
+        """
+        gate = self.gate(stream)
+        begun_s = await gate.turn()
         try:
             answer = await self.client.request(subject, body, timeout=self.settings.api_timeout_s)
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed") from error
         except (TimeoutError, OutboundBufferLimitError, NatsError):
-            return None
-        return answer.data
+            gate.failed(begun_s)
+            return None, None
+        error_part = _answer_decoder.decode(answer.data).error
+        if error_part is not None and error_part.code in NOT_NOW:
+            gate.failed(begun_s)
+        else:
+            gate.answered()
+        return answer.data, error_part
 
     async def _get(self, stream: str, what: dict[str, object]) -> StoredMessage | None:
         try:
-            data = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(what))
+            data = await self.request(stream, f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(what))
         except RequestRefusedError as refused:
             if refused.error.err_code == NO_MESSAGE:
                 return None
@@ -167,8 +218,8 @@ class Api:
         what = msgspec.json.encode({"seq": seq, "no_erase": not erase})
         asked_before = False
         while True:
-            answer = await self._try(f"$JS.API.STREAM.MSG.DELETE.{stream}", what)
-            if answer is not None and _answer_decoder.decode(answer).error is None:
+            answer, error_part = await self._try(stream, f"$JS.API.STREAM.MSG.DELETE.{stream}", what)
+            if answer is not None and error_part is None:
                 return True
             # The codes for a message that is gone differ (10043, 10057), and the latter stands for more than that.
             if answer is not None and await self.message_at(stream, seq) is None:
@@ -217,20 +268,10 @@ class Api:
             what["seq"] = below_seq
         elif keep is not None:
             what["keep"] = keep
-        await self.request(f"$JS.API.STREAM.PURGE.{stream}", msgspec.json.encode(what))
+        await self.request(stream, f"$JS.API.STREAM.PURGE.{stream}", msgspec.json.encode(what))
 
 
 def _direct(data: bytes, headers: dict[str, str]) -> StoredMessage:
     """A stored message as a direct get gives it: what is not its data comes in headers."""
     time_ns = parse_rfc3339(headers["Nats-Time-Stamp"])
     return StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), time_ns, data, headers)
-
-
-def parse_headers(block: bytes) -> dict[str, str]:
-    """A NATS header block → its headers; what is not UTF-8 is replaced, later lines win."""
-    headers: dict[str, str] = {}
-    for line in block.split(b"\r\n")[1:]:
-        name, colon, value = line.partition(b":")
-        if colon:
-            headers[name.strip().decode(errors="replace")] = value.strip().decode(errors="replace")
-    return headers

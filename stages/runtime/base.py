@@ -9,17 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
-from contracts.errors import FencedError, HoleError, WireFormatError
+from contracts.errors import FencedError, HoleError, StrayFrameError, WireFormatError
 from contracts.frames import decode_frame_head
 from contracts.subjects import HOPS, INPUT_STREAM, Stage, input_filter
 from contracts.telemetry import EVENT_WORKER_STARTED
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import Cursor, last_receipt, locate
+from stages.runtime.checkpoint import Cursor, last_receipt, locate, read_frame
 from stages.runtime.reader import OrderedReader
 
 log = logging.getLogger(__name__)
 
 HOLES_BEFORE_PURGE: Final = 3
+STRAYS_MAX: Final = 5
+"""Attempts at an input with something in it that is no frame, without one frame in between: the last ones purge."""
 PROBE_BACKOFF_MAX: Final = 4.0
 
 
@@ -53,7 +55,7 @@ class InputFeed:
         last = await self._api.last_message(INPUT_STREAM[stage], input_filter(stage, self._partition))
         if last is None or self.reader.buffered:
             return
-        reached = last.seq if stage == "ingest" else decode_frame_head(last.data).last
+        reached = last.seq if stage == "ingest" else read_frame(last, decode_frame_head).last
         if reached > self.cursor.origin:
             self.reader.reopen(f"idle at origin {self.cursor.origin} while the stream reaches {reached}")
 
@@ -123,6 +125,9 @@ class LaneBase(ABC):
                 self._holes += 1
                 log.warning("%s partition %d: %s (attempt %d)", self._stage, self._partition, error, self._holes)
                 await self._heal_hole()
+            except StrayFrameError as error:
+                self._probe.restarting(error)
+                await self._heal_stray(error)
             except WireFormatError as error:
                 self._probe.restarting(error)
                 log.error("%s partition %d cannot read on: %s", self._stage, self._partition, error)
@@ -179,6 +184,20 @@ class LaneBase(ABC):
                 await self._stopping.wait()
         except TimeoutError:
             return
+
+    async def _heal_stray(self, error: StrayFrameError) -> None:
+        """What nobody of ours wrote into the input is a hole in it. In the output it is the next stage's to heal.
+
+        An upstream that makes it again whenever the input was emptied is not asked for ever.
+        """
+        ours = error.subject == input_filter(self._stage, self._partition)
+        if not ours or self._holes >= STRAYS_MAX:
+            log.error("%s partition %d cannot go on: %s", self._stage, self._partition, error)
+            await self._rest(self._api.settings.probe_s)
+            return
+        self._holes += 1
+        log.error("%s partition %d: %s (attempt %d)", self._stage, self._partition, error, self._holes)
+        await self._heal_hole()
 
     async def _heal_hole(self) -> None:
         """Read again; then from the first message; at last empty the input, so that upstream rebuilds it.

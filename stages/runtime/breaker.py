@@ -62,6 +62,12 @@ class Breaker:
         """How long a lane has to wait before it may try; 0 when it need not. `now_s` is of a clock that never steps."""
         return 0.0 if self._open_until_s is None else max(0.0, self._open_until_s - now_s)
 
+    def retry_now(self) -> None:
+        """What decides has changed: lanes may try at once, and in vain it holds as long as at first."""
+        if self._open_until_s is not None:
+            self._open_until_s = 0.0
+            self._tries = -1
+
     def allows(self, passed: int, letters: Sequence[DeadLetter], now_s: float) -> bool:
         """Judges what a lane is about to publish; False: it must hold all of it and work on it again later.
 

@@ -7,10 +7,13 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import msgspec
 
-from contracts.errors import HoleError
-from contracts.frames import FrameHead, decode_frame_head
+from contracts.errors import HoleError, StrayFrameError, WireFormatError
+from contracts.frames import FrameHead, decode_frame_head, is_newer_frame
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.subjects import (
     INPUT_STREAM,
@@ -18,11 +21,15 @@ from contracts.subjects import (
     RECEIPTS,
     STAGES,
     Stage,
+    input_filter,
     output_subject,
     receipt_subject,
     seal_subject,
 )
-from stages.runtime.api import Api
+from stages.runtime.api import Api, StoredMessage
+
+F = TypeVar("F", bound=FrameHead)
+R = TypeVar("R", Receipt, SealRecord)
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -55,7 +62,17 @@ async def last_receipt(api: Api, partition: int) -> tuple[Receipt | None, int]:
         TopologyError: the stream does not exist.
     """
     message = await api.last_message(RECEIPTS, receipt_subject(partition))
-    return (None, 0) if message is None else (decode_receipt(message.data), message.seq)
+    return (None, 0) if message is None else (_read_record(message, decode_receipt), message.seq)
+
+
+def _read_record(message: StoredMessage, decode: Callable[[bytes], R]) -> R:
+    try:
+        return decode(message.data)
+    except WireFormatError as error:
+        raise WireFormatError(
+            f"{message.subject}: sequence {message.seq} of {RECEIPTS} is {error}; run the version that wrote it, or "
+            "delete the message if nobody did"
+        ) from error
 
 
 async def last_seal(api: Api, partition: int, *, before_shard: int) -> tuple[SealRecord | None, int]:
@@ -71,26 +88,36 @@ async def last_seal(api: Api, partition: int, *, before_shard: int) -> tuple[Sea
     last = await api.last_message(RECEIPTS, subject)
     if last is None:
         return None, 0
-    record = decode_seal(last.data)
+    record = _read_record(last, decode_seal)
     if record.shard < before_shard:
         return record, last.seq
     found: SealRecord | None = None
     message = await api.first_message(RECEIPTS, subject)
     while message is not None and message.seq < last.seq:
-        record = decode_seal(message.data)
+        record = _read_record(message, decode_seal)
         found = record if record.shard < before_shard else found
         message = await api.first_message(RECEIPTS, subject, from_seq=message.seq + 1)
     return found, last.seq
 
 
 async def read_checkpoint(api: Api, stage: Stage, partition: int) -> Checkpoint:
-    """Where ingest, segment or hash goes on. Raises as `last_receipt`."""
+    """Where ingest, segment or hash goes on. Raises as `last_receipt`, and as `read_frame`."""
     receipt, _ = await last_receipt(api, partition)
-    last = await api.last_message(OUTPUT_STREAM[stage], output_subject(stage, partition))
+    return checkpoint_from(
+        receipt, stage, await api.last_message(OUTPUT_STREAM[stage], output_subject(stage, partition))
+    )
+
+
+def checkpoint_from(receipt: Receipt | None, stage: Stage, last: StoredMessage | None) -> Checkpoint:
+    """Where ingest, segment or hash goes on, by the last receipt and the last message on its output.
+
+    Raises:
+        WireFormatError, StrayFrameError: `last` cannot be read (`read_frame`).
+    """
     cursor = Cursor() if receipt is None else cursor_from_receipt(receipt, stage)
     if last is None:
         return Checkpoint(cursor, 0)
-    head = decode_frame_head(last.data)
+    head = read_frame(last, decode_frame_head)
     if head.last >= cursor.origin:
         input_seq = head.trail[-1] if head.trail else head.last
         cursor = Cursor(head.last, input_seq, head.closed)
@@ -115,10 +142,42 @@ async def locate(api: Api, stage: Stage, partition: int, cursor: Cursor) -> int:
     if cursor.input_seq == 0:
         return 1
     message = await api.message_at(INPUT_STREAM[stage], cursor.input_seq)
-    if message is None:
+    if message is None or message.subject != input_filter(stage, partition):
         return 1
-    head = decode_frame_head(message.data) if message.subject == f"fi.{stage}.{partition}" else None
-    return cursor.input_seq + 1 if head is not None and head.last == cursor.origin else 1
+    try:
+        head = read_frame(message, decode_frame_head)
+    except WireFormatError:
+        return 1
+    return cursor.input_seq + 1 if head.last == cursor.origin else 1
+
+
+def read_frame(message: StoredMessage, decode: Callable[[bytes], F]) -> F:
+    """The frame that a hop's message carries.
+
+    Args:
+        message: as the stream holds it.
+        decode: one of the decoders in `contracts.frames`.
+
+    Raises:
+        StrayFrameError: it is no frame of any version, or not one of its subject's partition.
+        WireFormatError: it may be a frame of a later version.
+    """
+    try:
+        frame = decode(message.data)
+    except WireFormatError as error:
+        if is_newer_frame(message.data):
+            raise WireFormatError(
+                f"{message.subject}: sequence {message.seq} may be of a later version ({error}); run that version"
+            ) from error
+        raise StrayFrameError(message.subject, message.seq, str(error)) from error
+    if message.subject.rpartition(".")[2] != str(frame.partition):
+        raise StrayFrameError(message.subject, message.seq, f"it is a frame of partition {frame.partition}")
+    if not frame.prev < frame.first <= frame.last:
+        why = f"it says that it covers {frame.first} to {frame.last} after {frame.prev}"
+        raise StrayFrameError(message.subject, message.seq, why)
+    if not all(frame.prev < row.origin <= frame.last for row in frame.dead):
+        raise StrayFrameError(message.subject, message.seq, "it counts dead letters of origins that it does not cover")
+    return frame
 
 
 def check_joined(subject: str, head: FrameHead, origin: int) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
+from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_INTERVAL, RECONNECT_PAUSE
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
 from stages.runtime.client import GuardedClient
@@ -18,7 +18,6 @@ from stages.runtime.client import GuardedClient
 log = logging.getLogger(__name__)
 
 PENDING_BYTES_MAX = 32 * 1024 * 1024
-GREETING_S_MAX = 2.0
 DEFAULT_PORT = 4222
 
 
@@ -26,10 +25,10 @@ async def connect(
     urls: Sequence[str],
     name: str,
     *,
-    wait_s: float = 10.0,
+    wait_s: float = FIRST_CONNECTION.s,
     in_order: bool = False,
     reconnected: Callable[[], None] | None = None,
-) -> Client:
+) -> GuardedClient:
     """Connects to any of `urls` and then reconnects for ever.
 
     Args:
@@ -61,15 +60,15 @@ async def connect(
         "error_cb": on_error,
         "disconnected_cb": on_disconnect,
         "reconnected_cb": on_reconnect,
-        "reconnect_time_wait": 0.1,
-        "connect_timeout": 1,
-        "ping_interval": 1,
+        "reconnect_time_wait": RECONNECT_PAUSE.s,
+        "connect_timeout": CONNECT_ATTEMPT.s,
+        "ping_interval": PING_INTERVAL.s,
         "max_outstanding_pings": 2,
         "pending_size": PENDING_BYTES_MAX,
         "dont_randomize": in_order,
     }
     client = GuardedClient()
-    attempts = max(1, round(wait_s / (0.1 * len(urls))))
+    attempts = max(1, round(wait_s / (RECONNECT_PAUSE.s * len(urls))))
     try:
         # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
         await client.connect(**options, max_reconnect_attempts=attempts)  # type: ignore[arg-type]
@@ -84,7 +83,7 @@ async def connect(
 
 async def connect_near(
     urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
-) -> Client:
+) -> GuardedClient:
     """As `connect`, but to the server that leads `stream` now, if that can be found out.
 
     What is published to the stream then does not cross the cluster's routes twice (durable p95 at 500 events/s: 58 ms
@@ -92,7 +91,7 @@ async def connect_near(
     """
     client = await connect(urls, name, reconnected=reconnected)
     try:
-        info = await client.jetstream(timeout=GREETING_S_MAX).stream_info(stream)
+        info = await client.jetstream(timeout=GREETING.s).stream_info(stream)
         leader = info.cluster.leader if info.cluster is not None else None
         names = await asyncio.gather(*map(server_name, urls))
     except NatsError as error:
@@ -107,10 +106,10 @@ async def connect_near(
 
 
 async def server_name(url: str) -> str | None:
-    """The name that the server at `url` greets with; None when it does not answer in `GREETING_S_MAX`."""
+    """The name that the server at `url` greets with; None when it does not answer in `GREETING`."""
     address = urlsplit(url)
     try:
-        async with asyncio.timeout(GREETING_S_MAX):
+        async with asyncio.timeout(GREETING.s):
             reader, writer = await asyncio.open_connection(address.hostname, address.port or DEFAULT_PORT)
             try:
                 line = await reader.readline()

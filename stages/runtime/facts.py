@@ -6,23 +6,20 @@ Stages take P from here and never from their own settings: two processes with di
 from __future__ import annotations
 
 import asyncio
-import time
 
 import msgspec
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
+from contracts.budgets import FACTS_PAUSE, FACTS_REQUEST, FIRST_FACTS
 from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.subjects import EVENTS, PartitionBy
 from stages.runtime.api import NO_STREAM
+from stages.runtime.client import GuardedClient
 
 META_CLUSTER_ID = "fi.cluster_id"
 META_PARTITIONS = "fi.partitions"
 META_PARTITION_BY = "fi.partition_by"
-
-_API_TIMEOUT_S = 1.5
-_RETRY_S = 0.1
 
 
 class ClusterFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +59,7 @@ def facts_from_metadata(metadata: dict[str, str] | None) -> ClusterFacts:
         ) from error
 
 
-async def read_cluster(client: Client, *, wait_s: float = 20.0) -> ClusterFacts:
+async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) -> ClusterFacts:
     """Facts of the cluster `client` is connected to.
 
     Args:
@@ -73,18 +70,19 @@ async def read_cluster(client: Client, *, wait_s: float = 20.0) -> ClusterFacts:
         TopologyError: there is no `FI_EVENTS`, or it does not say how it is partitioned.
         ClusterUnavailableError: nobody answered within `wait_s`.
     """
-    jetstream = client.jetstream(timeout=_API_TIMEOUT_S)
-    deadline = time.monotonic() + wait_s
+    jetstream = client.jetstream(timeout=FACTS_REQUEST.s)
+    now_s = asyncio.get_running_loop().time
+    deadline_s = now_s() + wait_s
     while True:
         try:
             info = await jetstream.stream_info(EVENTS)
         except NatsError as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
                 raise TopologyError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
-            if time.monotonic() > deadline:
+            if now_s() > deadline_s:
                 raise ClusterUnavailableError(
                     f"no leader of {EVENTS} answered within {wait_s:.0f} s ({error!r}); see `fictl cluster status`"
                 ) from error
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(FACTS_PAUSE.s)
         else:
             return facts_from_metadata(info.config.metadata)

@@ -3,22 +3,28 @@
 The subject's last message is the checkpoint here too: letters at or before it are already buried. The fence
 refuses a second process that dead-letters the same events at the same time. So the last message of a subject is never
 deleted: who removes that letter first puts a message after it that says so (`cluster.dlq`).
+
+Where a policy decides, the order alone proves nothing: what is judged again after hop streams were lost may be judged
+by another version, and refused where it passed. Such a letter is looked for, and buried unless it is found.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Final
 
+from contracts.budgets import LETTER_ORIGINAL
 from contracts.errors import FencedError
 from contracts.events import split_body
-from contracts.letters import FirstSeen, parse_first_seen
+from contracts.letters import FirstSeen, parse_first_seen, read_letter
 from contracts.subjects import DLQ, EVENTS, Stage, dlq_subject
 from contracts.telemetry import (
     DEAD_DETAIL,
     DEAD_FIELD,
     DEAD_INDEX,
     DEAD_ORIGIN,
+    DEAD_POLICY,
     DEAD_REASON,
     DEAD_STAGE,
     DEAD_SUBJECT,
@@ -45,6 +51,9 @@ class Graveyard:
         self._openings = 0
         self._writer: FencedWriter | None = None
         self._buried = _NOTHING
+        self._found: set[tuple[int, int]] = set()
+        self._found_from: int | None = None
+        """`_found` has every letter of an event from this origin on; None: it was not looked yet."""
         self._origin = 0
         self._original: StoredMessage | None = None
         self._lines: list[bytes] = []
@@ -58,7 +67,7 @@ class Graveyard:
         for letter in letters:
             while True:
                 writer = self._writer or await self._open()
-                if (letter.origin, letter.index) <= self._buried:
+                if await self._is_buried(letter):
                     break
                 headers, data = await self._compose(letter)
                 try:
@@ -67,19 +76,49 @@ class Graveyard:
                     log.info("dead letters: %s", error)
                     self._writer = None
                     continue
-                self._buried = (letter.origin, letter.index)
+                self._buried = max(self._buried, (letter.origin, letter.index))
+                self._found.add((letter.origin, letter.index))
                 self._api.telemetry.dead_letter(self._stage, letter.error.reason)
                 log.warning("dead letter: %s", letter.error, extra={"origin": letter.origin, "stage": self._stage})
                 break
+
+    async def _is_buried(self, letter: DeadLetter) -> bool:
+        key = (letter.origin, letter.index)
+        if key > self._buried or not letter.policy:
+            return key <= self._buried
+        if self._found_from is None or letter.origin < self._found_from:
+            self._found = await self._find_from(letter.origin)
+            self._found_from = letter.origin
+        return key in self._found
+
+    async def _find_from(self, origin: int) -> set[tuple[int, int]]:
+        """What is buried of the events from `origin` on.
+
+        Letters lie in the order of their events, but for those that were judged again: one that lies too early is not
+        found, and buried twice at worst.
+        """
+        low, high = 1, (self._writer or await self._open()).expected_seq + 1
+        while low < high:
+            middle = (low + high) // 2
+            message = await self._api.first_message(DLQ, self._subject, from_seq=middle)
+            if message is None or _place(message)[0] >= origin:
+                high = middle
+            else:
+                low = message.seq + 1
+        found: set[tuple[int, int]] = set()
+        while (message := await self._api.first_message(DLQ, self._subject, from_seq=low)) is not None:
+            found.add(_place(message))
+            low = message.seq + 1
+        return found
 
     async def _open(self) -> FencedWriter:
         last = await self._api.last_message(DLQ, self._subject)
         self._openings += 1
         writer = FencedWriter(self._api, DLQ, self._subject, f"{self._nonce}_{self._openings}")
-        self._buried = _NOTHING
+        self._buried, self._found_from = _NOTHING, None
         if last is not None:
             writer.expected_seq = last.seq
-            self._buried = (int(last.headers.get(DEAD_ORIGIN, 0)), int(last.headers.get(DEAD_INDEX, -1)))
+            self._buried = _place(last)
         self._writer = writer
         return writer
 
@@ -96,6 +135,8 @@ class Graveyard:
             DEAD_FIELD: _one_line(error.field),
             DEAD_DETAIL: _one_line(error.detail),
         }
+        if letter.policy:
+            headers[DEAD_POLICY] = str(letter.policy)
         data = letter.data
         if original is not None:
             headers[DEAD_SUBJECT] = original.subject
@@ -111,12 +152,27 @@ class Graveyard:
     async def _fetch(self, origin: int) -> None:
         """The message is still in `FI_EVENTS`: it is purged only after it is sealed.
 
+        So a read that ends before it is stale (a leader frozen and thawed, or cut off), and is repeated: a letter
+        without its event would be all that is left of it. Somebody may have deleted the message by hand: a later one
+        in its place shows that, and so does time.
         Kept for the next letter: thousands may be of one large message.
         """
         if origin != self._origin:
-            self._original = await self._api.message_at(EVENTS, origin)
+            now_s = asyncio.get_running_loop().time
+            until_s = now_s() + LETTER_ORIGINAL.s
+            while (found := await self._api.first_message(EVENTS, ">", from_seq=origin)) is None and now_s() < until_s:
+                await self._api.pause()
+            self._original = None if found is None or found.seq != origin else found
+            if self._original is None:
+                log.error("%s has no message %d any more: its dead letters do not hold it", EVENTS, origin)
             self._lines = [] if self._original is None else split_body(self._original.data)
             self._origin = origin
+
+
+def _place(message: StoredMessage) -> tuple[int, int]:
+    """Which event a letter is of: origin and index. Anybody may publish there: what says neither is of none."""
+    letter = read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers)
+    return (letter.origin, letter.index) if letter.origin >= 0 else _NOTHING
 
 
 def _one_line(text: str) -> str:

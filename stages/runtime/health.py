@@ -1,7 +1,7 @@
 """The health port: a small HTTP/1.1 server for probes, people and Prometheus.
 
 It takes GET and HEAD without a body, of at most `HEAD_BYTES_MAX`, from at most `CONNECTIONS_MAX` at once, one request a
-connection, and gives each `REQUEST_S_MAX`. It runs in the event loop that the lanes run in: when that is stuck, nobody
+connection, and gives each `HEALTH_REQUEST`. It runs in the event loop that the lanes run in: when that is stuck, nobody
 answers, which is what a liveness probe must see.
 """
 
@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from contracts.budgets import HEALTH_REQUEST
 from contracts.errors import SettingsError
 from stages.runtime.tasks import end_tasks
 
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES_MAX: Final = 8192
 CONNECTIONS_MAX: Final = 16
-REQUEST_S_MAX: Final = 5.0
 
 JSON: Final = "application/json"
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -119,7 +119,7 @@ class HealthServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(REQUEST_S_MAX):
+            async with asyncio.timeout(HEALTH_REQUEST.s):
                 method, answer = await self._respond(reader)
                 head = (
                     f"HTTP/1.1 {answer.status} {_PHRASES[answer.status]}\r\n"

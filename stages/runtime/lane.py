@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from contracts.errors import FencedError
@@ -38,7 +38,8 @@ HEADERS_BYTES_MAX: Final = 4096
 class Lane(LaneBase):
     """Runs a `StageCore` over one partition.
 
-    Arguments as `LaneBase`; `clock_ns` is the wall clock, `breaker` the process's (None: one of the lane's own).
+    Arguments as `LaneBase`; `clock_ns` is the wall clock, `breaker` the process's (None: one of the lane's own),
+    `before_session` is awaited each time the lane has found its place and before it works.
     """
 
     def __init__(
@@ -50,31 +51,55 @@ class Lane(LaneBase):
         on_open: Callable[[int], None],
         clock_ns: Callable[[], int] = time.time_ns,
         breaker: Breaker | None = None,
+        before_session: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(api, core.stage, partition, nonce, on_open)
         self._core = core
         self._clock_ns = clock_ns
         self._output = output_subject(core.stage, partition)
         self._breaker = breaker or Breaker(api.settings)
+        self._before_session = before_session
+        self._hold_over = asyncio.Event()
         self._graveyard = Graveyard(api, core.stage, partition, nonce)
         self._writer = FencedWriter(api, OUTPUT_STREAM[core.stage], self._output, nonce)
 
+    def stop(self, *, handing_over: bool = False) -> None:
+        """See `LaneBase.stop`."""
+        super().stop(handing_over=handing_over)
+        self.end_hold()
+
+    def end_hold(self) -> None:
+        """A lane that the breaker holds asks it again now."""
+        self._hold_over.set()
+
     async def _session(self, nonce: str) -> None:
         checkpoint = await read_checkpoint(self._api, self._stage, self._partition)
+        if self._before_session is not None:
+            await self._before_session()
         self._writer = FencedWriter(self._api, OUTPUT_STREAM[self._stage], self._output, nonce)
         self._writer.expected_seq = checkpoint.output_seq
         self._core.open(checkpoint.cursor.closed)
         feed = self._open_feed(nonce, checkpoint.cursor)
         try:
             while await self._await_input(feed):
-                if hold_s := self._breaker.hold_s(time.monotonic()):
-                    await self._rest(hold_s)
+                self._hold_over.clear()
+                if hold_s := self._breaker.hold_s(asyncio.get_running_loop().time()):
+                    await self._hold(hold_s)
                     # Others may have taken the partition over meanwhile.
                     self._suspicious = True
                 else:
                     await self._advance(feed)
         finally:
             await feed.reader.close()
+
+    async def _hold(self, limit_s: float) -> None:
+        if self._stopping.is_set():
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._hold_over.wait()
+        except TimeoutError:
+            return
 
     async def _check_output(self) -> None:
         checkpoint = await read_checkpoint(self._api, self._stage, self._partition)
@@ -87,6 +112,7 @@ class Lane(LaneBase):
         count_max = 1 if self._breaker.is_open else settings.frame_events_max
         messages = feed.reader.take(count_max, settings.frame_bytes_max)
         self._probe.begin(messages)
+        self._core.begin()
         while True:
             frame, letters, input_seq = await self._work(messages, feed.cursor)
             if frame is None:
@@ -114,7 +140,7 @@ class Lane(LaneBase):
 
     def _allowed(self, passed: int, letters: list[DeadLetter]) -> bool:
         """Asks the breaker, and says so when it opens, closes or stays open."""
-        breaker, now_s = self._breaker, time.monotonic()
+        breaker, now_s = self._breaker, asyncio.get_running_loop().time()
         was_open, held_s = breaker.is_open, breaker.hold_s(now_s)
         allowed = breaker.allows(passed, letters, now_s)
         place = f"{self._stage} partition {self._partition}"

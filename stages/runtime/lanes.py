@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
+from contracts.budgets import LET_GO
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
-
-LET_GO_S_MAX: Final = 1.0
-"""What a lane may take for its frame in hand before it is cut off. That loses nothing, and others wait for it."""
 
 
 class RunnableLane(Protocol):
@@ -70,7 +68,7 @@ class LaneSet:
         self._changed()
 
     def let_go(self, partition: int) -> None:
-        """Ends the partition's lane for another process: it finishes its frame, or is cut off after `LET_GO_S_MAX`."""
+        """Ends the partition's lane for another process: it finishes its frame, or is cut off after `LET_GO`."""
         if partition in self._tasks and partition not in self._going:
             log.info("letting go", extra={"partition": partition})
             self._lanes[partition].stop(handing_over=True)
@@ -105,7 +103,7 @@ class LaneSet:
             lane.nudge()
 
     async def _cut_off(self, partition: int, task: asyncio.Task[None]) -> None:
-        _, late = await asyncio.wait((task,), timeout=LET_GO_S_MAX)
+        _, late = await asyncio.wait((task,), timeout=LET_GO.s)
         if late:
             log.warning("partition %d: cut off with a frame in hand; whoever takes it makes that again", partition)
             await end_tasks(task)

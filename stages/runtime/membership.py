@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -25,17 +24,15 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 
+from contracts.budgets import MEMBER_EXPIRED, MEMBER_LOOK
 from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
 from contracts.membership import Member, decode_member, encode_member, shares
 from contracts.receipts import Receipt
 from contracts.subjects import (
-    BUCKETS,
-    CONTROL,
     MEMBERS,
     RECEIPTS,
     member_subject,
     members_pattern,
-    pause_subject,
 )
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, HEADER_TTL, KV_DELETED
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
@@ -45,8 +42,6 @@ from stages.runtime.writer import decode_pub_answer
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S: Final = 0.02
-EXPIRED_LOOK_S: Final = 0.1
 LOOKS_MAX: Final = 10
 """How often the bucket is looked at again when it does not show yet what was heard or said."""
 DOUBT_TTLS: Final = 2
@@ -63,9 +58,18 @@ class Membership:
         partitions: P.
         lanes: what to start and let go; whoever it tells of changes should `poke`.
         on_planned: called once, when `planned` became true.
+        describe: adds to the announcement what the stage itself has to say.
     """
 
-    def __init__(self, api: Api, me: Member, partitions: int, lanes: LaneSet, on_planned: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        api: Api,
+        me: Member,
+        partitions: int,
+        lanes: LaneSet,
+        on_planned: Callable[[], None],
+        describe: Callable[[Member], Member],
+    ) -> None:
         self._api = api
         self._me = me
         self._partitions = partitions
@@ -87,12 +91,17 @@ class Membership:
         self._looks = 0
         self._poked = asyncio.Event()
         self._on_planned = on_planned
+        self._describe = describe
         self.planned = False
         """The lanes that fall to this process were started for the first time."""
 
     def poke(self) -> None:
         """Something changed here: look and announce now."""
         self._poked.set()
+
+    async def pause(self, told: StoredMessage | None) -> None:
+        """What stands under the stage's key ``pause``: while there is something, no lane runs."""
+        self._paused = told is not None and bool(told.data)
 
     @property
     def heirs(self) -> bool:
@@ -105,17 +114,13 @@ class Membership:
         """Announces, looks and acts until cancelled.
 
         Raises:
-            TopologyError: the buckets are not there.
+            TopologyError: the bucket is not there.
             ClusterUnavailableError: the connection was closed.
         """
-        await self._check_buckets()
-        stage = self._me.stage
-        subscriptions: list[Subscription] = []
+        await self._check_bucket()
+        subscription: Subscription | None = None
         try:
-            subscriptions += [
-                await self._api.client.subscribe(subject, cb=self._hear)
-                for subject in (members_pattern(stage), pause_subject(stage))
-            ]
+            subscription = await self._api.client.subscribe(members_pattern(self._me.stage), cb=self._hear)
             while True:
                 self._poked.clear()
                 await self._announce()
@@ -123,9 +128,8 @@ class Membership:
                     self._act()
                 await self._rest()
         finally:
-            for subscription in subscriptions:
-                if not self._api.client.is_closed:
-                    await subscription.unsubscribe()
+            if subscription is not None and not self._api.client.is_closed:
+                await subscription.unsubscribe()
 
     def leave(self) -> None:
         """From now on nothing is started, and the others plan without this process."""
@@ -141,19 +145,18 @@ class Membership:
             except (TimeoutError, NatsError, ClusterUnavailableError) as error:
                 log.info("the announcement will expire by itself: %r", error)
 
-    async def _check_buckets(self) -> None:
-        for stream in BUCKETS:
-            try:
-                await self._api.request(f"$JS.API.STREAM.INFO.{stream}", b"")
-            except RequestRefusedError as refused:
-                if refused.error.err_code == NO_STREAM:
-                    raise TopologyError(f"stream {stream} does not exist; run `fictl cluster apply`") from refused
-                raise
+    async def _check_bucket(self) -> None:
+        try:
+            await self._api.request(MEMBERS, f"$JS.API.STREAM.INFO.{MEMBERS}", b"")
+        except RequestRefusedError as refused:
+            if refused.error.err_code == NO_STREAM:
+                raise TopologyError(f"stream {MEMBERS} does not exist; run `fictl cluster apply`") from refused
+            raise
 
     async def _hear(self, message: Msg) -> None:
         """Something was published; whether it is stored, the bucket will show."""
         if message.subject in self._renewed_s:
-            self._renewed_s[message.subject] = time.monotonic()
+            self._renewed_s[message.subject] = _now_s()
         if message.data == self._raw.get(message.subject, b""):
             return
         self._heard[message.subject] = message.data
@@ -162,13 +165,14 @@ class Membership:
 
     async def _announce(self) -> None:
         """Says how things stand, if that is news or it is time to renew."""
-        now_s = time.monotonic()
+        now_s = _now_s()
         if self._superseded:
             self._tried_s = now_s
             return
         self._me = msgspec.structs.replace(
             self._me, partitions=self._lanes.held, opening=self._lanes.opening, paused=self._paused
         )
+        self._me = self._describe(self._me)
         said = encode_member(self._me)
         if said == self._said and now_s < self._tried_s + self._api.settings.member_renew_s:
             return
@@ -197,19 +201,17 @@ class Membership:
         return answer.error is None
 
     async def _look(self) -> bool:
-        """Reads the buckets; False when what they show cannot be acted on."""
+        """Reads the bucket; False when what it shows cannot be acted on."""
         try:
             members = await self._api.last_messages(MEMBERS, [members_pattern(self._me.stage)])
-            control = await self._api.last_messages(CONTROL, [pause_subject(self._me.stage)])
             await self._look_at_owners(set(members) != set(self._members))
         except ClusterUnavailableError as error:
             log.debug("members: %s", error)
             return False
-        self._raw = {subject: message.data for subject, message in (members | control).items()}
+        self._raw = {subject: message.data for subject, message in members.items()}
         self._heard = {s: data for s, data in self._heard.items() if self._raw.get(s, b"") != data}
-        now_s = time.monotonic()
+        now_s = _now_s()
         self._renewed_s = {key: self._renewed_s.get(key, now_s) for key in members if key != self._subject}
-        self._paused = bool(self._raw.get(pause_subject(self._me.stage)))
         seen = readable(members)
         mine = seen.get(self._subject)
         self._judge_name(mine)
@@ -238,7 +240,7 @@ class Membership:
         if self._me.stage != "persist":
             self._owners = {}
             return
-        now_s = time.monotonic()
+        now_s = _now_s()
         if self._owners is None or changed or now_s >= self._owners_s + self._api.settings.member_ttl_s:
             self._owners_s = now_s
             try:
@@ -281,18 +283,23 @@ class Membership:
 
     async def _rest(self) -> None:
         """Until it is time to renew, or there is something to see or to say."""
-        limit_s = self._tried_s + self._api.settings.member_renew_s - time.monotonic()
+        limit_s = self._tried_s + self._api.settings.member_renew_s - _now_s()
         if self._renewed_s:
-            limit_s = min(limit_s, min(self._renewed_s.values()) + self._api.settings.member_ttl_s - time.monotonic())
-        limit_s = max(limit_s, EXPIRED_LOOK_S)
+            limit_s = min(limit_s, min(self._renewed_s.values()) + self._api.settings.member_ttl_s - _now_s())
+        limit_s = max(limit_s, MEMBER_EXPIRED.s)
         if self._heard and self._looks < LOOKS_MAX:
             self._looks += 1
-            limit_s = LOOK_AGAIN_S
+            limit_s = MEMBER_LOOK.s
         try:
             async with asyncio.timeout(limit_s):
                 await self._poked.wait()
         except TimeoutError:
             return
+
+
+def _now_s() -> float:
+    """The event loop's clock: it never steps, and a simulated run has its own."""
+    return asyncio.get_running_loop().time()
 
 
 def readable(messages: dict[str, StoredMessage]) -> dict[str, Member]:

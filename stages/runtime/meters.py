@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import resource as os_resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Final
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
@@ -35,6 +36,7 @@ from contracts.telemetry import (
     BREAKER_TRIPS,
     BUFFER_SIZE,
     CATALOGUE,
+    CIRCUIT_STATE,
     CONSUMER_LAG,
     CPU_TIME,
     EVENTS_FAILED,
@@ -46,14 +48,17 @@ from contracts.telemetry import (
     QUEUE_LIMIT,
     QUEUE_PENDING,
     STORAGE_FREE,
+    TARGET_DISK,
     Instrument,
 )
+from stages.runtime.circuit import Circuit, CircuitState
 from stages.runtime.probes import LaneMeter, ReaderMeter, WriterMeter
 from stages.runtime.telemetry import (
     Counter,
     Histogram,
     LaneProbe,
     ReaderProbe,
+    Readings,
     StreamFacts,
     Telemetry,
     Tripping,
@@ -62,8 +67,7 @@ from stages.runtime.telemetry import (
 from stages.runtime.tracing import Tracer
 
 _Attributes = tuple[tuple[str, str], ...]
-Readings = Iterable[tuple[Mapping[str, str], float]]
-"""(attributes, value) of a gauge, or of a counter that somebody else keeps."""
+_CIRCUIT_VALUES: Final[dict[CircuitState, float]] = {"closed": 0.0, "half-open": 0.5, "open": 1.0}
 
 
 class Meters(Telemetry):
@@ -83,6 +87,7 @@ class Meters(Telemetry):
         self.tracer: Tracer | None = None
         self._counters: dict[str, dict[_Attributes, Counter]] = {name: {} for name in CATALOGUE}
         self._writers: dict[str, WriterMeter] = {}
+        self._circuits: dict[str, Circuit] = {}
         self._reads: dict[str, Callable[[], Readings]] = {}
         self._histograms: dict[str, dict[_Attributes, Histogram]] = {name: {} for name in CATALOGUE}
         self._begun_ns = time.time_ns()
@@ -113,6 +118,7 @@ class Meters(Telemetry):
             (LANES, self._read_lanes),
             (BACKPRESSURE_AGE, self._read_holds),
             (STORAGE_FREE, self._read_storage),
+            (CIRCUIT_STATE, self._read_circuits),
             (CPU_TIME, _read_cpu),
             (MEMORY_USAGE, _read_memory),
         ):
@@ -157,7 +163,7 @@ class Meters(Telemetry):
         self._provider.shutdown()
 
     def read_from(self, what: Instrument, read: Callable[[], Readings]) -> None:
-        """Lets `read` give the values of `what`, in whichever thread collects."""
+        """See `Telemetry.read_from`."""
         self._reads[what.name] = read
 
     def counter(self, what: Instrument, attributes: Mapping[str, str]) -> Counter:
@@ -189,6 +195,19 @@ class Meters(Telemetry):
     def dead_letter(self, stage: Stage, reason: str) -> None:
         """See `Telemetry.dead_letter`."""
         self.counter(EVENTS_FAILED, {"stage": stage, "error_type": reason}).add()
+
+    def circuit(self, target: str, circuit: Circuit) -> None:
+        """See `Telemetry.circuit`."""
+        self._circuits[target] = circuit
+
+    def circuits(self) -> dict[str, CircuitState]:
+        """Target → state. Of the partitions' disks the worst counts: a partition stops by itself."""
+        now_s = time.monotonic()
+        states = {target: circuit.state(now_s) for target, circuit in tuple(self._circuits.items())}
+        disks = [lane.disk.state(now_s) for lane in tuple(self.lanes.values()) if lane.disk is not None]
+        if disks:
+            states[TARGET_DISK] = max(disks, key=lambda state: _CIRCUIT_VALUES[state])
+        return states
 
     def breaker(self, stage: Stage, breaker: Tripping) -> None:
         """See `Telemetry.breaker`."""
@@ -233,6 +252,9 @@ class Meters(Telemetry):
         for writer in tuple(self._writers.values()):
             since_s = writer.full_since_s
             yield writer.place, 0.0 if since_s is None else now_s - since_s
+
+    def _read_circuits(self) -> Readings:
+        return [({"target": target}, _CIRCUIT_VALUES[state]) for target, state in self.circuits().items()]
 
     def _read_storage(self) -> Readings:
         return [] if self.storage_free_bytes is None else [({}, self.storage_free_bytes)]

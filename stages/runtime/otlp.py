@@ -19,12 +19,11 @@ from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 
+from contracts.budgets import OTLP_CLOSE, OTLP_REQUEST
 from contracts.settings import hide_credentials
 
 log = logging.getLogger(__name__)
 
-REQUEST_S_MAX: Final = 2.0
-CLOSE_S_MAX: Final = 4.0
 SPANS_AT_ONCE: Final = 256
 
 
@@ -56,8 +55,8 @@ class OtlpExporter:
         self._collect = collect
         self._spans = spans
         self.spans_dropped = 0
-        self._metric_exporter = OTLPMetricExporter(f"{endpoint}/v1/metrics", timeout=REQUEST_S_MAX)
-        self._span_exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=REQUEST_S_MAX)
+        self._metric_exporter = OTLPMetricExporter(f"{endpoint}/v1/metrics", timeout=OTLP_REQUEST.s)
+        self._span_exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=OTLP_REQUEST.s)
         self._closing = threading.Event()
         self._failing = False
         # A daemon: nothing it does may keep the process from ending.
@@ -68,9 +67,9 @@ class OtlpExporter:
         self._thread.start()
 
     def close(self) -> None:
-        """Exports what is left, for at most `CLOSE_S_MAX`. Blocking: call it in a thread."""
+        """Exports what is left, for at most `OTLP_CLOSE`. Blocking: call it in a thread."""
         self._closing.set()
-        self._thread.join(CLOSE_S_MAX)
+        self._thread.join(OTLP_CLOSE.s)
         # Ends the waits of a request that is still retried.
         self._metric_exporter.shutdown()
         self._span_exporter.shutdown()  # type: ignore[no-untyped-call]

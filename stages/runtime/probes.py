@@ -42,6 +42,7 @@ from stages.runtime.telemetry import Counter, Feed, Histogram, LaneProbe, Reader
 from stages.runtime.tracing import FrameTrace
 
 if TYPE_CHECKING:
+    from stages.runtime.circuit import Circuit
     from stages.runtime.meters import Meters
 
 _NS: Final = 1e-9
@@ -59,6 +60,7 @@ class LaneMeter(LaneProbe):
         state: ``opening``, ``open``, ``standby`` or ``stopped``.
         is_leaving: it was told to stop.
         feed: its input while a session is on.
+        disk: the circuit before its disk (persist).
     """
 
     def __init__(self, meters: Meters, stage: Stage, partition: int) -> None:
@@ -69,6 +71,7 @@ class LaneMeter(LaneProbe):
         self.state = "opening"
         self.is_leaving = False
         self.feed: Feed | None = None
+        self.disk: Circuit | None = None
         self._meters = meters
         self._origin: int | None = None
         self._messages: Sequence[StoredMessage] = ()
@@ -124,6 +127,10 @@ class LaneMeter(LaneProbe):
         else:
             kind = type(error).__name__
         self._meters.counter(PERSIST_ERRORS, {"error_type": kind}).add()
+
+    def disk_circuit(self, circuit: Circuit) -> None:
+        """See `LaneProbe.disk_circuit`."""
+        self.disk = circuit
 
     def restarting(self, error: Exception) -> None:
         """See `LaneProbe.restarting`."""

@@ -9,36 +9,76 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import count
-from typing import Any
-
-from nats.aio.client import Client
+from typing import Any, Protocol, TypeVar
 
 from contracts.errors import SettingsError
 from contracts.membership import Member
 from contracts.settings import Settings
-from contracts.subjects import OUTPUT_STREAM, Stage, is_token
+from contracts.subjects import MEMBERS, OUTPUT_STREAM, Stage, is_token, pause_subject
 from stages.runtime.api import Api
+from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect_near
+from stages.runtime.control import Control
 from stages.runtime.facts import ClusterFacts, read_cluster
 from stages.runtime.lanes import LaneSet, RunnableLane
+from stages.runtime.leaders import LeaderWatch
 from stages.runtime.membership import Membership
 from stages.runtime.tasks import end_tasks
 from stages.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-LaneMaker = Callable[[Api, ClusterFacts, int, str, Callable[[int], None]], RunnableLane]
-"""(api, cluster, partition, nonce of the lane, on_open) → lane."""
 
-Arrival = Callable[[Api, ClusterFacts, str], Coroutine[Any, Any, str]]
-"""(api, cluster, nonce) → id of this process's store (persist; else empty): what it does before it takes part."""
+class Actor(Protocol):
+    """What the stages differ in; one for each process."""
+
+    async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
+        """What the process does before it takes part. Gives the id of its store (persist; else empty)."""
+
+    def make_lane(
+        self, api: Api, facts: ClusterFacts, partition: int, nonce: str, on_open: Callable[[int], None]
+    ) -> RunnableLane:
+        """The lane of a partition. It calls `on_open` each time it has found its place; `nonce` is no other lane's."""
+
+    def describe(self, me: Member) -> Member:
+        """The process's announcement, with what the stage itself has to say."""
+
+
+class Connector(Protocol):
+    """Opens the process's connection."""
+
+    def __call__(
+        self, urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
+    ) -> Awaitable[GuardedClient]:
+        """As `stages.runtime.connection.connect_near`."""
+
+
+class Machine:
+    """What a process takes from the machine it runs on. A simulated run gives it another."""
+
+    def __init__(self) -> None:
+        self.connect: Connector = connect_near
+        self.node = socket.gethostname()
+        self.pid = os.getpid()
+        self.clock_ns: Callable[[], int] = time.time_ns
+        self.jitter: Callable[[], float] = random.random
+        self.token: Callable[[], str] = lambda: secrets.token_hex(6)
+        """Gives 12 hex digits that nobody had before."""
+
+    def on_terminate(self, stop: Callable[[], None]) -> None:
+        """From now on `stop` is called when the process is asked to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
 
 
 class StageProcess:
@@ -48,12 +88,12 @@ class StageProcess:
         stage: which stage.
         urls: NATS servers.
         settings: this process's settings.
-        make_lane: builds a lane of this stage.
-        arrive: what it does before it takes part.
+        actor: the stage's own part.
         partitions: which lanes, whatever other processes there are; None for its share.
         name: shown in logs and by the servers; unique for the stage and node.
         on_ready: called once, when every lane of the first share reads.
         watch: shows the process to others; None: it is not watched.
+        machine: what it runs on; None: this one.
     """
 
     def __init__(
@@ -61,25 +101,26 @@ class StageProcess:
         stage: Stage,
         urls: Sequence[str],
         settings: Settings,
-        make_lane: LaneMaker,
+        actor: Actor,
         *,
-        arrive: Arrival,
         partitions: Sequence[int] | None,
         name: str,
         on_ready: Callable[[], None],
         watch: Watch | None = None,
+        machine: Machine | None = None,
     ) -> None:
+        self._machine = machine or Machine()
         self._stage: Stage = stage
         self._urls = urls
         self._settings = settings
-        self._make_lane = make_lane
-        self._arrive = arrive
+        self._actor = actor
         self._partitions = partitions
         self._name = name
         self._on_ready = on_ready
         self._watch = watch or Watch(stage, name, Settings(), {})
         # Part of consumer names, which are subject tokens.
-        self._nonce = f"{name if is_token(name) else stage}-{secrets.token_hex(6)}"
+        self._nonce = f"{name if is_token(name) else stage}-{self._machine.token()}"
+        self._api: Api | None = None
         self._lanes: LaneSet | None = None
         self._membership: Membership | None = None
         self._ready = False
@@ -101,64 +142,79 @@ class StageProcess:
             SettingsError: a partition that the cluster does not have.
             FiError: a lane cannot go on.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        client = await connect_near(self._urls, OUTPUT_STREAM[self._stage], self._name, reconnected=self._nudge)
+        machine = self._machine
+        machine.on_terminate(self.stop)
+        client = await machine.connect(self._urls, OUTPUT_STREAM[self._stage], self._name, reconnected=self._nudge)
         try:
             facts = await read_cluster(client)
-            api = Api(client, self._settings, telemetry=self._watch.telemetry)
-            self._watch.connected(api)
-            store = await self._arrived(api, facts)
-            if store is None:
-                return
-            me = Member(
-                stage=self._stage,
-                node=socket.gethostname(),
-                name=self._name,
-                nonce=self._nonce,
-                pid=os.getpid(),
-                started_ns=time.time_ns(),
-                store=store,
-                pinned=self._pinned(facts),
-            )
-
-            lanes = count(1)
-
-            def make(partition: int, on_open: Callable[[int], None]) -> RunnableLane:
-                # A lane of a partition that was here before must not be taken for that one: names and message ids
-                # are made of the nonce.
-                return self._make_lane(api, facts, partition, f"{self._nonce}_{next(lanes)}", on_open)
-
-            self._lanes = LaneSet(make, self._changed)
-            self._membership = Membership(api, me, facts.partitions, self._lanes, self._changed)
-            await self._work(self._lanes, self._membership)
+            api = self._api = Api(client, self._settings, machine.jitter, self._watch.telemetry)
+            control = Control(api, self._changed)
+            self._watch.connected(api, control)
+            listening = asyncio.create_task(control.run(), name="control")
+            try:
+                arrival = self._actor.arrive(api, facts, control, f"{self._nonce}_0")
+                store = await self._unless_stopped(arrival, listening)
+                if store is not None:
+                    await self._take_part(api, facts, store, control, listening)
+            finally:
+                await end_tasks(listening)
         finally:
             await _close(client, self._settings.publish_timeout_s)
 
-    async def _arrived(self, api: Api, facts: ClusterFacts) -> str | None:
-        """What `arrive` gives; None when told to stop before it was done."""
-        arriving = asyncio.create_task(self._arrive(api, facts, f"{self._nonce}_0"), name="arrival")
+    async def _unless_stopped(self, arrival: Coroutine[Any, Any, T], listening: asyncio.Task[None]) -> T | None:
+        """What `arrival` gives; None when told to stop before it was done. Raises what `listening` failed with."""
+        arriving = asyncio.create_task(arrival, name="arrival")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((arriving, listening, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
+                listening.result()
             return arriving.result() if arriving.done() else None
         finally:
             await end_tasks(arriving, stopping)
 
-    async def _work(self, lanes: LaneSet, membership: Membership) -> None:
+    async def _take_part(
+        self, api: Api, facts: ClusterFacts, store: str, control: Control, listening: asyncio.Task[None]
+    ) -> None:
+        me = Member(
+            stage=self._stage,
+            node=self._machine.node,
+            name=self._name,
+            nonce=self._nonce,
+            pid=self._machine.pid,
+            started_ns=self._machine.clock_ns(),
+            store=store,
+            pinned=self._pinned(facts),
+        )
+        number = count(1)
+
+        def make(partition: int, on_open: Callable[[int], None]) -> RunnableLane:
+            # A lane of a partition that was here before must not be taken for that one: names and message ids
+            # are made of the nonce.
+            return self._actor.make_lane(api, facts, partition, f"{self._nonce}_{next(number)}", on_open)
+
+        lanes = LaneSet(make, self._changed)
+        membership = Membership(api, me, facts.partitions, lanes, self._changed, self._actor.describe)
+        self._lanes, self._membership = lanes, membership
+        hearing = control.listen(pause_subject(self._stage), membership.pause)
+        await self._unless_stopped(hearing, listening)
+        if not self._stop.is_set():
+            await self._work(api, lanes, membership, listening)
+
+    async def _work(self, api: Api, lanes: LaneSet, membership: Membership, listening: asyncio.Task[None]) -> None:
         sharing = asyncio.create_task(membership.run(), name="membership")
+        leaders = asyncio.create_task(LeaderWatch(api, (OUTPUT_STREAM[self._stage], MEMBERS)).run(), name="leaders")
         failing = asyncio.create_task(lanes.failed(), name="lane failure")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            await asyncio.wait((sharing, failing, stopping), return_when=asyncio.FIRST_COMPLETED)
-            for task in (failing, sharing):
+            await asyncio.wait((sharing, failing, listening, stopping), return_when=asyncio.FIRST_COMPLETED)
+            for task in (failing, sharing, listening):
                 if task.done():
                     task.result()
             membership.leave()
             await lanes.drain(self._settings.drain_s, handing_over=membership.heirs)
         finally:
-            await end_tasks(sharing, failing, stopping)
+            await end_tasks(sharing, leaders, failing, stopping)
             await lanes.close()
             await membership.say_goodbye()
 
@@ -185,11 +241,13 @@ class StageProcess:
 
     def _nudge(self) -> None:
         self._watch.reconnected()
+        if self._api is not None:
+            self._api.poke()
         if self._lanes is not None:
             self._lanes.nudge()
 
 
-async def _close(client: Client, limit_s: float) -> None:
+async def _close(client: GuardedClient, limit_s: float) -> None:
     try:
         await asyncio.wait_for(client.close(), limit_s)
     except TimeoutError:

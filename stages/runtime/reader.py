@@ -15,17 +15,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
+from contracts.budgets import CONSUMER_INACTIVE
 from contracts.errors import FiError, TopologyError
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
+from stages.runtime.client import parse_headers, read_headers
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
-INACTIVE_S: Final = 20
 _NS: Final = 1_000_000_000
 _NAME_SAFE: Final = str.maketrans({".": "_", ">": "all", "*": "any"})
 _END_OF_PULL: Final = frozenset({"404", "408"})
@@ -67,6 +67,7 @@ class OrderedReader:
         self._locate = locate
         self._nonce = nonce
         self._probe = api.telemetry.reader(stream, filter_subject)
+        self._gate = api.gate(stream)
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
         self._woken_up = False
@@ -197,13 +198,8 @@ class OrderedReader:
         self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
         inbox = self._api.client.new_inbox()
         self._inbox = inbox
-        # The server bounds what is under way to two pulls; these limits are the second line.
-        subscription = await self._api.client.subscribe(
-            inbox,
-            cb=self._on_message,
-            pending_msgs_limit=8 * self._batch,
-            pending_bytes_limit=4 * self._api.settings.pull_bytes_max,
-        )
+        # What is under way is bounded by what was asked for: two pulls.
+        subscription = await self._api.client.subscribe_sink(inbox, self._on_message)
         try:
             await self._create_consumer(start)
         except BaseException:
@@ -220,13 +216,13 @@ class OrderedReader:
             "filter_subject": self._filter,
             "num_replicas": 1,
             "mem_storage": True,
-            "inactive_threshold": INACTIVE_S * _NS,
+            "inactive_threshold": round(CONSUMER_INACTIVE.s * _NS),
             "max_waiting": 8,
         }
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
         # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
-        await self._api.request(subject, msgspec.json.encode(request))
+        await self._api.request(self._stream, subject, msgspec.json.encode(request))
 
     async def _feed(self) -> None:
         """Keeps a pull request standing until there is trouble."""
@@ -261,28 +257,30 @@ class OrderedReader:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}"
         await self._api.client.publish(subject, msgspec.json.encode(request), reply=self._inbox)
 
-    async def _on_message(self, message: Msg) -> None:
+    def _on_message(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
         self._active_s = asyncio.get_running_loop().time()
         # A stored message keeps its own subject; only the server itself writes to the inbox. Telling them apart by a
         # header would let a gateway forge a status.
-        if message.subject == self._inbox:
-            self._on_status(message.headers or {})
+        if subject == self._inbox.encode():
+            self._on_status(read_headers(block))
             return
-        tokens = message.reply.split(".")
+        tokens = reply.split(b".")
         if len(tokens) > 9:
             tokens = tokens[2:]  # $JS.ACK.<domain>.<account hash>.…
-        if len(tokens) < 9 or tokens[3] != self._consumer or self._trouble is not None:
+        if len(tokens) < 9 or tokens[3] != self._consumer.encode() or self._trouble is not None:
             return
         seq, consumer_seq, time_ns = int(tokens[5]), int(tokens[6]), int(tokens[7])
         if consumer_seq != self._delivered + 1:
             self.reopen(f"delivery {consumer_seq} came after {self._delivered}")
             return
         self._delivered = consumer_seq
+        self._gate.poke()
         self.pending = int(tokens[8])
         self._probe.delivered()
         self._outstanding -= 1
-        self._buffer.append(StoredMessage(message.subject, seq, time_ns, message.data, message.headers or {}))
-        self._buffered_bytes += len(message.data)
+        stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))
+        self._buffer.append(stored)
+        self._buffered_bytes += len(payload)
         self._arrived.set()
         if self._wants_more():
             self._woken.set()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
+
+from contracts.budgets import CANCEL_REPEAT
 
 T = TypeVar("T")
-
-REPEAT_S: Final = 0.5
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -21,7 +21,7 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
             task.cancel()
-        await asyncio.wait(pending, timeout=REPEAT_S)
+        await asyncio.wait(pending, timeout=CANCEL_REPEAT.s)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from contracts.errors import SettingsError
@@ -21,6 +21,7 @@ from contracts.telemetry import Instrument
 
 if TYPE_CHECKING:
     from stages.runtime.api import StoredMessage
+    from stages.runtime.circuit import Circuit
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 DISABLED_VARIABLE = "OTEL_SDK_DISABLED"
@@ -65,6 +66,10 @@ class Histogram:
             self.min = value
         if value > self.max:
             self.max = value
+
+
+Readings = Iterable[tuple[Mapping[str, str], float]]
+"""(attributes, value) of a gauge, or of a counter that somebody else keeps."""
 
 
 class ReadingFrom(Protocol):
@@ -130,6 +135,9 @@ class LaneProbe:
 
     def stopped(self, error: Exception) -> None:
         """The partition's disk or files failed: the lane waits until they are mended."""
+
+    def disk_circuit(self, circuit: Circuit) -> None:
+        """`circuit` is the lane's, before its disk (persist)."""
 
     def restarting(self, error: Exception) -> None:
         """The lane must find its place again."""
@@ -204,6 +212,9 @@ class Telemetry:
         """The histogram of these attributes; the same one each time. Raises as `counter`."""
         return Histogram(what.buckets)
 
+    def read_from(self, what: Instrument, read: Callable[[], Readings]) -> None:
+        """Lets `read` give the values of `what`, in whichever thread collects."""
+
     def lane(self, stage: Stage, partition: int) -> LaneProbe:
         """For one lane, from its making."""
         return _LANE
@@ -218,6 +229,9 @@ class Telemetry:
 
     def dead_letter(self, stage: Stage, reason: str) -> None:
         """An event was dead-lettered."""
+
+    def circuit(self, target: str, circuit: Circuit) -> None:
+        """`circuit` is the one of this process before the stream `target`."""
 
     def breaker(self, stage: Stage, breaker: Tripping) -> None:
         """`breaker` is the one of this process; telling it again does nothing."""

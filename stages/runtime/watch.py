@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from nats.errors import Error as NatsError
 
+from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK
 from contracts.settings import Settings
 from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
 from contracts.telemetry import LOOP_LAG, RECONNECTS
 from stages.runtime.api import Api, ApiError
+from stages.runtime.control import Control
 from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
 from stages.runtime.observing import Observed
 from stages.runtime.tasks import end_tasks
@@ -32,14 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BEAT_S: Final = 0.25
-BEAT_AGE_S_MAX: Final = 5.0
-"""The loop counts as stuck when it has not run a timer for so long."""
-LOOK_S: Final = 5.0
-"""Streams and disk are looked at this often by itself, for their gauges."""
-LOOK_AGE_S_MAX: Final = 1.0
-"""A probe takes what was seen this recently."""
-ASK_S_MAX: Final = 1.0
 HEALTH_DIRECTORY: Final = "health"
 
 
@@ -115,6 +109,7 @@ class Watch:
         self._server: HealthServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._api: Api | None = None
+        self._control: Control | None = None
         self._draining = False
         self._beat_s = time.monotonic()
         self._loop_lag_s = 0.0
@@ -159,9 +154,9 @@ class Watch:
         if self._observed is not None:
             await self._observed.close()
 
-    def connected(self, api: Api) -> None:
+    def connected(self, api: Api, control: Control) -> None:
         """The process is connected."""
-        self._api = api
+        self._api, self._control = api, control
         self._connected.set()
 
     def planned(self) -> None:
@@ -201,8 +196,8 @@ class Watch:
 
     async def _beat(self, lag: Histogram) -> None:
         while True:
-            due_s = time.monotonic() + BEAT_S
-            await asyncio.sleep(BEAT_S)
+            due_s = time.monotonic() + HEALTH_BEAT.s
+            await asyncio.sleep(HEALTH_BEAT.s)
             self._beat_s = time.monotonic()
             self._loop_lag_s = max(0.0, self._beat_s - due_s)
             lag.record(self._loop_lag_s)
@@ -214,12 +209,12 @@ class Watch:
             for lane in tuple(meters.lanes.values()):
                 if lane.feed is not None:
                     await lane.feed.reader.count_pending()
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(HEALTH_LOOK.s)
 
     async def _look(self, meters: Meters) -> None:
         """Asks for the streams and looks at the disk, unless that was just done."""
         async with self._looking:
-            if time.monotonic() - self._looked_s < LOOK_AGE_S_MAX:
+            if time.monotonic() - self._looked_s < HEALTH_FRESH.s:
                 return
             names = dict.fromkeys((INPUT_STREAM[self._stage], OUTPUT_STREAM[self._stage], DLQ))
             problems = await asyncio.gather(*(self._ask(name, meters) for name in names), self._look_at_disk(meters))
@@ -231,10 +226,10 @@ class Watch:
         if self._api is None or not self._api.client.is_connected:
             return "not connected"
         try:
-            answer = await self._api.client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=ASK_S_MAX)
+            answer = await self._api.client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=HEALTH_ASK.s)
             told = _decode_told(answer.data)
         except (NatsError, OSError, msgspec.MsgspecError) as error:
-            return f"no answer within {ASK_S_MAX:g} s ({type(error).__name__})"
+            return f"no answer within {HEALTH_ASK.s:g} s ({type(error).__name__})"
         if told.error is not None:
             return told.error.description
         if told.state is not None and told.config is not None:
@@ -251,7 +246,7 @@ class Watch:
             self._disk_look = loop.run_in_executor(
                 None, _check_disk, self._store, self._settings.disk_floor_bytes, meters
             )
-        done, _ = await asyncio.wait((self._disk_look,), timeout=ASK_S_MAX)
+        done, _ = await asyncio.wait((self._disk_look,), timeout=HEALTH_ASK.s)
         self._disk = self._disk_look.result() if done else Check(False, f"{self._store} does not answer")
         return ""
 
@@ -259,7 +254,7 @@ class Watch:
         """Whether the event loop turns."""
         age_s = time.monotonic() - self._beat_s
         why = f"the loop ran a timer {age_s:.2f} s ago, {self._loop_lag_s * 1e3:.1f} ms late"
-        return self._report({"loop": Check(age_s < BEAT_AGE_S_MAX, why)})
+        return self._report({"loop": Check(age_s < HEALTH_STUCK.s, why)})
 
     async def ready(self) -> Report:
         """Whether the process does its work."""
@@ -280,10 +275,16 @@ class Watch:
         else:
             standby = sum(lane.state == "standby" for lane in meters.lanes.values())
             lanes = Check(True, f"{len(meters.lanes) - standby} read, {standby} stand by")
+        circuits = meters.circuits()
+        open_ = [target for target, state in circuits.items() if state == "open"]
+        trying = [target for target, state in circuits.items() if state == "half-open"]
+        words = [f"{', '.join(names)} {state}" for names, state in ((open_, "open"), (trying, "half-open")) if names]
         checks = {
             "connected": Check(connected, f"{url.hostname}:{url.port}" if url else "no server answers; trying again"),
             "streams": Check(not bad, "; ".join(bad) or f"{', '.join(self._streams)} have leaders"),
             "lanes": lanes,
+            "circuits": Check(not open_, "; ".join(words) or "closed"),
+            "control": Check(False, "not listening yet") if self._control is None else self._control.check(),
             "running": Check(not self._draining, "draining" if self._draining else "not draining"),
         }
         if self._store is not None:

@@ -7,12 +7,12 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from contracts.errors import InvalidEventError
+from contracts.errors import InvalidEventError, StrayFrameError
 from contracts.events import Event
 from contracts.frames import Dead, decode_frame
 from contracts.subjects import Stage
 from stages.runtime.api import StoredMessage
-from stages.runtime.checkpoint import check_joined
+from stages.runtime.checkpoint import check_joined, read_frame
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -22,12 +22,14 @@ class DeadLetter(msgspec.Struct, frozen=True):
         origin, index: which event.
         error: why.
         data: its original bytes; None where the stage does not have them (the lane then reads them from `FI_EVENTS`).
+        policy: version of the policy it was refused under; 0 where none has a part in it.
     """
 
     origin: int
     index: int
     error: InvalidEventError
     data: bytes | None
+    policy: int = 0
 
 
 class Step(NamedTuple):
@@ -63,6 +65,9 @@ class StageCore(Protocol):
     def open(self, closed: bytes) -> None:
         """Takes up the memory stored with the last frame."""
 
+    def begin(self) -> None:
+        """A frame begins: whatever can change while the process runs stays as it is now until the next call."""
+
     def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
         """Works on one message; None when all of it lies at or before `origin`.
 
@@ -72,13 +77,14 @@ class StageCore(Protocol):
         """
 
 
-def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Event]) -> Step | None:
+def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Event], policy: int = 0) -> Step | None:
     """One frame's step: `work` on every event after `origin`, in order; what it refuses becomes a letter.
 
     Args:
         message: carries a frame.
         origin: the cursor.
         work: gives the event as it goes on; raises `InvalidEventError` to refuse it.
+        policy: goes with the letters.
 
     Returns:
         the step, with the frame's own memory; None when all of the frame lies at or before `origin`.
@@ -86,20 +92,24 @@ def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Even
     Raises:
         HoleError, WireFormatError: as `StageCore.step`.
     """
-    frame = decode_frame(message.data)
+    frame = read_frame(message, decode_frame)
     check_joined(message.subject, frame, origin)
     if frame.last <= origin:
         return None
     events: list[Event] = []
     letters: list[DeadLetter] = []
     dead = [row for row in frame.dead if row.origin > origin]
+    reached = frame.prev
     for event in frame.events:
+        if not reached <= event.origin <= frame.last:
+            raise StrayFrameError(message.subject, message.seq, f"an event of origin {event.origin} is out of place")
+        reached = event.origin
         if event.origin <= origin:
             continue
         try:
             events.append(work(event))
         except InvalidEventError as error:
-            letters.append(DeadLetter(event.origin, event.index, error, None))
+            letters.append(DeadLetter(event.origin, event.index, error, None, policy))
             dead.append(Dead(event.origin, 1))
     trail = (*frame.trail, message.seq)
     return Step(max(frame.first, origin + 1), frame.last, events, dead, letters, trail, frame.closed)

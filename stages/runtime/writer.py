@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 
 from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, TopologyError
 from contracts.telemetry import HEADER_EXPECTED_LAST_SUBJECT_SEQ, HEADER_EXPECTED_STREAM, HEADER_MSG_ID
-from stages.runtime.api import Api, ApiError
+from stages.runtime.api import NOT_NOW, Api, ApiError
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ def error_type(error: ApiError | None) -> str:
     return "in_process" if error.err_code in STILL_IN_PROCESS else "refused"
 
 
+def _says_something(error: ApiError | None) -> bool:
+    """False for a refusal that means no more than that there is no leader or no quorum now."""
+    return error is None or error.code not in NOT_NOW or error.err_code in STREAM_FULL | STILL_IN_PROCESS
+
+
 class FencedWriter:
     """Writes one subject. Not for concurrent use: one publish in flight.
 
@@ -70,6 +75,7 @@ class FencedWriter:
         self._subject = subject
         self._nonce = nonce
         self._probe = api.telemetry.writer(stream, subject)
+        self._gate = api.gate(stream)
         self.expected_seq = 0
         self.full_since: float | None = None
         self.held_s = 0.0
@@ -108,7 +114,8 @@ class FencedWriter:
             self._note_room()
 
     async def _attempt(self, data: bytes, headers: dict[str, str]) -> PubAnswer | None:
-        """One try: the acceptance, or None to try again."""
+        """One try, when its turn has come: the acceptance, or None to try again."""
+        turn_s = await self._gate.turn()
         begun_s = time.perf_counter()
         try:
             reply = await self._api.client.request(
@@ -122,10 +129,15 @@ class FencedWriter:
             ) from error
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
+            self._gate.failed(turn_s)
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
         answer = decode_pub_answer(reply.data)
+        if _says_something(answer.error):
+            self._gate.answered()
+        else:
+            self._gate.failed(turn_s)
         self._probe.sent(begun_s, error_type(answer.error))
         if answer.error is None:
             return answer

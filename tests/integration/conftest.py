@@ -16,6 +16,13 @@ from cluster.nodes import EmbeddedCluster
 from stages.runtime.connection import connect
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The gateway team's example runs on both backends, as it stands in the README."""
+    if metafunc.module.__name__ == "test_gateway_example":
+        docker = pytest.param("docker", marks=pytest.mark.docker)
+        metafunc.parametrize("fi_backend", ["embedded", docker], indirect=True, scope="session")
+
+
 @pytest.fixture
 def eventually() -> Eventually:
     """``await eventually(condition)`` returns once it holds, and fails the test after a minute."""

@@ -47,7 +47,7 @@ def receipt(partition: int, origin: int, cluster: str) -> bytes:
             persisted=origin,
             duplicates=0,
             dead_lettered=0,
-            root="",
+            root="0" * 64,
             closed=b"",
             committed_ns=1,
         )

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import errno
 import os
-import shutil
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
 
+from cluster.testing.errors import NotSupportedError
 from contracts.settings import MIB
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist import files
@@ -34,21 +33,6 @@ PADDING_BYTES = 40_000
 PADDED_EVENTS = 900
 
 
-@contextlib.contextmanager
-def small_disk(path: Path) -> Iterator[None]:
-    """A file system of `DISK_BYTES` at `path`. Skips the test where this user may not mount one."""
-    path.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(path)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"this user may not mount a file system: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 def persist_log(pipeline: Pipeline) -> str:
     return (pipeline.supervisor.directory / "logs" / "persist-0.log").read_text(errors="replace")
 
@@ -58,24 +42,25 @@ def pid_of(pipeline: Pipeline, name: str) -> int | None:
 
 
 async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns(tmp_path: Path) -> None:
-    chosen = settings(partitions=PARTITIONS)
-    with small_disk(tmp_path / "shards"):
-        async with running(tmp_path, chosen) as pipeline:
-            pid = pid_of(pipeline, "persist-0")
-            ballast = tmp_path / "shards" / "ballast"
-            with ballast.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(tmp_path / "shards").free - LEFT_BYTES)
-            load = Load(workload(seed=21, events=PADDED_EVENTS, padding_bytes=PADDING_BYTES))
-            async with under_load(load, pipeline.client):
+    pipeline = Pipeline(tmp_path, settings(partitions=PARTITIONS), disk_bytes=DISK_BYTES)
+    try:
+        await pipeline.open()
+    except NotSupportedError as error:
+        pytest.skip(str(error))
+    async with pipeline:
+        pid = pid_of(pipeline, "persist-0")
+        await pipeline.fill_disk(LEFT_BYTES)
+        load = Load(workload(seed=21, events=PADDED_EVENTS, padding_bytes=PADDING_BYTES))
+        async with under_load(load, pipeline.client):
 
-                async def stopped() -> bool:
-                    return EVENT_PERSIST_FAILED in persist_log(pipeline)
+            async def stopped() -> bool:
+                return EVENT_PERSIST_FAILED in persist_log(pipeline)
 
-                await until(stopped, "the partition says that it stops")
-                assert "No space left" in persist_log(pipeline)
-                ballast.unlink()
-            await pipeline.assert_whole(load)
-            assert pid_of(pipeline, "persist-0") == pid
+            await until(stopped, "the partition says that it stops")
+            assert "No space left" in persist_log(pipeline)
+            await pipeline.free_disk()
+        await pipeline.assert_whole(load)
+        assert pid_of(pipeline, "persist-0") == pid
 
 
 @contextlib.asynccontextmanager
@@ -121,6 +106,7 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
         await pipeline.assert_whole(first)
 
 
+@pytest.mark.slow
 async def test_a_damaged_shard_stops_its_partition_alone_until_it_is_put_right(tmp_path: Path) -> None:
     chosen = settings(partitions=PARTITIONS, seal_on_drain=False)
     async with running(tmp_path, chosen) as pipeline:

@@ -86,7 +86,9 @@ async def test_all_servers_killed_under_load_with_frames_waiting_in_memory(pipel
     await pipeline.assert_whole(load)
 
 
-@pytest.mark.parametrize("stage", ["ingest", "segment", "hash"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("ingest"), *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("segment", "hash"))]
+)
 async def test_a_frozen_stage_is_replaced_and_harmless_when_it_thaws(pipeline: Pipeline, stage: Stage) -> None:
     seed = 30 + STAGES.index(stage)
     first, second = Load(workload(seed, events=1200)), Load(workload(seed + 10, events=1200))
@@ -163,6 +165,7 @@ async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline
     await pipeline.assert_whole(load)
 
 
+@pytest.mark.slow
 async def test_full_streams_hold_the_gateway_until_persist_returns(tmp_path: Path) -> None:
     """1 MiB a hop and 4 MiB of input: 12 MiB of events cannot be anywhere else than with their publisher.
 
@@ -195,6 +198,7 @@ async def test_full_streams_hold_the_gateway_until_persist_returns(tmp_path: Pat
         assert again.duplicates >= totals.duplicates + 120
 
 
+@pytest.mark.slow
 async def test_persist_killed_while_shards_are_sealed(tmp_path: Path) -> None:
     rng = random.Random(81)
     async with running(tmp_path, settings(partitions=1)) as pipeline:

@@ -16,7 +16,7 @@ from cluster.dlq import DeadLetters, Selection, Span
 from contracts.errors import InvalidEventError
 from contracts.letters import Letter, read_letter
 from contracts.settings import MIB, Settings
-from contracts.subjects import DLQ, SEGMENT
+from contracts.subjects import DLQ, EVENTS, SEGMENT
 from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.graveyard import Graveyard
@@ -24,6 +24,9 @@ from stages.runtime.lane import Lane
 from stages.runtime.work import DeadLetter
 
 pytestmark = pytest.mark.cluster
+
+GONE = 1000
+"""The last origin of events that are not in the stream any more."""
 
 
 def refused(origin: int, index: int = 0) -> DeadLetter:
@@ -34,6 +37,15 @@ async def ready(client: Client, **changes: Any) -> Api:
     chosen = Settings(**{"partitions": 1, "probe_s": 0.5, **changes})
     await apply(client, chosen)
     return Api(client, chosen)
+
+
+async def without_originals(client: Client, **changes: Any) -> Api:
+    """As `ready`; the messages that letters are made of here were in `FI_EVENTS` once, and are not any more."""
+    api = await ready(client, **changes)
+    jetstream = client.jetstream(timeout=5)
+    await jetstream.purge_stream(EVENTS, seq=GONE + 1)
+    assert (await jetstream.publish("fi.events.clinic-1.c", b"x")).seq > GONE
+    return api
 
 
 async def everything(dead: DeadLetters) -> list[Letter]:
@@ -54,7 +66,7 @@ async def buried(dead: DeadLetters) -> list[tuple[int, int]]:
 async def test_a_stage_killed_between_bury_and_publish_buries_nothing_again_though_all_letters_were_removed(
     client: Client,
 ) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     of_a_frame = [refused(5), refused(5, 1), refused(9)]
     killed = Graveyard(api, "ingest", 0, "first")
@@ -72,17 +84,17 @@ async def test_a_stage_killed_between_bury_and_publish_buries_nothing_again_thou
 
 async def test_without_a_mark_it_would_bury_them_again(client: Client) -> None:
     """What the mark is for: the same with the newest letter simply deleted."""
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     await Graveyard(api, "ingest", 0, "first").bury([refused(5), refused(9)])
-    await api.request(f"$JS.API.STREAM.MSG.DELETE.{DLQ}", b'{"seq":2}')
+    await api.request(DLQ, f"$JS.API.STREAM.MSG.DELETE.{DLQ}", b'{"seq":2}')
     await Graveyard(api, "ingest", 0, "second").bury([refused(5), refused(9)])
     assert await buried(dead) == [(5, 0), (9, 0)]
     assert (await everything(dead))[-1].seq == 3
 
 
 async def test_a_stage_that_goes_on_meets_the_mark_and_loses_and_doubles_nothing(client: Client) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     living = Graveyard(api, "ingest", 0, "living")
     for origin in range(1, 6):
@@ -95,7 +107,7 @@ async def test_a_stage_that_goes_on_meets_the_mark_and_loses_and_doubles_nothing
 
 
 async def test_a_mark_goes_when_there_is_a_letter_after_it(client: Client) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     graveyard = Graveyard(api, "ingest", 0, "first")
     await graveyard.bury([refused(1)])
@@ -106,7 +118,7 @@ async def test_a_mark_goes_when_there_is_a_letter_after_it(client: Client) -> No
 
 
 async def test_letters_can_be_removed_from_a_full_stream_and_the_stage_it_holds_goes_on(client: Client) -> None:
-    api = await ready(client, dlq_bytes_max=MIB)
+    api = await without_originals(client, dlq_bytes_max=MIB)
     dead = DeadLetters(api, "c")
     large = [msgspec.structs.replace(refused(n), data=b"x" * 340_000) for n in range(1, 5)]
     burying = asyncio.create_task(Graveyard(api, "ingest", 0, "first").bury(large))
@@ -124,7 +136,7 @@ async def test_letters_can_be_removed_from_a_full_stream_and_the_stage_it_holds_
 async def test_removed_by_several_at_once_while_a_stage_buries_and_is_killed_each_letter_is_there_once(
     client: Client,
 ) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     frames = [[refused(n, i) for i in range(3)] for n in range(1, 41)]
     seen: dict[int, tuple[int, int]] = {}
 
@@ -158,7 +170,7 @@ async def test_removed_by_several_at_once_while_a_stage_buries_and_is_killed_eac
 
 
 async def test_letters_are_found_by_time_in_a_stream_with_gaps_and_page_by_page(client: Client) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     graveyard = Graveyard(api, "ingest", 0, "first")
     await graveyard.bury([refused(n) for n in range(1, 701)])
@@ -181,7 +193,7 @@ async def test_letters_are_found_by_time_in_a_stream_with_gaps_and_page_by_page(
 
 
 async def test_reading_ends_though_what_was_still_to_come_is_removed_by_somebody_else(client: Client) -> None:
-    api = await ready(client)
+    api = await without_originals(client)
     dead = DeadLetters(api, "c")
     graveyard = Graveyard(api, "ingest", 0, "first")
     await graveyard.bury([refused(n) for n in range(1, 11)])
@@ -231,3 +243,18 @@ async def test_a_lane_whose_input_is_all_bad_holds_loses_nothing_stops_when_told
         lane.stop()
         await running_lane
     assert [letter.origin for letter in await everything(DeadLetters(api, "c"))] == list(range(1, 121))
+
+
+async def test_a_letter_that_a_policy_decides_is_buried_though_later_ones_are_and_none_is_twice(client: Client) -> None:
+    """Judged again by another policy, an event may be refused that passed before."""
+    api = await without_originals(client)
+    judged = [msgspec.structs.replace(refused(n), policy=2) for n in range(1, 61)]
+    first, again = judged[20:60:2], judged[10:60]
+    graveyard = Graveyard(api, "segment", 0, "first")
+    await graveyard.bury(first)
+    await Graveyard(api, "segment", 0, "second").bury(again)
+    assert sorted(await buried(DeadLetters(api, "c"))) == [(n, 0) for n in range(11, 61)]
+    # The first one goes on, fenced at its next letter, and then goes back further than it looked.
+    await graveyard.bury([msgspec.structs.replace(refused(61), policy=3), *judged])
+    await graveyard.bury(judged)
+    assert sorted(await buried(DeadLetters(api, "c"))) == [(n, 0) for n in range(1, 62)]

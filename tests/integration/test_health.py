@@ -51,7 +51,7 @@ async def test_a_process_that_works_is_live_and_ready_and_its_metrics_parse(tmp_
             status, ready = await ask(pipeline, f"{stage}-0", "/readyz")
             assert (status, ready["ok"]) == (200, True), ready
             disk = {"disk"} if stage == "persist" else set()
-            assert set(ready["checks"]) == {"connected", "streams", "lanes", "running"} | disk
+            assert set(ready["checks"]) == {"connected", "streams", "lanes", "circuits", "control", "running"} | disk
 
         load = Load(workload(7, 300))
         await load.publish(pipeline.client)
@@ -65,6 +65,13 @@ async def test_a_process_that_works_is_live_and_ready_and_its_metrics_parse(tmp_
         assert sum(families["fi_persist_latency_seconds_count"].values()) > 0
         names = {what.prometheus_name for what in CATALOGUE.values()} | {"target_info"}
         assert {re.sub(r"_(bucket|sum|count)$", "", name) if name not in names else name for name in families} <= names
+
+        segment = next(f for f in read_health_files(tmp_path) if f.stage == "segment")
+        families = parse_exposition((await get(f"http://{segment.host}:{segment.port}/metrics"))[1].decode())
+        assert families["fi_policy_version"].popitem()[1] == 1
+        assert families["fi_policy_cache_misses_total"].popitem()[1] == 0
+        frames = families["fi_frame_events_count"].popitem()[1]
+        assert families["fi_policy_cache_hits_total"].popitem()[1] >= frames > 0
 
         assert (await get(f"http://{file.host}:{file.port}/nothing"))[0] == 404
         code, out, _ = await fi("health", "--dir", str(tmp_path), "--json")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from pipeline import Load, Pipeline, extra_stage, running, settings, under_load, until, workload
+from pipeline import Load, Pipeline, extra_stage, fictl, running, settings, under_load, until, workload
 
 from cluster import control
 from cluster.control import SOCKET_FILE, socket_path
@@ -30,19 +28,6 @@ async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pi
         yield started
 
 
-async def fi(pipeline: Pipeline, *arguments: str) -> tuple[int, Any, str]:
-    """Runs a verb on the pipeline's directory: exit code, what its JSON said (None without any), stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", *arguments, "--dir", str(pipeline.supervisor.directory), "--json"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, json.loads(out) if out else None, err.decode()
-
-
 def names(answer: dict[str, Any], stage: str) -> list[str]:
     return [member["name"] for member in answer["members"] if member["stage"] == stage]
 
@@ -51,7 +36,7 @@ async def test_scaling_a_running_pipeline_under_load(pipeline: Pipeline) -> None
     load = Load(workload(seed=201, events=3000))
     async with under_load(load, pipeline.client, rate_per_s=300):
         await load.reached(200)
-        code, answer, err = await fi(pipeline, "scale", "segment=3", "hash=2")
+        code, answer, err = await fictl(pipeline, "scale", "segment=3", "hash=2")
         assert code == 0, err
         assert (answer["before"]["segment"], answer["after"]["segment"], answer["settled"]) == (1, 3, True)
         assert names(answer, "segment") == ["segment-0", "segment-1", "segment-2"]
@@ -59,13 +44,55 @@ async def test_scaling_a_running_pipeline_under_load(pipeline: Pipeline) -> None
         assert sorted(lanes) == list(range(PARTITIONS))
         running_now = [process.name for process in read_state(pipeline.supervisor.directory).processes]
         assert {"segment-2", "hash-1"} <= set(running_now)
-        code, answer, err = await fi(pipeline, "scale", "segment=1", "hash=1")
+        code, answer, err = await fictl(pipeline, "scale", "segment=1", "hash=1")
         assert (code, names(answer, "hash")) == (0, ["hash-0"]), err
     await pipeline.assert_whole(load)
 
 
+async def test_restarting_every_stage_under_load_replaces_each_process_and_loses_nothing(pipeline: Pipeline) -> None:
+    assert (await fictl(pipeline, "scale", "hash=2"))[0] == 0
+    before = {process.name: process.pid for process in pipeline.supervisor.processes}
+    load = Load(workload(seed=204, events=4000))
+    async with under_load(load, pipeline.client, rate_per_s=300):
+        await load.reached(200)
+        code, answer, err = await fictl(pipeline, "restart")
+        assert code == 0, err
+        assert answer["replaced"] == {"ingest": 1, "segment": 1, "hash": 2, "persist": 1}
+        assert answer["settled"]
+    await pipeline.assert_whole(load)
+    after = {process.name: process.pid for process in pipeline.supervisor.processes}
+    assert set(before.values()) & set(after.values()) == {before[server] for server in ("n1", "n2", "n3")}
+    # Whatever the order, each stage once. The tests below want the first names.
+    assert (await fictl(pipeline, "scale", "hash=0"))[0] == 0
+    code, answer, err = await fictl(pipeline, "restart", "persist", "ingest", "persist", "segment", "hash")
+    assert (code, answer["replaced"]) == (0, {"persist": 1, "ingest": 1, "segment": 1, "hash": 0}), err
+    assert (await fictl(pipeline, "scale", "hash=1"))[0] == 0
+    assert {process.name for process in pipeline.supervisor.processes} == set(before) - {"hash-1"}
+    code, _, err = await fictl(pipeline, "restart", "nothing")
+    assert (code, "no stage is called" in err) == (2, True)
+
+
+async def test_a_restart_whose_new_process_does_not_come_up_leaves_the_old_one_at_work(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [process for process in pipeline.supervisor.processes if process.kind == "segment"]
+    command = pipeline.supervisor._command
+    monkeypatch.setattr(
+        pipeline.supervisor,
+        "_command",
+        lambda stage, name: ["false"] if stage == "segment" else command(stage, name),
+    )
+    code, answer, err = await fictl(pipeline, "restart", "segment", "hash")
+    assert (code, answer["replaced"]) == (1, {"segment": 0, "hash": 0})
+    assert "segment-" in err
+    assert [process for process in pipeline.supervisor.processes if process.kind == "segment"] == before
+    load = Load(workload(seed=205, events=100))
+    await load.publish(pipeline.client)
+    await pipeline.assert_whole(load)
+
+
 async def test_members_shows_every_process_and_partition(pipeline: Pipeline) -> None:
-    code, answer, err = await fi(pipeline, "members")
+    code, answer, err = await fictl(pipeline, "members")
     assert (code, answer["complete"], answer["unheld"]) == (0, True, []), err
     pids = {process.name: process.pid for process in pipeline.supervisor.processes if process.kind != "server"}
     assert {member["name"]: member["pid"] for member in answer["members"]} == pids
@@ -80,8 +107,8 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
     (store,) = {receipt.store for receipt in await pipeline.receipts()}
     async with extra_stage(pipeline, "persist", "elsewhere", shards=tmp_path / "store", partitions=None) as elsewhere:
         await elsewhere.start()
-        assert (await fi(pipeline, "scale", "persist=0", "hash=0"))[0] == 0
-        code, answer, _ = await fi(pipeline, "members")
+        assert (await fictl(pipeline, "scale", "persist=0", "hash=0"))[0] == 0
+        code, answer, _ = await fictl(pipeline, "members")
         assert code == 3
         reasons = {(row["stage"], row["why"]) for row in answer["unheld"]}
         node = os.uname().nodename
@@ -89,21 +116,23 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
             ("hash", "no process of hash runs"),
             ("persist", f"waits for store {store[:8]} on node {node}: start persist there"),
         }
-    assert (await fi(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
+    assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[] if stage == "persist" else [pytest.mark.slow]) for stage in STAGES]
+)
 async def test_a_paused_stage_stops_reading_and_goes_on_where_it_stood(pipeline: Pipeline, stage: str) -> None:
     load = Load(workload(seed=210 + STAGES.index(stage), events=1500))  # type: ignore[arg-type]
     async with under_load(load, pipeline.client, rate_per_s=500):
         await load.reached(300)
-        code, answer, err = await fi(pipeline, "pause", stage)
+        code, answer, err = await fictl(pipeline, "pause", stage)
         assert (code, answer["paused"], answer["settled"]) == (0, True, True), err
         assert [(member["state"], member["partitions"]) for member in answer["members"]] == [("paused", [])]
         await pipeline.supervisor.kill(f"{stage}-0")
         committed = (await pipeline.totals()).persisted
         await load.reached(1200)
-        code, answer, _ = await fi(pipeline, "members")
+        code, answer, _ = await fictl(pipeline, "members")
         assert code == 3
         assert {row["why"] for row in answer["unheld"]} == {f"{stage} is paused; `fictl resume {stage}` goes on"}
         assert list(answer["paused"]) == [stage]
@@ -111,19 +140,20 @@ async def test_a_paused_stage_stops_reading_and_goes_on_where_it_stood(pipeline:
         assert (await pipeline.totals()).persisted < committed + 700
 
         async def started_again() -> bool:
-            _, seen, _ = await fi(pipeline, "members")
+            _, seen, _ = await fictl(pipeline, "members")
             return any(member["name"] == f"{stage}-0" and member["state"] == "paused" for member in seen["members"])
 
         await until(started_again, "the process that was killed is back, and obeys", 60)
-        code, answer, err = await fi(pipeline, "resume", stage)
+        code, answer, err = await fictl(pipeline, "resume", stage)
         assert (code, answer["settled"]) == (0, True), err
     await pipeline.assert_whole(load)
 
 
+@pytest.mark.slow
 async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline: Pipeline) -> None:
     load = Load(workload(seed=220, events=1500))
     await load.publish(pipeline.client)
-    code, answer, err = await fi(pipeline, "drain")
+    code, answer, err = await fictl(pipeline, "drain")
     assert (code, answer["committed"], answer["waiting"]) == (0, True, 0), err
     assert answer["stopped"] == dict.fromkeys(STAGES, 1)
     assert "fictl scale ingest=1 segment=1 hash=1 persist=1" in err
@@ -132,10 +162,10 @@ async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline
     assert [process.kind for process in pipeline.supervisor.processes] == ["server"] * 3
     late = Load(workload(seed=221, events=40))
     await late.publish(pipeline.client, batch=1)
-    code, answer, err = await fi(pipeline, "drain", "--wait", "0.5")
+    code, answer, err = await fictl(pipeline, "drain", "--wait", "0.5")
     assert (code, answer["committed"], answer["waiting"]) == (1, False, 40), err
     assert answer["unfinished"] == ["ingest"]
-    assert (await fi(pipeline, "scale", *(f"{stage}=1" for stage in STAGES)))[0] == 0
+    assert (await fictl(pipeline, "scale", *(f"{stage}=1" for stage in STAGES)))[0] == 0
     await pipeline.assert_whole(load)
     await pipeline.assert_whole(late)
 
@@ -151,7 +181,7 @@ async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline
 async def test_what_cannot_be_done_is_refused_with_the_next_step(
     pipeline: Pipeline, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    got, _, err = await fi(pipeline, *arguments)
+    got, _, err = await fictl(pipeline, *arguments)
     assert (got, words in err) == (code, True), err
 
 
@@ -163,7 +193,10 @@ async def test_a_run_in_a_directory_with_a_long_name_can_be_scaled(pipeline: Pip
     async def scale(counts: dict[Any, int]) -> control.ScaleAnswer:
         return control.ScaleAnswer({}, counts)
 
-    server = control.ControlServer(elsewhere, scale)
+    async def restart(stages: tuple[Any, ...]) -> control.RestartAnswer:
+        return control.RestartAnswer(dict.fromkeys(stages, 1))
+
+    server = control.ControlServer(elsewhere, scale, restart)
     await server.start()
     try:
         assert (await control.ask_scale(str(elsewhere), {"hash": 2}, 10)).after == {"hash": 2}

@@ -9,14 +9,16 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from waiting import Eventually
 
 from cluster import nodes
 from cluster.lock import DirectoryBusyError
-from cluster.nodes import EmbeddedCluster, NodePorts, ServerMissingError, find_nats_server, server_config
+from cluster.nodes import EmbeddedCluster, NodePorts, ServerMissingError, Wiring, find_nats_server, server_config
 from cluster.ports import is_free
 from cluster.process import ProcessError
+from contracts.budgets import DIRECTORY_LOCK
 from stages.runtime.connection import connect
 
 pytestmark = pytest.mark.cluster
@@ -79,7 +81,7 @@ async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: P
 
 
 async def test_a_directory_serves_one_cluster_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(nodes, "DIRECTORY_LOCK", msgspec.structs.replace(DIRECTORY_LOCK, s=0.2))
     async with EmbeddedCluster(tmp_path, servers=1):
         with pytest.raises(DirectoryBusyError, match="in use"):
             await EmbeddedCluster(tmp_path, servers=1).start()
@@ -167,7 +169,7 @@ def test_a_missing_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_servers_listen_on_loopback_only_and_sync_every_write(tmp_path: Path) -> None:
-    text = server_config("n1", tmp_path / 'a "b"', NodePorts(1, 2, 3), [3, 4])
+    text = server_config("n1", tmp_path / 'a "b"', NodePorts(1, 2, 3), Wiring(["127.0.0.1:3", "127.0.0.1:4"]))
     assert "sync_interval: always" in text
     assert 'host: "127.0.0.1"' in text
     assert 'http: "127.0.0.1:2"' in text

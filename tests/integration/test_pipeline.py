@@ -309,7 +309,7 @@ async def test_streams_hurt_by_hand_under_load_lose_double_and_reorder_nothing(p
             assert await delete_consumers(pipeline, stream) >= PARTITIONS
         for number, stream in enumerate(STREAMS, 1):
             await load.reached(3100 + 200 * number + rng.randrange(100))
-            await pipeline.api.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}", b"")
+            await pipeline.api.request(stream, f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}", b"")
     await pipeline.assert_whole(load)
 
 
@@ -336,7 +336,7 @@ async def test_frames_missing_before_the_last_are_noticed_and_made_again(pipelin
 
 async def delete_consumers(pipeline: Pipeline, stream: str) -> int:
     """Deletes every consumer of a stream; how many there were."""
-    answer = await pipeline.api.request(f"$JS.API.CONSUMER.NAMES.{stream}", b"")
+    answer = await pipeline.api.request(stream, f"$JS.API.CONSUMER.NAMES.{stream}", b"")
     names: list[str] = msgspec.json.decode(answer)["consumers"] or []
     for name in names:
         # It may have gone by itself: the reader that made it has a newer one.

@@ -23,6 +23,7 @@ def samples() -> Samples:
     return Samples(DATA_SET if DATA_SET.exists() else None)
 
 
+@pytest.mark.slow
 def test_plain_h5py_reads_only_whole_commits_at_every_moment(tmp_path: Path, samples: Samples) -> None:
     with Writer(tmp_path / "store", SHARD_BYTES, DATA_SET if DATA_SET.exists() else None) as writer:
         writer.wait_until(1)

@@ -88,6 +88,7 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         assert (await fi(pipeline, "prove", str(event_id)))[0] == 0
 
 
+@pytest.mark.slow
 async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
         loads = []
@@ -126,6 +127,7 @@ async def trimmed(pipeline: Pipeline, partition: int, newest: ShardFile) -> None
     await until(gone, f"partition {partition} is trimmed")
 
 
+@pytest.mark.slow
 async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path) -> None:
     async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
         loads = [await published(pipeline, seed=37)]

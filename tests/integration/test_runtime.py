@@ -208,7 +208,7 @@ async def test_a_reader_sees_every_message_in_order_though_its_consumer_is_delet
 
 
 async def consumers(api: Api) -> list[str]:
-    answer = msgspec.json.decode(await api.request(f"$JS.API.CONSUMER.NAMES.{SEGMENT}", b""))
+    answer = msgspec.json.decode(await api.request(SEGMENT, f"$JS.API.CONSUMER.NAMES.{SEGMENT}", b""))
     names: list[str] = answer["consumers"] or []
     return names
 

@@ -20,6 +20,7 @@ from cluster.process import ProcessError
 from cluster.stageprocess import settings_environment
 from cluster.state import NotRunningError, State, process_started, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
+from contracts.budgets import DIRECTORY_LOCK, RESTART_HEALTHY
 from contracts.errors import SettingsError
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
@@ -140,7 +141,7 @@ async def test_a_stage_that_keeps_dying_is_started_again_ever_later(tmp_path: Pa
 async def test_after_a_healthy_life_a_stage_starts_again_at_once(
     tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "HEALTHY_S", 0.0)
+    monkeypatch.setattr(keeper, "RESTART_HEALTHY", msgspec.structs.replace(RESTART_HEALTHY, s=0.0))
     events: list[ProcessEvent] = []
     async with make(tmp_path, events) as supervisor:
         for deaths in (1, 2, 3):
@@ -204,7 +205,7 @@ async def test_a_stage_that_never_gets_ready_fails_the_start_and_leaves_nothing(
 
 
 async def test_a_directory_has_one_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(supervisor_module, "DIRECTORY_LOCK", msgspec.structs.replace(DIRECTORY_LOCK, s=0.2))
     async with make(tmp_path):
         with pytest.raises(DirectoryBusyError, match="in use"):
             await make(tmp_path).start()

@@ -125,6 +125,7 @@ async def test_metrics_say_what_the_pipeline_did_and_a_trace_leads_from_the_gate
         assert {traced.span.trace_id.hex() for traced in receiver.spans} == kept
 
 
+@pytest.mark.slow
 async def test_a_full_hop_shows_which_one_since_when_and_how_much_waits(tmp_path: Path) -> None:
     """Hops keep what is not committed, so the first of them fills, and ingest waits with what it has read."""
     small = {"partitions": 1, "hop_bytes_max": 2 * MIB, "frame_bytes_max": 64 * 1024}
@@ -199,6 +200,7 @@ def check_catalogue(receiver: OtlpReceiver) -> None:
             assert {tuple(point.explicit_bounds) for point in metric.histogram.data_points} == {what.buckets}
 
 
+@pytest.mark.slow
 async def test_a_dead_collector_changes_nothing_and_is_told_of_once(tmp_path: Path) -> None:
     async with OtlpReceiver() as receiver:
         receiver.status = 503
@@ -244,6 +246,7 @@ async def test_a_collector_that_hangs_does_not_keep_a_stage_from_ending(tmp_path
         assert time.monotonic() - begun_s < pipeline.supervisor.settings.drain_s
 
 
+@pytest.mark.slow
 async def test_ingest_starts_a_trace_for_a_share_of_what_comes_without_one(tmp_path: Path) -> None:
     async with OtlpReceiver() as receiver, running(tmp_path, watched(receiver, trace_share=0.25)) as pipeline:
         await publish(pipeline, 5, 400, [make_traceparent(False)] * 100)
@@ -279,8 +282,8 @@ async def test_the_log_lines_of_a_sampled_frame_name_its_trace(tmp_path: Path) -
 async def test_what_is_off_records_nothing_and_does_not_load_opentelemetry() -> None:
     """The modules a stage process of each kind loads, as it would without any setting."""
     script = (
-        "import sys; from stages.runtime.watch import Watch; from stages.actors import lane_maker; "
-        "from pathlib import Path; lane_maker('persist', Path('x')); "
+        "import sys; from stages.runtime.watch import Watch; from stages.actors import actor; "
+        "from pathlib import Path; actor('persist', Path('x')); import stages.persist.actor, stages.persist.flush; "
         "from contracts.settings import MIB, Settings; Watch('hash', 'hash', Settings(), {}); "
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )

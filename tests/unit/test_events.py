@@ -100,8 +100,11 @@ unsigned = st.integers(0, 2**63 - 1)
 @given(
     st.builds(
         Event,
-        origin=unsigned,
+        origin=st.integers(1, 2**63 - 1),
         index=unsigned,
+        event_id=st.binary(min_size=16, max_size=16),
+        consultation_id=st.binary(min_size=16, max_size=16),
+        audit_hash=st.sampled_from([b"", bytes(range(32))]),
         timestamp_ns=st.integers(-(2**63), 2**63 - 1),
         accepted_ns=unsigned,
         ingest_ns=unsigned,

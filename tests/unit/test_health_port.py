@@ -10,10 +10,12 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from cluster.health import get, read_health_files
+from contracts.budgets import HEALTH_REQUEST, HEALTH_STUCK
 from contracts.errors import SettingsError
 from contracts.settings import Settings
 from stages.runtime import health, watch
@@ -77,7 +79,7 @@ async def test_a_request_gets_the_status_it_deserves(server: HealthServer, reque
 async def test_more_clients_than_allowed_are_turned_away_and_silent_ones_are_hung_up_on(
     server: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "REQUEST_S_MAX", 0.5)
+    monkeypatch.setattr(health, "HEALTH_REQUEST", msgspec.structs.replace(HEALTH_REQUEST, s=0.5))
     silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(CONNECTIONS_MAX)]
     try:
         await asyncio.sleep(0)
@@ -104,7 +106,7 @@ async def test_a_port_that_is_taken_is_a_clear_error(server: HealthServer) -> No
 async def test_a_stuck_loop_answers_nobody_and_knows_it_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "BEAT_AGE_S_MAX", 0.5)
+    monkeypatch.setattr(watch, "HEALTH_STUCK", msgspec.structs.replace(HEALTH_STUCK, s=0.5))
     async with Watch("hash", "hash-0", Settings(health_port=0), {}, directory=tmp_path) as watched:
         (file,) = read_health_files(tmp_path)
         assert (file.name, file.stage) == ("hash-0", "hash")

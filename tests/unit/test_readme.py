@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and shows what is stored."""
+"""The README's Python runs as it stands, and shows what is stored. The gateway team's test is one of ours."""
 
 import re
 from pathlib import Path
@@ -55,3 +55,7 @@ def test_the_plain_h5py_example_shows_every_committed_event_and_no_other(
     live, first = maker.events[4:], maker.events[0]
     expected = [f"{event.event_id.hex()} {event.event_type} {event.payload!r}" for event in live]
     assert lines == [*expected, f"4 {first.event_type} {first.payload!r}"]
+
+
+def test_the_gateway_teams_example_is_the_test_that_we_run() -> None:
+    assert snippets()[2] == (README.parent / "tests" / "integration" / "test_gateway_example.py").read_text()

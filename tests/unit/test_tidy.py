@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from contracts.budgets import BUDGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
@@ -79,3 +83,103 @@ def test_files_stay_short_enough_to_read() -> None:
             if lines > LINES_MAX:
                 long[str(path.relative_to(ROOT))] = lines
     assert long == {}
+
+
+NOT_WAITS = {
+    ("stages/runtime/client.py", "timeout"): "nats-py's own signature",
+    ("cluster/capacity.py", "DAY_S"): "a unit",
+    ("cluster/cli/dlq.py", "_UNITS_S"): "units",
+    ("cluster/capacity.py", "hold_s"): "what the disk of a cluster should hold, no wait",
+    ("cluster/cli/capacity.py", "hold_s"): "the same",
+    ("cluster/overview.py", "RECENT_S"): "over how long letters are counted",
+    ("cluster/summary.py", "RATE_S"): "over how long a rate is",
+    ("cluster/summary.py", "LATENCY_S"): "the same for percentiles",
+    ("cluster/top.py", "STALE_S"): "how old a screen may be before its age is shown",
+    ("cluster/verdict.py", "HELD_S_MIN"): "how long a hold must last to be a problem",
+    ("cluster/verdict.py", "LOOP_LAG_S_MAX"): "how late an event loop may be",
+}
+SECONDS = re.compile(r"(^|_)(s|seconds|timeout|wait|interval)(_min|_max)?$", re.IGNORECASE)
+WAITING_CALLS = {"timeout", "timeout_at", "sleep", "wait_for", "wait"}
+
+
+def is_number(node: ast.AST | None) -> bool:
+    """A literal other than 0 (which waits for nothing), something computed of such, or a row or table with one."""
+    if isinstance(node, ast.BinOp):
+        return is_number(node.left) and is_number(node.right)
+    if isinstance(node, ast.Tuple | ast.List):
+        return any(map(is_number, node.elts))
+    if isinstance(node, ast.Dict):
+        return any(map(is_number, node.values))
+    return (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and not isinstance(node.value, bool)
+        and node.value != 0
+    )
+
+
+def named_numbers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name, line) of every number that is given to a name of seconds, or to a call that waits."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            yield from ((name, node.lineno) for name in names if SECONDS.search(name) and is_number(node.value))
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in WAITING_CALLS and any(map(is_number, node.args)):
+                yield called, node.lineno
+            words = [word.arg or "" for word in node.keywords if is_number(word.value)]
+            yield from ((word, node.lineno) for word in words if SECONDS.search(word))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args]
+            pairs = [
+                *zip(given[len(given) - len(node.args.defaults) :], node.args.defaults, strict=True),
+                *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
+            ]
+            yield from (
+                (word.arg, node.lineno) for word, value in pairs if SECONDS.search(word.arg) and is_number(value)
+            )
+
+
+def test_every_wait_is_a_budget_or_a_setting() -> None:
+    found = {}
+    for package in ("stages", "cluster"):
+        for path in modules(package):
+            place = path.relative_to(ROOT).as_posix()
+            if place.startswith("cluster/testing/"):
+                continue  # what a test waits for is no wait of the pipeline
+            for name, line in named_numbers(ast.parse(path.read_text())):
+                found[place, name] = line
+    elsewhere = {place: line for place, line in found.items() if place not in NOT_WAITS}
+    assert elsewhere == {}, "give it a name and a meaning in contracts/budgets.py"
+    assert set(NOT_WAITS) <= set(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RETRY_S: Final = 0.5",
+        "LOW_S, HIGH_S = 0.1, 2",
+        "POLL_S_MAX = 3 * 60",
+        "async def f():\n async with asyncio.timeout(3): pass",
+        "asyncio.wait_for(x, 2.0)",
+        "time.sleep(0.1)",
+        "asyncio.wait(tasks, timeout=1)",
+        "def f(*, wait_s: float = 5.0): pass",
+        "connect(reconnect_wait=2)",
+    ],
+)
+def test_a_wait_written_as_a_number_is_found(text: str) -> None:
+    assert len({line for _, line in named_numbers(ast.parse(text))}) == 1
+
+
+def test_every_budget_is_used() -> None:
+    used = {
+        node.id
+        for package in ("stages", "cluster")
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name)
+    }
+    assert set(BUDGETS) - used == set()

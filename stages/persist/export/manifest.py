@@ -18,6 +18,7 @@ import msgspec
 
 from contracts.errors import ProofError, WireFormatError
 from contracts.events import MESSAGE_BYTES_MAX
+from contracts.wire import UNREADABLE
 from stages.persist.check import Finding
 from stages.persist.export.formats import ExportFormat
 from stages.persist.store import PartitionEnd
@@ -119,7 +120,7 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise WireFormatError(f"is not a manifest that this build reads ({error})") from error
     if manifest.digest != _digest(manifest):
         raise ProofError("was changed after it was written: it does not have the digest it says")

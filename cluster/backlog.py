@@ -1,0 +1,157 @@
+"""How far each stage has got in a partition, and what waits before it, counted in accepted messages.
+
+All four stages are measured with one measure: messages of `FI_EVENTS`, which keeps everything that is not sealed. A
+stage's cursor is an origin, so what is in `FI_EVENTS` after it is not finished by that stage, and the difference to the
+stage before it is what waits between the two, whether in a stream or in a process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+
+import msgspec
+
+from contracts.errors import WireFormatError
+from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
+from contracts.subjects import (
+    EVENTS,
+    OUTPUT_STREAM,
+    RECEIPTS,
+    STAGES,
+    Stage,
+    output_subject,
+    raw_filter,
+    receipt_subject,
+    seal_subject,
+)
+from stages.runtime.api import Api
+from stages.runtime.checkpoint import checkpoint_from, last_seal
+
+_NS = 1_000_000_000
+
+
+class StageLag(msgspec.Struct, frozen=True, kw_only=True):
+    """What waits before one stage in one partition.
+
+    Attributes:
+        origin: everything up to here is finished; None: not known.
+        waiting: accepted messages that the stage before has finished and this one has not; None: not known.
+        oldest_ns: when the first of them was accepted; None when none waits, or it is not known.
+    """
+
+    origin: int | None = None
+    waiting: int | None = None
+    oldest_ns: int | None = None
+
+
+class PartitionLook(msgspec.Struct, frozen=True, kw_only=True):
+    """One partition.
+
+    Attributes:
+        partition: which.
+        receipt: its last one; None when nothing was ever committed.
+        seal: the record of its last sealed shard; None before the first.
+        lags: by stage.
+        is_known: its receipts could be read.
+        problem: why they could not, where another build wrote them; else empty.
+    """
+
+    partition: int
+    receipt: Receipt | None = None
+    seal: SealRecord | None = None
+    lags: dict[Stage, StageLag]
+    is_known: bool = True
+    problem: str = ""
+
+
+async def look_at_partition(api: Api, partition: int, unreadable: Collection[str]) -> PartitionLook:
+    """Reads one partition: six messages, and where something waits, two requests more for each stage.
+
+    Downstream first: a cursor that is read later can only be further on, so nothing is counted below zero.
+
+    Args:
+        api: a connection. It repeats requests for ever: give this a time-out.
+        partition: which.
+        unreadable: streams not to be asked: what only they tell stays unknown.
+    """
+    if RECEIPTS in unreadable:
+        # Every cursor may stand on the receipt.
+        return _unknown(partition, "")
+    try:
+        receipt, seal = await _read_receipts(api, partition)
+        cursors: dict[Stage, int | None] = {"persist": 0 if receipt is None else receipt.origin}
+        for stage in reversed(STAGES[:-1]):
+            stream = OUTPUT_STREAM[stage]
+            cursors[stage] = None
+            if stream not in unreadable:
+                last = await api.last_message(stream, output_subject(stage, partition))
+                cursors[stage] = checkpoint_from(receipt, stage, last).cursor.origin
+        lags = await _lags(api, partition, cursors, EVENTS not in unreadable)
+        return PartitionLook(partition=partition, receipt=receipt, seal=seal, lags=lags)
+    except WireFormatError as error:
+        return _unknown(partition, str(error))
+
+
+def _unknown(partition: int, problem: str) -> PartitionLook:
+    return PartitionLook(
+        partition=partition, lags={stage: StageLag() for stage in STAGES}, is_known=False, problem=problem
+    )
+
+
+async def _read_receipts(api: Api, partition: int) -> tuple[Receipt | None, SealRecord | None]:
+    last = await api.last_message(RECEIPTS, receipt_subject(partition))
+    if last is None:
+        return None, None
+    receipt = decode_receipt(last.data)
+    sealed = await api.last_message(RECEIPTS, seal_subject(partition))
+    if sealed is None:
+        return receipt, None
+    record = decode_seal(sealed.data)
+    if record.tree_size > receipt.persisted:
+        # The partition went back behind it.
+        end = receipt.ends.get(receipt.store)
+        return receipt, None if end is None else (await last_seal(api, partition, before_shard=end.shard))[0]
+    return receipt, record
+
+
+async def _lags(api: Api, partition: int, cursors: dict[Stage, int | None], countable: bool) -> dict[Stage, StageLag]:
+    last = await api.last_message(EVENTS, raw_filter(partition)) if countable else None
+    reached = last.seq if last is not None else 0
+    after: dict[int, int] = {}
+    lags: dict[Stage, StageLag] = {}
+    before: int | None = reached
+    for stage in STAGES:
+        cursor = cursors[stage]
+        lags[stage] = StageLag(origin=cursor)
+        if countable and cursor is not None and before is not None:
+            for origin in (before, cursor):
+                if origin not in after:
+                    after[origin] = await count_from(api, partition, origin + 1) if origin < reached else 0
+            waiting = max(0, after[cursor] - after[before])
+            first = await api.first_message(EVENTS, raw_filter(partition), from_seq=cursor + 1) if waiting else None
+            lags[stage] = StageLag(origin=cursor, waiting=waiting, oldest_ns=None if first is None else first.time_ns)
+        before = cursor
+    return lags
+
+
+async def count_from(api: Api, partition: int, origin: int) -> int:
+    """How many messages `FI_EVENTS` holds for the partition from `origin` on: a consumer that reads nothing counts."""
+    name, pattern = f"count-{secrets.token_hex(6)}", raw_filter(partition)
+    config = {
+        "name": name,
+        "deliver_policy": "by_start_sequence",
+        "opt_start_seq": origin,
+        "ack_policy": "none",
+        "filter_subject": pattern,
+        "num_replicas": 1,
+        "mem_storage": True,
+        "inactive_threshold": _NS,
+    }
+    request = {"stream_name": EVENTS, "config": config, "action": "create"}
+    data = await api.request(EVENTS, f"$JS.API.CONSUMER.CREATE.{EVENTS}.{name}.{pattern}", msgspec.json.encode(request))
+    return msgspec.json.decode(data, type=_Counted).num_pending
+
+
+class _Counted(msgspec.Struct):
+    num_pending: int

@@ -1,0 +1,123 @@
+"""Events to publish, and the memory of what became of each: what the checker judges by.
+
+Always true: events go through the same `Gateway` and `LinePublisher` that an edge gateway of ours uses; what counts as
+acknowledged is what they were told, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from cluster.feed import Line
+from cluster.gateway import Accepted, Gateway
+from cluster.publish import LinePublisher, PublishReport
+from cluster.testing.checker import Attempt, defined_hash
+from cluster.testing.waiting import SETTLED_LIMIT_S
+from cluster.workload import consultations
+from stages.runtime.client import GuardedClient
+
+
+def workload(seed: int, events: int, padding_bytes: int = 0) -> list[bytes]:
+    """Lines of believable consultations, the same for the same arguments.
+
+    Args:
+        seed: decides everything.
+        events: how many.
+        padding_bytes: added to each payload, as text that does not compress away.
+    """
+    rng = random.Random(seed)
+    lines = []
+    for event in consultations(seed, events):
+        if padding_bytes:
+            event["payload"]["attachment"] = rng.randbytes(padding_bytes // 2).hex()
+        lines.append(msgspec.json.encode(event))
+    return lines
+
+
+class Load:
+    """Events being published, and what was acknowledged of them.
+
+    Attributes:
+        lines: one event each, as JSON.
+        gateway: what publishes them; None before `publish`.
+    """
+
+    def __init__(self, lines: Sequence[bytes]) -> None:
+        """Args: `lines` are events with ids of their own; those of a consultation in the order they are to keep."""
+        self.lines = list(lines)
+        self.gateway: Gateway | None = None
+        self._sent: dict[bytes, tuple[bytes, int, bytes]] = {}
+        self._acknowledged: set[bytes] = set()
+        self._news = asyncio.Event()
+        places: Counter[str] = Counter()
+        for line in self.lines:
+            event = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+            event_id, consultation = (msgspec.json.decode(event[key]) for key in ("event_id", "consultation_id"))
+            key = UUID(event_id).bytes
+            self._sent[key] = (UUID(consultation).bytes, places[consultation], defined_hash(bytes(event["payload"])))
+            places[consultation] += 1
+
+    @property
+    def accepted(self) -> int:
+        """How many events were acknowledged so far."""
+        return len(self._acknowledged)
+
+    @property
+    def acknowledged(self) -> Set[bytes]:
+        """Ids (16 bytes) of the events that were."""
+        return self._acknowledged
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """For the checker."""
+        return [Attempt(key, *sent, acknowledged=key in self._acknowledged) for key, sent in self._sent.items()]
+
+    def acknowledge(self, event_ids: Iterable[bytes]) -> None:
+        """Notes events (ids of 16 bytes) as accepted: for a gateway of your own that publishes `lines` itself."""
+        self._acknowledged.update(event_ids)
+        self._news.set()
+
+    async def reached(self, accepted: int) -> None:
+        """Returns when so many events were acknowledged. Raises `TimeoutError` after `SETTLED_LIMIT_S`."""
+        async with asyncio.timeout(SETTLED_LIMIT_S):
+            while self.accepted < accepted:
+                self._news.clear()
+                await self._news.wait()
+
+    async def publish(self, client: GuardedClient, *, rate_per_s: float | None = None, batch: int = 4) -> PublishReport:
+        """Publishes all lines, as our gateway does. See `LinePublisher` for the arguments and errors."""
+
+        def note(_: Accepted, lines: Sequence[Line]) -> None:
+            self.acknowledge(UUID(line.event_id).bytes for line in lines)
+
+        self.gateway = Gateway(client, in_flight=64)
+        publisher = LinePublisher(self.gateway, rate_per_s=rate_per_s, batch=batch, on_accepted=note)
+        return await publisher.run(_stream(self.lines))
+
+
+@contextlib.asynccontextmanager
+async def under_load(
+    load: Load, client: GuardedClient, rate_per_s: float | None = None
+) -> AsyncIterator[asyncio.Task[Any]]:
+    """Publishes `load` beside the block, and ends with it: awaited to the end, or cancelled when the block failed."""
+    task = asyncio.create_task(load.publish(client, rate_per_s=rate_per_s))
+    try:
+        yield task
+        async with asyncio.timeout(SETTLED_LIMIT_S):
+            await task
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+async def _stream(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for line in lines:
+        yield line

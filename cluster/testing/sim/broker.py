@@ -1,0 +1,234 @@
+"""The servers of the model, as one: leaders, proposals on their way, consumers, and everybody's subscriptions.
+
+Always true: what a stream holds is what a majority of servers would hold; a publish is answered after it is applied, or
+not at all. Servers lie in two ways only, as real ones do: a stale leader answers reads with what it held when it was
+frozen, and followers answer direct gets with what they had a moment ago.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import msgspec
+
+from cluster.testing.sim.consumers import Consumer, Pull
+from cluster.testing.sim.loop import VirtualLoop
+from cluster.testing.sim.streams import NS, Message, Proposal, Refusal, Stream, View, matches
+
+if TYPE_CHECKING:
+    from nats.js.api import StreamConfig
+
+EPOCH_NS: Final = 1_790_000_000 * NS
+"""The wall clock when a run begins."""
+COMMIT_S_MIN, COMMIT_S_MAX = 0.0005, 0.004
+EXPIRY_S: Final = 0.25
+STALE_SHARE: Final = 0.5
+"""Of the reads that reach a stream with a stale leader, how many go to that one."""
+
+
+class Peer(Protocol):
+    """A client's connection, as the servers see it."""
+
+    name: str
+
+    def deliver(self, to: str, subject: str, reply: str, data: bytes, headers: dict[str, str]) -> None:
+        """Sends a message to the client's subscription `to`."""
+
+    def listens(self, subject: str) -> list[str]:
+        """The client's subscriptions that `subject` goes to."""
+
+
+class _Waiting(NamedTuple):
+    """A proposal and who waits for it."""
+
+    proposal: Proposal
+    peer: Peer
+    reply: str
+
+
+class Broker:
+    """See the module's text.
+
+    Args:
+        loop: the run's.
+        rng: draws delays and chances.
+        configs: the streams.
+        trace: takes a line for the trace; None: there is none.
+    """
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        rng: random.Random,
+        configs: tuple[StreamConfig, ...],
+        trace: Callable[[str], None] | None = None,
+    ) -> None:
+        self.loop = loop
+        self.rng = rng
+        self.trace = trace
+        self.context = Context()
+        self.streams = {str(config.name): Stream(config) for config in configs}
+        self.consumers: dict[tuple[str, str], Consumer] = {}
+        self.peers: list[Peer] = []
+        self.applied: Callable[[Stream, Message], None] = lambda stream, message: None
+        """Called with every message that a stream took."""
+        self.lost_deliveries = 0.0
+        """Of what consumers deliver, how much is lost on its way to the client's server."""
+        self.headless_until_s: dict[str, float] = {}
+        self._log: dict[str, deque[_Waiting]] = {name: deque() for name in self.streams}
+        self._commit_s: dict[str, float] = dict.fromkeys(self.streams, 0.0)
+        self._stale: dict[str, tuple[View, float]] = {}
+
+    def now_ns(self) -> int:
+        """The servers' wall clock."""
+        return EPOCH_NS + int(self.loop.time() * NS)
+
+    def later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
+        """Calls something of the servers' own after `delay_s`."""
+        self.loop.call_later(delay_s, call, *args, context=self.context)
+
+    def say(self, text: str) -> None:
+        """A line for the trace."""
+        if self.trace is not None:
+            self.trace(text)
+
+    # What clients send.
+
+    def stream_of(self, subject: str) -> Stream | None:
+        """The stream that listens on `subject`."""
+        for stream in self.streams.values():
+            if any(matches(pattern, subject) for pattern in stream.subjects):
+                return stream
+        return None
+
+    def receive(self, peer: Peer, subject: str, reply: str, data: bytes, headers: dict[str, str]) -> None:
+        """A message that reached the servers."""
+        heard = False
+        # Nobody subscribes to the pipeline's own subjects, which most messages have.
+        for other in () if subject.startswith("fi.") else self.peers:
+            for subscription in other.listens(subject):
+                other.deliver(subscription, subject, reply, data, headers)
+                heard = True
+        stream = self.stream_of(subject)
+        if stream is not None:
+            self._publish(stream, peer, subject, reply, data, headers)
+        elif reply and not heard:
+            self.no_responders(peer, reply)
+
+    def no_responders(self, peer: Peer, reply: str) -> None:
+        """Tells a client that nobody listens."""
+        peer.deliver(reply, reply, "", b"", {"Status": "503"})
+
+    def is_headless(self, stream: str) -> bool:
+        """True while the stream has no leader."""
+        return self.headless_until_s.get(stream, 0.0) > self.loop.time()
+
+    def _publish(
+        self, stream: Stream, peer: Peer, subject: str, reply: str, data: bytes, headers: dict[str, str]
+    ) -> None:
+        if self.is_headless(stream.name):
+            if self.rng.random() < 0.3:
+                self.no_responders(peer, reply)
+            return
+        outcome = stream.propose(subject, data, headers, self.now_ns())
+        if isinstance(outcome, Refusal):
+            self.say(f"{stream.name} refuses {peer.name} {subject}: {outcome.description} ({outcome.err_code})")
+            self._answer(peer, reply, {"error": outcome._asdict(), "stream": stream.name, "seq": 0})
+        elif isinstance(outcome, int):
+            self.say(f"{stream.name} has {peer.name} {subject} already at {outcome}")
+            self._answer(peer, reply, {"stream": stream.name, "seq": outcome, "duplicate": True})
+        else:
+            log = self._log[stream.name]
+            log.append(_Waiting(outcome, peer, reply))
+            due_s = max(self._commit_s[stream.name], self.loop.time() + self.rng.uniform(COMMIT_S_MIN, COMMIT_S_MAX))
+            self._commit_s[stream.name] = due_s
+            self.loop.call_at(due_s, self._commit, stream, log[-1], context=self.context)
+
+    def _commit(self, stream: Stream, waiting: _Waiting) -> None:
+        log = self._log[stream.name]
+        if log and log[0] is waiting:
+            log.popleft()
+            message = self._apply(stream, waiting.proposal)
+            self._answer(waiting.peer, waiting.reply, {"stream": stream.name, "seq": message.seq})
+
+    def _apply(self, stream: Stream, proposal: Proposal) -> Message:
+        message = stream.settle(proposal, self.now_ns(), applied=True)
+        assert message is not None
+        self.say(f"{stream.name} takes {message.subject} at {message.seq}")
+        self.applied(stream, message)
+        if message.expires_ns:
+            delay_s = (message.expires_ns - self.now_ns()) / NS + self.rng.uniform(0, EXPIRY_S)
+            self.later(delay_s, lambda: stream.expire(self.now_ns()))
+        for consumer in list(self.consumers.values()):
+            if consumer.stream is stream and matches(consumer.pattern, message.subject):
+                consumer.pump()
+        return message
+
+    def _answer(self, peer: Peer, reply: str, answer: dict[str, object]) -> None:
+        if reply:
+            peer.deliver(reply, reply, "", msgspec.json.encode(answer), {})
+
+    # Reads and consumers; `cluster.testing.sim.api` speaks for them.
+
+    def view(self, stream: Stream) -> View:
+        """What answers a read of `stream` now: the stream, or its stale leader."""
+        stale = self._stale.get(stream.name)
+        if stale is not None and stale[1] > self.loop.time() and self.rng.random() < STALE_SHARE:
+            self.say(f"{stream.name} is read from a stale leader")
+            return stale[0]
+        return stream
+
+    def pull(self, stream: str, name: str, peer: Peer, pull: Pull) -> None:
+        """A pull request for a consumer."""
+        consumer = self.consumers.get((stream, name))
+        if consumer is None:
+            self.no_responders(peer, pull.inbox)
+        else:
+            consumer.pull(pull)
+
+    # What goes wrong with servers.
+
+    def step_down(self, name: str, headless_s: float) -> None:
+        """The stream's leader goes. Of what it had proposed, the others have a first part, and nobody is told."""
+        stream, log = self.streams[name], self._log[name]
+        kept = self.rng.randint(0, len(log))
+        for place, waiting in enumerate(list(log)):
+            if place < kept:
+                self._apply(stream, waiting.proposal)
+            else:
+                stream.settle(waiting.proposal, 0, applied=False)
+        log.clear()
+        self.headless_until_s[name] = self.loop.time() + headless_s
+
+    def go_stale(self, name: str, seconds: float) -> None:
+        """A leader was frozen, another one took its place, and when it thaws it answers reads for a while."""
+        view = self.streams[name].copy()
+        self._stale[name] = (view, self.loop.time() + seconds)
+
+    def lose_consumers(self, share: float, *, told: bool) -> None:
+        """Consumers are gone: deleted (who pulls is told), or with the server they were on (nobody is)."""
+        for key, consumer in list(self.consumers.items()):
+            if self.rng.random() < share:
+                del self.consumers[key]
+                consumer.end("Consumer Deleted" if told else "")
+
+    def restart_all(self, headless_s: float) -> None:
+        """All servers are killed at once and come back: what was in memory is gone, and so are consumers."""
+        self._stale.clear()
+        self.lose_consumers(1.0, told=False)
+        for name, stream in self.streams.items():
+            self.step_down(name, headless_s * self.rng.uniform(0.5, 1.0))
+            if stream.in_memory:
+                stream.wipe()
+
+    def heal(self) -> None:
+        """Leaders everywhere, none of them stale, and room."""
+        self._stale.clear()
+        self.lost_deliveries = 0.0
+        self.headless_until_s.clear()
+        for stream in self.streams.values():
+            stream.bytes_max = stream.config.max_bytes or -1

@@ -1,0 +1,349 @@
+"""Persist's files in memory: what is appended, what of it is durable, and what a dead process or a power cut leaves.
+
+It keeps `PartitionFiles`' promises and refusals, not its format: shards of commits, cut at opening to what the receipt
+accepts, refused when they contradict it. Its own format has its own tests (`tests/chaos/crash`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.testing.sim.loop import Host, current_host
+from contracts.errors import NotOursError, ShardCorruptError, StoreFailedError
+from contracts.events import decode_event_key
+from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
+from contracts.settings import Settings
+from stages.persist.core import Group
+from stages.persist.disk import Disk
+from stages.persist.header import SealedHeader
+from stages.persist.partition import SealJob
+from stages.persist.seal import SealedInfo
+from stages.persist.storedir import Store
+
+_NO_SUM = "0" * 64
+"""There is no file to take it of."""
+
+
+class KilledError(Exception):
+    """The process was killed inside a disk operation."""
+
+
+@dataclass(slots=True)
+class Shard:
+    """One shard's file.
+
+    Attributes:
+        groups: commits in it. Those after `durable` are in the page cache only.
+        watermark, durable_watermark: what readers are shown, and what of that survives a power cut.
+        sealed: it is full, whole and immutable.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    durable: int = 0
+    watermark: int = 0
+    durable_watermark: int = 0
+    sealed: bool = False
+
+
+class MemoryDisk:
+    """One node's disk with one store on it.
+
+    Args:
+        store: its identity.
+        rng: decides what a power cut takes.
+
+    Attributes:
+        failing: it refuses writes, as a full or broken disk does.
+        kill_in_commit: called between a commit's append and its fdatasync; gives True when it killed the process.
+    """
+
+    def __init__(self, store: Store, rng: random.Random) -> None:
+        self.store = store
+        self.failing = False
+        self.kill_in_commit: Callable[[Host], bool] = lambda host: False
+        self._rng = rng
+        self._shards: dict[int, dict[int, Shard]] = {}
+        self._locks: dict[int, _Lock] = {}
+        self._changes = 0
+
+    def as_disk(self) -> Disk:
+        """What a persist lane is handed."""
+        return Disk(self._lock, self._open, self._probe, self._state)
+
+    def shards(self, partition: int) -> dict[int, Shard]:
+        """The partition's shards by number."""
+        return self._shards.setdefault(partition, {})
+
+    def records(self, partition: int) -> list[bytes]:
+        """What readers are shown of a partition, in order."""
+        found = sorted(self.shards(partition).items())
+        return [record for _, shard in found for group in shard.groups[: shard.watermark] for record in group.records]
+
+    def cut_power(self) -> None:
+        """What was not synced is lost, any part of it; the processes must be dead already."""
+        for shards in self._shards.values():
+            for shard in shards.values():
+                kept = self._rng.randint(shard.durable, max(shard.durable, len(shard.groups)))
+                del shard.groups[kept:]
+                shard.watermark = min(self._rng.randint(shard.durable_watermark, shard.watermark), kept)
+
+    def _lock(self, store: Store, partition: int) -> _Lock:
+        holder = self._locks.get(partition)
+        if holder is not None and holder.held:
+            raise NotOursError(f"partition {partition} of {store.directory} is held by another process")
+        lock = _Lock()
+        self._locks[partition] = lock
+        return lock
+
+    def _open(
+        self, store: Store, partition: int, receipt: Receipt, settings: Settings, clock_ns: Callable[[], int]
+    ) -> MemoryFiles:
+        return MemoryFiles(self, partition, receipt, settings, clock_ns)
+
+    def _probe(self, store: Store, partition: int, room_bytes: int) -> None:
+        self.refuse_if_failing()
+
+    def _state(self, directory: Path, partition: int) -> object:
+        return {number: len(shard.groups) for number, shard in self.shards(partition).items()}
+
+    def refuse_if_failing(self) -> None:
+        """Raises `StoreFailedError` when the disk is failing."""
+        if self.failing:
+            raise StoreFailedError(f"{self.store.directory}: No space left on device")
+
+
+class _Lock:
+    def __init__(self) -> None:
+        self.held = True
+
+    def close(self) -> None:
+        self.held = False
+
+
+class _Seen:
+    def __init__(self) -> None:
+        self.ids: set[bytes] = set()
+
+    def seen(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        return [event_id in self.ids for event_id in ids]
+
+
+class MemoryFiles:
+    """A partition's files, open. See `stages.persist.disk.Files`."""
+
+    def __init__(
+        self, disk: MemoryDisk, partition: int, receipt: Receipt, settings: Settings, clock_ns: Callable[[], int]
+    ) -> None:
+        self.frontier = MerkleFrontier()
+        self.seen = _Seen()
+        self.to_seal: list[SealJob] = []
+        self.sealed: dict[int, Path] = {}
+        self.cut_commits = False
+        self._disk = disk
+        self._partition = partition
+        self._settings = settings
+        self._clock_ns = clock_ns
+        self._infos: dict[int, SealedInfo] = {}
+        self._shards = disk.shards(partition)
+        self._number = 1
+        self._first_ns: int | None = None
+        self._frontier_before = MerkleFrontier()
+        disk.refuse_if_failing()
+        self._recover(receipt)
+
+    @property
+    def _live(self) -> Shard:
+        return self._shards[self._number]
+
+    def _recover(self, receipt: Receipt) -> None:
+        end = receipt.ends.get(self._disk.store.store_id, StoreEnd(shard=1, commits=0))
+        where = f"{self._disk.store.directory}: partition {self._partition}"
+        for number in [number for number in self._shards if number > end.shard]:
+            shard = self._shards[number]
+            if shard.sealed or shard.watermark:
+                raise ShardCorruptError(f"{where}: readers were shown shard {number}, of which no receipt speaks")
+            del self._shards[number]
+        for number in range(1, end.shard):
+            if number not in self._shards:
+                raise ShardCorruptError(f"{where}: shard {number} is missing")
+            self._finished(number)
+        shard = self._shards.setdefault(end.shard, Shard())
+        if len(shard.groups) < end.commits:
+            raise ShardCorruptError(f"{where}: {len(shard.groups)} commits in shard {end.shard} of {end.commits}")
+        if shard.watermark > end.commits:
+            raise ShardCorruptError(f"{where}: readers were shown more than its last receipt accepts")
+        self.cut_commits = len(shard.groups) > end.commits
+        del shard.groups[end.commits :]
+        if shard.sealed:
+            self._finished(end.shard)
+            self._number = end.shard + 1
+            self._shards[self._number] = Shard()
+            self._frontier_before = self.frontier.copy()
+        else:
+            self._number = end.shard
+            self._frontier_before = self.frontier.copy()
+            self._replay(shard)
+            shard.durable = shard.watermark = shard.durable_watermark = len(shard.groups)
+            self._first_ns = self._clock_ns() if shard.groups else None
+        if self.frontier.size != receipt.persisted or self.frontier.root().hex() != receipt.root:
+            raise ShardCorruptError(
+                f"{where} holds {self.frontier.size} events, its last receipt says {receipt.persisted} of another root"
+            )
+
+    def _finished(self, number: int) -> None:
+        shard = self._shards[number]
+        before = self.frontier.copy()
+        self._replay(shard)
+        shard.watermark = len(shard.groups)
+        job = SealJob(self._path(number), number, len(shard.groups), before)
+        if shard.sealed:
+            self.sealed[number] = job.path
+            self._infos[number] = self._info(job, self._clock_ns())
+        else:
+            self.to_seal.append(job)
+
+    def _replay(self, shard: Shard) -> None:
+        for group in shard.groups:
+            for record in group.records:
+                self.frontier.append(leaf_hash(record))
+                self.seen.ids.add(decode_event_key(record).event_id)
+
+    def _path(self, number: int) -> Path:
+        return self._disk.store.directory / f"p{self._partition}-{number}"
+
+    @property
+    def end(self) -> StoreEnd:
+        """See `PartitionFiles.end`."""
+        return StoreEnd(shard=self._number, commits=len(self._live.groups))
+
+    def fits(self, group: Group) -> bool:
+        """See `PartitionFiles.fits`."""
+        held = sum(len(before.records) for before in self._live.groups)
+        return not self._live.groups or held + len(group.records) <= self._settings.shard_events_max
+
+    def holds_events(self) -> bool:
+        """See `PartitionFiles.holds_events`."""
+        return any(group.records for group in self._live.groups)
+
+    def commit(self, group: Group) -> int:
+        """See `PartitionFiles.commit`."""
+        shard = self._live
+        shard.groups.append(group)
+        self._disk.refuse_if_failing()
+        host = current_host()
+        if host is not None and self._disk.kill_in_commit(host):
+            raise KilledError
+        shard.durable = len(shard.groups)
+        shard.durable_watermark = shard.watermark
+        for record in group.records:
+            self.frontier.append(leaf_hash(record))
+        self.seen.ids.update(group.ids)
+        now_ns = self._clock_ns()
+        self._first_ns = self._first_ns or now_ns
+        return now_ns
+
+    def accepted(self) -> None:
+        """See `PartitionFiles.accepted`."""
+        self._live.watermark = len(self._live.groups)
+
+    def is_old(self) -> bool:
+        """See `PartitionFiles.is_old`."""
+        return self._first_ns is not None and self._clock_ns() - self._first_ns >= self._settings.shard_age_s_max * 1e9
+
+    def is_flushed(self, target: int) -> bool:
+        """See `PartitionFiles.is_flushed`."""
+        groups = self._live.groups
+        return not groups or groups[0].prev_origin >= target or not self.holds_events()
+
+    def wants_next(self) -> bool:
+        """See `PartitionFiles.wants_next`."""
+        return False
+
+    def prepare_next(self) -> None:
+        """See `PartitionFiles.prepare_next`."""
+
+    def roll(self) -> None:
+        """See `PartitionFiles.roll`."""
+        self._disk.refuse_if_failing()
+        job = SealJob(self._path(self._number), self._number, len(self._live.groups), self._frontier_before)
+        self._number += 1
+        self._shards[self._number] = Shard()
+        self._frontier_before = self.frontier.copy()
+        self._first_ns = None
+        self.to_seal.append(job)
+
+    def seal(self, job: SealJob, sealed_ns: int | None = None) -> SealedInfo:
+        """See `PartitionFiles.seal`."""
+        self._disk.refuse_if_failing()
+        self._shards[job.shard].sealed = True
+        self._infos[job.shard] = self._info(job, sealed_ns or self._clock_ns())
+        return self._infos[job.shard]
+
+    def _info(self, job: SealJob, sealed_ns: int) -> SealedInfo:
+        groups = self._shards[job.shard].groups
+        before, after = job.frontier, job.frontier.copy()
+        records = [record for group in groups for record in group.records]
+        for record in records:
+            after.append(leaf_hash(record))
+        header = SealedHeader(
+            partition=self._partition,
+            shard=job.shard,
+            store=self._disk.store.store_id,
+            cluster=self._disk.store.cluster_id,
+            first_origin=groups[0].prev_origin + 1,
+            last_origin=groups[-1].origin,
+            commits=len(groups),
+            events=len(records),
+            record_bytes=sum(map(len, records)),
+            timestamp_ns_min=0,
+            timestamp_ns_max=0,
+            sealed_ns=sealed_ns,
+            tree_size_before=before.size,
+            frontier_before=before.to_bytes(),
+            tree_size=after.size,
+            frontier=after.to_bytes(),
+            root=after.root().hex(),
+            areas={},
+            file_bytes=0,
+            body_sha256=_NO_SUM,
+        )
+        return SealedInfo(job.path, header, _NO_SUM, 0)
+
+    def sealed_info(self, shard: int) -> SealedInfo:
+        """See `PartitionFiles.sealed_info`."""
+        return self._infos[shard]
+
+    def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
+        """See `PartitionFiles.resume_after`; it does not follow segment's memory."""
+        groups = self._shards[info.header.shard].groups
+        return ResumePoint(
+            frontier=info.header.frontier,
+            duplicates=before.duplicates + sum(group.duplicates for group in groups),
+            dead_lettered=before.dead_lettered + sum(group.dead_lettered for group in groups),
+            closed=before.closed,
+        )
+
+    def settled_origin(self, kept: int) -> int:
+        """See `PartitionFiles.settled_origin`."""
+        if kept > len(self.sealed):
+            return 0
+        numbers = sorted(self.sealed)
+        if not numbers:
+            return 0
+        newest = self._infos[numbers[-kept] if kept else numbers[-1]].header
+        return newest.first_origin - 1 if kept else newest.last_origin
+
+    def keep_record(self, record: SealRecord) -> None:
+        """See `PartitionFiles.keep_record`."""
+
+    def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
+        """See `PartitionFiles.finish_seal`."""
+        self.sealed[job.shard] = info.path
+        self.to_seal.remove(job)
+
+    def close(self) -> None:
+        """See `PartitionFiles.close`."""

@@ -1,0 +1,353 @@
+"""One run out of one seed: a cluster comes up under load, things go wrong, all is healed, and everything is held.
+
+What must hold in the end: the pipeline drains within `DRAIN_S_MAX` after healing and stops when told to; the checker
+finds nothing lost, doubled, reordered, altered or made up; and for every partition the events accepted are those
+persisted, dead-lettered and recognised as duplicates, to the last one, in the receipts as on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from cluster.gateway import Gateway
+from cluster.testing.checker import check
+from cluster.testing.sim.broker import Broker
+from cluster.testing.sim.disk import MemoryDisk
+from cluster.testing.sim.faults import FAULTS, Fault, make_schedule
+from cluster.testing.sim.load import Site, attempts, letter_id, make_sites, send_all
+from cluster.testing.sim.loop import Host, StuckError, VirtualLoop
+from cluster.testing.sim.network import Network
+from cluster.testing.sim.processes import SimProcess
+from cluster.testing.sim.streams import Message, Stream
+from cluster.topology import streams
+from contracts.events import decode_event
+from contracts.receipts import Receipt, decode_receipt
+from contracts.settings import MIB, Settings
+from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES, raw_filter, receipt_subject, split_raw_subject
+from contracts.telemetry import DEAD_HANDLED, HEADER_MSG_ID
+from stages.persist.storedir import Store
+
+CLUSTER: Final = "c" * 32
+DRAIN_S_MAX: Final = 90.0
+"""Virtual seconds after healing until all that was accepted is committed. Sums of backoffs, not work."""
+POLL_S: Final = 0.1
+THREAD_S_MIN, THREAD_S_MAX = 0.0001, 0.002
+
+
+@dataclass
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        seed: its seed.
+        faults: what went wrong, by plan.
+        verdict: the checker's words; empty when it did not come to that.
+        problems: what must not be, in words; empty when all is well.
+        virtual_s: how long the run took on its own clock, `drained_s` of them after healing.
+        events: sent in all.
+        fingerprint: of the trace; empty without one.
+    """
+
+    seed: int
+    faults: list[Fault]
+    verdict: str = ""
+    problems: list[str] = field(default_factory=list)
+    virtual_s: float = 0.0
+    drained_s: float = 0.0
+    events: int = 0
+    fingerprint: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+class World:
+    """A cluster, its processes and its gateways."""
+
+    def __init__(self, loop: VirtualLoop, rng: random.Random, trace: list[str] | None) -> None:
+        self.rng = rng
+        self.loop = loop
+        self.settings = make_settings(rng)
+        line = None if trace is None else lambda text: trace.append(f"{loop.time():10.6f} {text}")
+        self.broker = Broker(loop, rng, streams(self.settings, CLUSTER), line)
+        self.broker.applied = self._note_applied
+        self.network = Network(self.broker, rng)
+        self.accepted: Counter[int] = Counter()
+        """Partition → events in accepted messages."""
+        self.letters: list[Message] = []
+        self.traps: list[Callable[[str, str], bool]] = []
+        """Called with every stream and writer of a message that was stored, until they give True."""
+        self.disks = [
+            MemoryDisk(Store(Path(f"/node{number}"), f"{number:032x}", CLUSTER), rng)
+            for number in range(rng.choice((1, 1, 2)))
+        ]
+        self.processes = [process for stage in STAGES for process in self._make(stage)]
+        self.sites = make_sites(rng, rng.randint(1, 2), rng.randint(2, 6), rng.randint(2, 8))
+        self._hosts = [Host(site.name) for site in self.sites]
+        self._gateways = [self._make_gateway(number) for number in range(len(self.sites))]
+
+    def _make(self, stage: Any) -> Iterator[SimProcess]:
+        every = tuple(range(self.settings.partitions))
+        for number in range(self.rng.choice((1, 1, 2))):
+            yield SimProcess(
+                stage,
+                f"{stage}-{number}",
+                broker=self.broker,
+                network=self.network,
+                rng=self.rng,
+                settings=self.settings,
+                disk=self.disks[number % len(self.disks)],
+                # Two owners for every partition, on purpose.
+                pinned=every if number and self.rng.random() < 0.5 else None,
+            )
+
+    def _make_gateway(self, number: int) -> Gateway:
+        name = f"{self.sites[number].name}.{self.rng.getrandbits(32):08x}"
+        return Gateway(self.network.connect(name, self._hosts[number]), jitter=self.rng.random)
+
+    def restart_gateway(self, number: int) -> None:
+        """A gateway dies and starts again: what it does not know to be accepted it sends once more."""
+        number %= len(self.sites)
+        before = self._gateways[number]
+        self._gateways[number] = self._make_gateway(number)
+        # Its requests under way end in their time-outs, and nothing they are answered counts.
+        self.broker.loop.create_task(before.client.close(), context=self.broker.context)
+
+    def _note_applied(self, stream: Stream, message: Message) -> None:
+        if stream.name == EVENTS:
+            self.accepted[split_raw_subject(message.subject)[0]] += message.data.count(b"\n") + 1
+        elif stream.name == DLQ and DEAD_HANDLED not in message.headers:
+            self.letters.append(message)
+        if self.traps:
+            nonce = message.headers.get(HEADER_MSG_ID, "").partition(":")[0]
+            writer = nonce.rpartition("-")[0]
+            self.traps = [trap for trap in self.traps if not trap(stream.name, writer)]
+
+    async def send(self, over_s: float) -> None:
+        """All gateways send all they have, over about so long."""
+        repeats = self.rng.random() < 0.5
+
+        def sending(number: int, site: Site) -> Any:
+            return send_all(lambda: self._gateways[number], site, self.rng, over_s, again=repeats)
+
+        await asyncio.gather(*(sending(number, site) for number, site in enumerate(self.sites)))
+
+    def heal(self) -> None:
+        """Nothing goes wrong any more."""
+        self.broker.say("heal")
+        self.traps.clear()
+        self.network.heal()
+        self.broker.heal()
+        for disk in self.disks:
+            disk.failing = False
+            disk.kill_in_commit = lambda host: False
+        for process in self.processes:
+            process.thaw()
+
+    def receipt(self, partition: int) -> Receipt | None:
+        """The last receipt, as a majority of servers has it."""
+        message = self.broker.streams[RECEIPTS].last_by_subject(receipt_subject(partition))
+        return None if message is None else decode_receipt(message.data)
+
+    def disk_of(self, receipt: Receipt) -> MemoryDisk:
+        """The disk of the store that owns the receipt's partition."""
+        return next(disk for disk in self.disks if disk.store.store_id == receipt.store)
+
+    def behind(self) -> dict[int, tuple[int, int]]:
+        """Partition → (origin committed, origin stored), where they differ or readers are not shown all of it yet."""
+        found = {}
+        for partition in range(self.settings.partitions):
+            last = self.broker.streams[EVENTS].last_by_subject(raw_filter(partition))
+            receipt = self.receipt(partition)
+            reached = 0 if receipt is None else receipt.origin
+            # After a power cut readers may be shown less, until persist is up again.
+            shown = receipt is None or len(self.disk_of(receipt).records(partition)) == receipt.persisted
+            if last is not None and (reached < last.seq or not shown):
+                found[partition] = (reached, last.seq)
+        return found
+
+
+def make_settings(rng: random.Random) -> Settings:
+    """Small batches, short shards and frequent trims, so that little traffic passes through many edges."""
+    return Settings(
+        partitions=rng.randint(1, 3),
+        frame_events_max=rng.choice((1, 2, 512)),
+        pull_batch=rng.choice((2, 8)),
+        pull_batch_hop=rng.choice((2, 4)),
+        pull_expires_s=5.0,
+        probe_s=1.0,
+        trim_s=rng.choice((0.2, 1.0)),
+        shard_events_max=rng.choice((3, 10, 1000)),
+        shard_age_s_max=rng.choice((5.0, 3600.0)),
+        sealed_kept=rng.choice((0, 1)),
+        receipts_kept=rng.choice((1, 4, 1024)),
+        hop_bytes_max=MIB,
+        dead_share_max=1.0,
+        member_ttl_s=5,
+        member_renew_s=2.0,
+    )
+
+
+def simulate(seed: int, *, trace: list[str] | None = None) -> Outcome:
+    """Runs `seed`; what it does depends on the seed alone.
+
+    Args:
+        seed: any integer.
+        trace: takes a line for everything that happens.
+    """
+    rng = random.Random(seed)
+    loop = VirtualLoop(lambda: rng.uniform(THREAD_S_MIN, THREAD_S_MAX))
+    unheard: list[str] = []
+    loop.set_exception_handler(lambda _, context: unheard.append(_surprise(context)))
+    outcome = Outcome(seed, [])
+    with _quiet(loop, trace):
+        try:
+            loop.run_until_complete(_run(World(loop, rng, trace), outcome))
+        except StuckError as error:
+            outcome.problems.append(str(error))
+        finally:
+            outcome.problems += unheard
+            outcome.virtual_s = loop.time()
+            _end(loop)
+            loop.close()
+    if trace is not None:
+        outcome.fingerprint = hashlib.sha256("\n".join(trace).encode()).hexdigest()
+    return outcome
+
+
+async def _run(world: World, outcome: Outcome) -> None:
+    rng, loop = world.rng, world.loop
+    fault_s = rng.uniform(2.0, 6.0)
+    outcome.faults = make_schedule(rng, fault_s, rng.randint(1, 7))
+    for process in world.processes:
+        process.start()
+    for fault in outcome.faults:
+        world.broker.later(fault.at_s, _strike, world, fault)
+    sending = asyncio.create_task(world.send(fault_s * rng.choice((0.2, 0.6, 1.0))))
+    await asyncio.sleep(fault_s + 0.5)
+    world.heal()
+    healed_s = loop.time()
+    while not sending.done() or world.behind():
+        await asyncio.sleep(POLL_S)
+        if loop.time() > healed_s + DRAIN_S_MAX:
+            behind = world.behind()
+            outcome.problems.append(
+                f"not drained {DRAIN_S_MAX:.0f} s after healing: (committed, stored) by partition {behind}"
+                + ("" if sending.done() else "; gateways still wait")
+            )
+            break
+    outcome.drained_s = loop.time() - healed_s
+    if not outcome.problems:
+        try:
+            await asyncio.gather(*(process.stop() for process in world.processes))
+        except TimeoutError as error:
+            outcome.problems.append(str(error))
+    sending.cancel()
+    await asyncio.wait((sending,))
+    for process in world.processes:
+        process.abandon()
+        if process.failure is not None:
+            outcome.problems.insert(0, f"{process.name} ended with {process.failure!r}")
+    judge(world, outcome)
+
+
+def _strike(world: World, fault: Fault) -> None:
+    world.broker.say(f"fault: {fault.kind}")
+    FAULTS[fault.kind](world, fault)
+
+
+def judge(world: World, outcome: Outcome) -> None:
+    """Holds what is stored against what was sent, and adds what is wrong to the outcome."""
+    stored = []
+    for partition in range(world.settings.partitions):
+        receipt = world.receipt(partition)
+        if receipt is None:
+            if world.accepted[partition] and not outcome.problems:
+                outcome.problems.append(f"partition {partition} took events and has no receipt")
+            continue
+        records = world.disk_of(receipt).records(partition)
+        stored += [decode_event(record) for record in records]
+        letters = sum(message.subject.endswith(f".{partition}") for message in world.letters)
+        books = (receipt.persisted, receipt.dead_lettered)
+        if outcome.problems:
+            continue
+        if books != (len(records), letters):
+            outcome.problems.append(
+                f"partition {partition}: the receipt has {books[0]} persisted and {books[1]} dead-lettered, "
+                f"there are {len(records)} and {letters}"
+            )
+        settled = receipt.persisted + receipt.dead_lettered + receipt.duplicates
+        if settled != world.accepted[partition]:
+            outcome.problems.append(
+                f"partition {partition}: {world.accepted[partition]} events were accepted, {settled} are settled "
+                f"({receipt.persisted} persisted, {receipt.dead_lettered} dead, {receipt.duplicates} duplicates)"
+            )
+    sent = [event for site in world.sites for lines in site.consultations for line in lines for event in line]
+    outcome.events = len(sent)
+    dead = [letter_id(message.data) for message in world.letters]
+    if b"" in dead:
+        outcome.problems.append("a dead letter does not hold the event that was refused")
+    verdict = check(attempts(world.sites), stored, filter(None, dead))
+    outcome.verdict = str(verdict)
+    if not verdict.ok and not any("not drained" in problem for problem in outcome.problems):
+        outcome.problems.insert(0, str(verdict))
+    wrong = {event.event_id.bytes for event in sent if event.dies} ^ set(dead)
+    if wrong and not outcome.problems:
+        outcome.problems.append(f"{len(wrong)} events are dead letters that should not be, or the other way round")
+
+
+def _surprise(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    return f"{context.get('message')}: {error!r}"
+
+
+def _end(loop: VirtualLoop) -> None:
+    """Lets what was killed run out, so that no run leaves a task behind."""
+    for _ in range(20):
+        if not (left := asyncio.all_tasks(loop)):
+            return
+        for task in sorted(left, key=lambda task: task.get_name()):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(5.0))
+
+
+@contextmanager
+def _quiet(loop: VirtualLoop, trace: list[str] | None) -> Iterator[None]:
+    """Log lines go to the trace, or nowhere."""
+    root = logging.getLogger()
+    before = root.manager.disable, root.level, root.handlers[:]
+    if trace is None:
+        logging.disable(logging.CRITICAL)
+    else:
+        root.handlers[:] = [_ToTrace(loop, trace)]
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.manager.disable, level, root.handlers[:] = before
+        root.setLevel(level)
+
+
+class _ToTrace(logging.Handler):
+    def __init__(self, loop: VirtualLoop, trace: list[str]) -> None:
+        super().__init__()
+        self._loop = loop
+        self._trace = trace
+
+    def emit(self, record: logging.LogRecord) -> None:
+        task = asyncio.current_task(self._loop) if self._loop.is_running() else None
+        name = "" if task is None else task.get_name()
+        # asyncio numbers the tasks without a name through the life of the interpreter.
+        who = "" if name.startswith("Task-") else name
+        self._trace.append(f"{self._loop.time():10.6f} log {who}: {record.getMessage()}")

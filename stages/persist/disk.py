@@ -1,0 +1,124 @@
+"""What a persist lane asks of the disk, so that the same lane runs on real files and on simulated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from contracts.hashing import MerkleFrontier
+from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
+from contracts.settings import Settings
+from stages.persist.core import Group
+from stages.persist.names import partition_state
+from stages.persist.partition import PartitionFiles, SealJob
+from stages.persist.seal import SealedInfo
+from stages.persist.storedir import Store, lock_partition, probe_disk
+
+
+class Seen(Protocol):
+    """The ids of everything that is stored."""
+
+    def seen(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        """For each id, whether an event with it is stored."""
+
+
+class Lock(Protocol):
+    """A partition's lock while it is held."""
+
+    def close(self) -> None:
+        """Lets go."""
+
+
+class Files(Protocol):
+    """A partition's files in one store; see `stages.persist.partition.PartitionFiles` for all of it."""
+
+    cut_commits: bool
+
+    @property
+    def frontier(self) -> MerkleFrontier:
+        """The Merkle tree over everything stored."""
+
+    @property
+    def seen(self) -> Seen:
+        """The ids of everything stored."""
+
+    @property
+    def to_seal(self) -> Sequence[SealJob]:
+        """Full shards that are not sealed yet, oldest first."""
+
+    @property
+    def sealed(self) -> Mapping[int, Path]:
+        """The store's own sealed shards, by number."""
+
+    @property
+    def end(self) -> StoreEnd:
+        """How far the files reach."""
+
+    def fits(self, group: Group) -> bool:
+        """As `PartitionFiles.fits`."""
+
+    def holds_events(self) -> bool:
+        """As `PartitionFiles.holds_events`."""
+
+    def commit(self, group: Group) -> int:
+        """As `PartitionFiles.commit`."""
+
+    def accepted(self) -> None:
+        """As `PartitionFiles.accepted`."""
+
+    def is_old(self) -> bool:
+        """As `PartitionFiles.is_old`."""
+
+    def is_flushed(self, target: int) -> bool:
+        """As `PartitionFiles.is_flushed`."""
+
+    def wants_next(self) -> bool:
+        """As `PartitionFiles.wants_next`."""
+
+    def prepare_next(self) -> None:
+        """As `PartitionFiles.prepare_next`."""
+
+    def roll(self) -> None:
+        """As `PartitionFiles.roll`."""
+
+    def seal(self, job: SealJob, sealed_ns: int | None = None) -> SealedInfo:
+        """As `PartitionFiles.seal`."""
+
+    def sealed_info(self, shard: int) -> SealedInfo:
+        """As `PartitionFiles.sealed_info`."""
+
+    def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
+        """As `PartitionFiles.resume_after`."""
+
+    def settled_origin(self, kept: int) -> int:
+        """As `PartitionFiles.settled_origin`."""
+
+    def keep_record(self, record: SealRecord) -> None:
+        """As `PartitionFiles.keep_record`."""
+
+    def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
+        """As `PartitionFiles.finish_seal`."""
+
+    def close(self) -> None:
+        """Lets go of the files."""
+
+
+class Disk(NamedTuple):
+    """A node's disk, as far as a lane uses it itself. All of it blocks.
+
+    Attributes:
+        lock: as `lock_partition`.
+        open: as `PartitionFiles.open`.
+        probe: as `probe_disk`.
+        state: as `partition_state`.
+    """
+
+    lock: Callable[[Store, int], Lock]
+    open: Callable[[Store, int, Receipt, Settings, Callable[[], int]], Files]
+    probe: Callable[[Store, int, int], None]
+    state: Callable[[Path, int], object]
+
+
+LOCAL: Final = Disk(lock_partition, PartitionFiles.open, probe_disk, partition_state)
+"""Real files."""

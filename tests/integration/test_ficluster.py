@@ -1,0 +1,208 @@
+"""The test kit's clusters: the same test on processes and on containers, and nothing left of either."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from cluster.nodes import EmbeddedCluster, Node
+from cluster.testing.embedded import EmbeddedBackend
+from cluster.testing.errors import NotSupportedError
+from cluster.testing.ficluster import BackendName, FiCluster
+from cluster.testing.load import Load, under_load, workload
+from cluster.testing.waiting import until
+from contracts.errors import FiError
+from stages.persist.names import list_shards
+
+ON_BOTH = pytest.mark.parametrize(
+    "fi_backend",
+    [pytest.param("embedded", marks=pytest.mark.cluster), pytest.param("docker", marks=pytest.mark.docker)],
+    indirect=True,
+)
+ON_BOTH_SLOWLY = pytest.mark.parametrize(
+    "fi_backend",
+    [
+        pytest.param("embedded", marks=pytest.mark.cluster),
+        pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.slow]),
+    ],
+    indirect=True,
+)
+DAY_S = 86_400
+
+
+@ON_BOTH
+@pytest.mark.fi_cluster(partitions=2, links=True, clocks=True, scale={"segment": 2})
+async def test_whatever_is_done_to_a_cluster_nothing_is_lost(fi_cluster: FiCluster) -> None:
+    load = Load(workload(seed=91, events=1500))
+    async with under_load(load, fi_cluster.client, rate_per_s=300):
+        await load.reached(100)
+        await fi_cluster.kill("n1")
+        await load.reached(300)
+        await fi_cluster.start("n1")
+        await fi_cluster.cut("n2")
+        await load.reached(500)
+        await fi_cluster.heal("n2")
+        await fi_cluster.freeze("segment-1")
+        await load.reached(700)
+        await fi_cluster.thaw("segment-1")
+        await fi_cluster.cut("persist-0")
+        await load.reached(900)
+        await fi_cluster.heal("persist-0")
+        await fi_cluster.kill("persist-0")
+        await fi_cluster.move_clock("persist-0", DAY_S)
+        await fi_cluster.start("persist-0")
+        await fi_cluster.stop("ingest-0")
+        await fi_cluster.start("ingest-0")
+    totals = await fi_cluster.assert_whole(load)
+    assert totals.persisted == 1500
+    assert (await fi_cluster.verdict(load)).ok
+    assert len(await fi_cluster.events()) == 1500
+    assert await fi_cluster.dead_letters() == []
+    ahead_s = [receipt.committed_ns / 1e9 - time.time() for receipt in await fi_cluster.receipts()]
+    assert max(ahead_s) > DAY_S / 2
+
+
+@ON_BOTH_SLOWLY
+async def test_a_cluster_that_is_cancelled_while_it_starts_leaves_nothing(fi_backend: BackendName) -> None:
+    """The leak check of this suite is what fails here."""
+    cluster = FiCluster(backend=fi_backend, nodes=1, partitions=1)
+    opening = asyncio.create_task(cluster.open())
+    begun = cluster.directory / "nats" / "n1.conf"
+    await until(lambda: asyncio.to_thread(begun.exists), "the server is about to start")
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert not cluster.directory.exists()
+
+
+@ON_BOTH_SLOWLY
+async def test_a_block_that_fails_ends_the_cluster_and_tells_its_logs(fi_backend: BackendName) -> None:
+    cluster = FiCluster(backend=fi_backend, nodes=1, partitions=1)
+    with pytest.raises(ZeroDivisionError) as caught:
+        async with cluster:
+            raise ZeroDivisionError
+    assert "--- persist-0" in caught.value.__notes__[0]
+    assert not cluster.directory.exists()
+
+
+@pytest.mark.cluster
+async def test_a_server_that_is_cut_off_is_alone_until_it_is_healed(tmp_path: Path) -> None:
+    async with FiCluster(tmp_path, backend="embedded", links=True, partitions=1) as cluster:
+        n1, n3 = (embedded(cluster).node(name) for name in ("n1", "n3"))
+        await cluster.cut("n3")
+
+        async def parted() -> bool:
+            return await meta_leader(n1) in ("n1", "n2") and not await meta_leader(n3)
+
+        async def joined() -> bool:
+            return await meta_leader(n1) == await meta_leader(n3) != ""
+
+        await until(parted, "n3 has lost the others, and they go on")
+        await cluster.heal("n3")
+        await until(joined, "n3 has found the others")
+
+
+@pytest.mark.cluster
+async def test_a_slow_server_answers_late(tmp_path: Path) -> None:
+    async with FiCluster(tmp_path, backend="embedded", nodes=1, partitions=1, links=True) as cluster:
+        await cluster.client.flush(10)
+        await cluster.slow("n1", 0.4)
+        begun_s = time.monotonic()
+        await cluster.client.flush(10)
+        assert time.monotonic() - begun_s >= 0.8
+        await cluster.heal("n1")
+        load = Load(workload(seed=92, events=50))
+        await load.publish(cluster.client)
+        await cluster.assert_whole(load)
+
+
+@pytest.mark.cluster
+async def test_a_damaged_shard_is_found(tmp_path: Path) -> None:
+    async with FiCluster(tmp_path, backend="embedded", nodes=1, partitions=1) as cluster:
+        load = Load(workload(seed=93, events=50))
+        await load.publish(cluster.client)
+        await cluster.settled()
+        await cluster.stop("persist-0")
+        sealed = next(shard.path for shard in list_shards(cluster.shards)[0] if shard.sealed)
+        assert (await cluster.verify()).ok
+        await cluster.corrupt(sealed, flip_at=sealed.stat().st_size // 2)
+        assert not (await cluster.verify()).ok
+        await cluster.corrupt(sealed, flip_at=sealed.stat().st_size // 2)
+        assert (await cluster.verify()).ok
+        await cluster.corrupt(sealed, cut_to_bytes=sealed.stat().st_size - 1)
+        assert not (await cluster.verify()).ok
+
+
+async def test_what_a_backend_cannot_do_it_refuses_and_says_why(tmp_path: Path) -> None:
+    plain = FiCluster(tmp_path, backend="embedded")
+    for verb in (plain.cut("n1"), plain.slow("n1", 1), plain.heal("n1")):
+        with pytest.raises(NotSupportedError, match="links=True"):
+            await verb
+    with pytest.raises(NotSupportedError, match="clocks=True"):
+        await plain.move_clock("persist-0", 1)
+    with pytest.raises(NotSupportedError, match="asks the kernel"):
+        await plain.move_clock("n1", 1)
+    with pytest.raises(NotSupportedError, match="disk_bytes"):
+        await plain.fill_disk()
+    with pytest.raises(NotSupportedError, match="netem"):
+        await FiCluster(tmp_path, backend="docker").slow("n1", 1)
+    with pytest.raises(KeyError, match="persist-0"):
+        await plain.kill("persist-7")
+
+
+async def test_a_cluster_that_cannot_start_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FiError, match="replicas = 3"):
+        FiCluster(tmp_path, backend="embedded", nodes=1, replicas=3)
+
+
+@pytest.mark.slow
+@pytest.mark.docker
+@pytest.mark.parametrize("fi_backend", ["docker"], indirect=True)
+async def test_containers_of_a_killed_test_run_are_cleared_away(fi_backend: BackendName, tmp_path: Path) -> None:
+    import docker
+
+    from cluster.testing import containers
+
+    script = (
+        "import asyncio, os, pathlib, signal, sys\n"
+        "from cluster.testing.ficluster import FiCluster\n"
+        "async def main():\n"
+        "    async with FiCluster(pathlib.Path(sys.argv[1]), backend='docker', nodes=1, partitions=1):\n"
+        "        print(__import__('cluster.testing.containers').testing.containers.owner(), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    owner = output.decode().strip()
+    assert await asyncio.to_thread(containers.containers_of, owner)
+    engine = docker.from_env()
+    try:
+        await asyncio.to_thread(containers.clear_orphans, engine)
+    finally:
+        engine.close()
+    assert await asyncio.to_thread(containers.containers_of, owner) == []
+
+
+def embedded(cluster: FiCluster) -> EmbeddedCluster:
+    assert isinstance(cluster.backend, EmbeddedBackend)
+    return cluster.backend.supervisor.cluster
+
+
+async def meta_leader(node: Node) -> str:
+    """The name of the server that leads the cluster, as `node` sees it; empty when it sees none."""
+
+    def ask() -> str:
+        # Its own port, which no relay lies before.
+        with urlopen(f"{node.monitor_url}/jsz", timeout=10) as answer:
+            return str(json.load(answer)["meta_cluster"].get("leader", ""))
+
+    return await asyncio.to_thread(ask)

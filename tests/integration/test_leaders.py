@@ -1,0 +1,47 @@
+"""Streams in memory are made again under a running pipeline, which does not lose anything by it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+import pytest_asyncio
+from pipeline import Load, Pipeline, running, settings, under_load, workload
+
+from contracts.budgets import LEADER_GONE
+from contracts.subjects import HOPS, MEMBERS
+from stages.runtime import leaders
+from stages.runtime.leaders import LeaderWatch
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    async with running(tmp_path_factory.mktemp("leaders"), settings()) as started:
+        yield started
+
+
+async def test_making_every_stream_in_memory_again_under_load_loses_nothing(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each had been found without a leader: the worst that a wrong look can do."""
+    monkeypatch.setattr(leaders, "_is_headless", lambda info: True)
+    monkeypatch.setattr(leaders, "LEADER_GONE", msgspec.structs.replace(LEADER_GONE, s=0.0))
+    pids = {process.name: process.pid for process in pipeline.supervisor.processes}
+    load = Load(workload(seed=71, events=2000))
+    watch = LeaderWatch(pipeline.api, ())
+    async with under_load(load, pipeline.client, rate_per_s=500):
+        for number, stream in enumerate((*HOPS, MEMBERS)):
+            await load.reached(300 * number + 200)
+            before = await pipeline.client.jetstream(timeout=5).stream_info(stream)
+            await watch.look(stream)
+            after = await pipeline.client.jetstream(timeout=5).stream_info(stream)
+            assert after.created != before.created
+            assert after.config.subjects == before.config.subjects
+            assert after.config.storage == before.config.storage
+            assert after.config.num_replicas == before.config.num_replicas
+            assert after.config.allow_direct == before.config.allow_direct
+    await pipeline.assert_whole(load)
+    assert {process.name: process.pid for process in pipeline.supervisor.processes} == pids

@@ -1,0 +1,40 @@
+"""A server that takes connections and says nothing, as a frozen one does."""
+
+from __future__ import annotations
+
+import asyncio
+
+from stages.runtime.connection import connect
+
+GREETING = b'INFO {"server_id":"S","version":"2.15.1","max_payload":1048576,"headers":true}\r\n'
+TRIES = 4
+
+
+async def test_no_socket_is_kept_for_a_try_that_a_server_left_unanswered() -> None:
+    hang_up, tried = asyncio.Event(), asyncio.Event()
+    came = open_now = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came, open_now
+        came, open_now = came + 1, open_now + 1
+        if came == 1:
+            writer.write(GREETING)
+            await reader.readuntil(b"PING\r\n")
+            writer.write(b"PONG\r\n")
+            await hang_up.wait()
+        elif came > TRIES:
+            tried.set()
+        if came > 1:
+            await reader.read()
+        open_now -= 1
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        client = await connect([f"nats://127.0.0.1:{port}"], "test")
+        hang_up.set()
+        async with asyncio.timeout(60):
+            await tried.wait()
+        # The one that is being tried, and perhaps one whose end has not been read yet.
+        assert open_now <= 2
+        await client.close()

@@ -1,0 +1,122 @@
+"""What every stage keeps to on real streams: it goes on from its output, is fenced, refuses what it cannot read, stops.
+
+The pure half is `tests/conformance/test_stages.py`; that a repeated publish keeps its message id is in
+`test_runtime.py`, and what a stage does between a lost acknowledgement and its next frame is the simulation's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+import pytest_asyncio
+from pipeline import Load, Pipeline, extra_stage, running, settings, under_load, until, workload
+
+from contracts.frames import decode_frame_head
+from contracts.subjects import HOPS, INPUT_STREAM, OUTPUT_STREAM, STAGES, Stage, input_filter, output_subject
+from stages.runtime.checkpoint import last_receipt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+PARTITIONS = 2
+LATER = msgspec.msgpack.encode([2, {"what": "a frame of a later version"}])
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    async with running(tmp_path_factory.mktemp("conformance"), settings(partitions=PARTITIONS)) as started:
+        yield started
+
+
+def log_of(pipeline: Pipeline, stage: Stage) -> str:
+    return (pipeline.supervisor.directory / "logs" / f"{stage}-0.log").read_text(errors="replace")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_stage_whose_output_another_writes_too_is_fenced_and_nothing_is_made_twice(
+    pipeline: Pipeline, stage: Stage
+) -> None:
+    """Two owners of every partition on purpose, then a kill: both go on from what is there."""
+    load = Load(workload(seed=40 + STAGES.index(stage), events=700))
+    async with (
+        extra_stage(pipeline, stage, f"{stage}-rival") as rival,
+        under_load(load, pipeline.client, rate_per_s=200),
+    ):
+        await load.reached(100)
+        await rival.start()
+        await load.reached(350)
+        await pipeline.supervisor.kill(f"{stage}-0")
+        await load.reached(550)
+        await rival.kill()
+    await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("hop", HOPS)
+async def test_a_later_wire_version_stops_its_readers_loudly_and_nothing_is_skipped(
+    pipeline: Pipeline, hop: str
+) -> None:
+    """Both neighbours: the stage that reads it, and the one whose checkpoint it has become."""
+    reader = next(stage for stage, stream in INPUT_STREAM.items() if stream == hop)
+    writer = next(stage for stage, stream in OUTPUT_STREAM.items() if stream == hop)
+    before = {stage: log_of(pipeline, stage).count("may be of a later version") for stage in (reader, writer)}
+    receipts = [await last_receipt(pipeline.api, partition) for partition in range(PARTITIONS)]
+    pids = {process.name: process.pid for process in pipeline.supervisor.processes}
+    for partition in range(PARTITIONS):
+        await pipeline.client.jetstream(timeout=10).publish(input_filter(reader, partition), LATER)
+    load = Load(workload(seed=50 + HOPS.index(hop), events=60))
+    await load.publish(pipeline.client)
+
+    async def refused() -> bool:
+        return all(
+            log_of(pipeline, stage).count("may be of a later version") > count for stage, count in before.items()
+        )
+
+    await until(refused, f"{reader} and {writer} say that they cannot read on")
+    for partition in range(PARTITIONS):
+        last = await pipeline.api.last_message(hop, input_filter(reader, partition))
+        assert last is not None
+        assert last.data == LATER, "a stage wrote after what it could not read"
+        receipt, _ = await last_receipt(pipeline.api, partition)
+        assert receipt is not None
+        earlier = receipts[partition][0]
+        assert earlier is not None
+        assert receipt.origin == earlier.origin
+    assert {process.name: process.pid for process in pipeline.supervisor.processes} == pids
+
+    for partition in range(PARTITIONS):
+        await pipeline.api.purge(hop, input_filter(reader, partition))
+    await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_told_to_end_a_stage_finishes_what_it_has_in_hand_and_its_successor_goes_on(
+    pipeline: Pipeline, stage: Stage
+) -> None:
+    load = Load(workload(seed=60 + STAGES.index(stage), events=500))
+    async with under_load(load, pipeline.client, rate_per_s=250):
+        await load.reached(150)
+        # Returns when the process has ended; killed for being late, it would be started again with a warning.
+        await asyncio.wait_for(pipeline.supervisor.stop_stage(stage), pipeline.supervisor.settings.drain_s + 30)
+        assert "did not drain" not in log_of(pipeline, stage)
+        await load.reached(350)
+        await pipeline.supervisor.start_stage(stage)
+    await pipeline.assert_whole(load)
+
+
+async def test_every_frame_that_is_there_joins_on_to_the_one_before_it_and_is_bounded(pipeline: Pipeline) -> None:
+    load = Load(workload(seed=70, events=1500))
+    await load.publish(pipeline.client)
+    await pipeline.assert_whole(load)
+    limits = pipeline.supervisor.settings
+    for stage in STAGES[:-1]:
+        for partition in range(PARTITIONS):
+            subject, stream = output_subject(stage, partition), OUTPUT_STREAM[stage]
+            reached, seq = None, 1
+            while (message := await pipeline.api.first_message(stream, subject, from_seq=seq)) is not None:
+                head = decode_frame_head(message.data)
+                assert head.prev < head.first <= head.last
+                assert reached is None or head.prev == reached
+                assert len(message.data) < 4 * limits.frame_bytes_max
+                reached, seq = head.last, message.seq + 1

@@ -1,0 +1,85 @@
+"""A stream in memory that nobody leads is made again, after longer than an election takes; nothing else ever is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from nats.errors import TimeoutError as NatsTimeoutError
+
+from contracts.budgets import LEADER_GONE
+from contracts.settings import Settings
+from contracts.subjects import SEGMENT
+from stages.runtime.leaders import LeaderWatch
+
+HEADLESS = {"created": "t1", "config": {"name": SEGMENT, "storage": "memory"}, "cluster": {}}
+LED = HEADLESS | {"cluster": {"leader": "n1"}}
+GONE = {"error": {"code": 404, "err_code": 10059, "description": "stream not found"}}
+
+
+class Answer(NamedTuple):
+    data: bytes
+
+
+class Script:
+    """Answers requests as scripted, one look after the other; None: nobody answers."""
+
+    def __init__(self, answers: Sequence[dict[str, Any] | None]) -> None:
+        self.settings = Settings()
+        self.client = self
+        self.asked: list[str] = []
+        self._answers = list(answers)
+
+    async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
+        self.asked.append(subject.split(".")[3])
+        answer = self._answers.pop(0) if subject.startswith("$JS.API.STREAM.INFO") else {}
+        if answer is None:
+            raise NatsTimeoutError
+        return Answer(msgspec.json.encode(answer))
+
+
+async def looked(*answers: tuple[float, dict[str, Any] | None]) -> list[str]:
+    """What was asked when (seconds, answer to INFO) come one after the other, without the INFOs."""
+    api = Script([answer for _, answer in answers])
+    now_s = [0.0]
+    watch = LeaderWatch(api, (SEGMENT,), lambda: now_s[0])  # type: ignore[arg-type]
+    for now_s[0], _ in answers:
+        await watch.look(SEGMENT)
+    return [verb for verb in api.asked if verb != "INFO"]
+
+
+LATE = LEADER_GONE.s + 1
+
+
+async def test_a_stream_in_memory_without_a_leader_is_made_again() -> None:
+    assert await looked((0, HEADLESS), (LEADER_GONE.s - 1, HEADLESS)) == []
+    assert await looked((0, HEADLESS), (LATE, HEADLESS)) == ["DELETE", "CREATE"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [LED, None, HEADLESS | {"created": "t2"}, {"error": {"code": 503, "err_code": 10008}}],
+    ids=["led again", "nobody answers", "another stream of the name", "the cluster has no leader"],
+)
+async def test_its_time_begins_anew_when(between: dict[str, Any] | None) -> None:
+    last = between if between and between.get("created") == "t2" else HEADLESS
+    assert await looked((0, HEADLESS), (LATE, between), (LATE + 1, last)) == []
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        HEADLESS | {"config": {"name": SEGMENT, "storage": "file"}},
+        {key: HEADLESS[key] for key in ("created", "config")},
+    ],
+    ids=["on disk", "of one server"],
+)
+async def test_a_stream_is_left_alone_that_is(info: dict[str, Any]) -> None:
+    assert await looked((0, info), (LATE, info), (2 * LATE, info)) == []
+
+
+async def test_one_that_another_process_deleted_and_left_is_created() -> None:
+    assert await looked((0, HEADLESS), (LATE, GONE)) == []
+    assert await looked((0, GONE), (LATE, GONE)) == []
