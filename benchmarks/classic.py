@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,30 @@ class ClassicFile:
         """Stores one event, flushed to the kernel; on disk too with `sync`."""
         if self._design.per_event:
             with self._opened("a") as file:
-                self._write(self._dataset(file, sample.consultation_id), sample)
+                self._write(self._dataset(file, sample.consultation_id), [sample.line])
         else:
             dataset = self._kept(sample.consultation_id)
-            self._write(dataset, sample)
+            self._write(dataset, [sample.line])
             if self._design.swmr:
                 dataset.flush()
             else:
                 dataset.file.flush()
         if sync:
             self.sync()
+
+    def append_all(self, samples: Sequence[Sample]) -> None:
+        """Stores events together, flushed to the kernel once: the file is opened once, and each dataset grown once."""
+        lanes: dict[bytes, list[bytes]] = {}
+        for sample in samples:
+            lanes.setdefault(sample.consultation_id, []).append(sample.line)
+        if self._design.per_event:
+            with self._opened("a") as file:
+                for consultation_id, lines in lanes.items():
+                    self._write(self._dataset(file, consultation_id), lines)
+        else:
+            for consultation_id, lines in lanes.items():
+                self._write(self._kept(consultation_id), lines)
+            self._kept_file().flush()
 
     def sync(self) -> None:
         """Has the kernel write what it holds of the file."""
@@ -164,10 +178,13 @@ class ClassicFile:
             compression_opts=self._design.level,
         )
 
-    def _write(self, dataset: h5py.Dataset, sample: Sample) -> None:
+    def _write(self, dataset: h5py.Dataset, lines: Sequence[bytes]) -> None:
         rows = len(dataset)
-        dataset.resize((rows + 1,))
-        dataset[rows] = sample.line
+        dataset.resize((rows + len(lines),))
+        if len(lines) == 1:
+            dataset[rows] = lines[0]
+        else:
+            dataset[rows:] = lines
 
 
 def _name(consultation_id: bytes) -> str:
