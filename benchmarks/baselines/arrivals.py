@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from cluster.ports import LOOPBACK
+from stages.runtime.tasks import end_tasks
 
 ID_BYTES = 16
 _READ_BYTES = 1 << 16
@@ -27,6 +28,7 @@ class Arrivals:
         self.repeated = 0
         self.port = 0
         self._news = asyncio.Event()
+        self._readers: set[asyncio.Task[None]] = set()
 
     def note(self, event_ids: Iterable[bytes]) -> None:
         """These events are stored."""
@@ -49,6 +51,13 @@ class Arrivals:
             return False
         return True
 
+    async def close(self) -> None:
+        """Ends the connections."""
+        await end_tasks(*self._readers)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._readers.add(asyncio.create_task(self._take(reader, writer), name="reports of a sink"))
+
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rest = b""
         try:
@@ -67,12 +76,13 @@ class Arrivals:
 async def listening() -> AsyncIterator[Arrivals]:
     """Arrivals that a sink in another process can report to."""
     arrivals = Arrivals()
-    server = await asyncio.start_server(arrivals._take, LOOPBACK, 0)
+    server = await asyncio.start_server(arrivals._connected, LOOPBACK, 0)
     try:
         arrivals.port = server.sockets[0].getsockname()[1]
         yield arrivals
     finally:
         server.close()
+        await arrivals.close()
 
 
 class Reporter:

@@ -16,12 +16,13 @@ from benchmarks.baselines.designs import DESIGNS, Ground, MissingError, Rig
 from benchmarks.load import IN_FLIGHT, Message
 from benchmarks.report import Say
 from cluster.track import percentiles_ms
+from contracts.errors import FiError
 
 RATES_PER_S = (200, 500)
 WINDOW = 8 * IN_FLIGHT
 """Events under way at most in a closed loop: enough to keep every design busy, few enough to leave little behind."""
 BEHIND_S = 1.0
-"""A design that has more than so much of the load still under way falls behind."""
+"""A design falls behind when more than so much of the load is under way, or comes out so long after the last."""
 WARM_UP_EVENTS = 100
 SETTLE_S = 20.0
 
@@ -35,10 +36,8 @@ async def visit(
         messages: of one event each; not all of them need be used.
 
     Returns:
-        ``{"design", "events_per_s", "events", "repeated", "latency"}``; ``{"design", "missing"}`` where it cannot run.
-
-    Raises:
-        RuntimeError: events did not come out.
+        ``{"design", "events_per_s", "events", "repeated", "latency"}``; ``{"design", "failed"}`` where it
+        cannot run, or events did not come out.
     """
     say(f"baseline: {name}")
     source = iter(messages)
@@ -59,8 +58,9 @@ async def visit(
                     "repeated": rig.arrivals.repeated,
                     "latency": latency,
                 }
-        except MissingError as error:
-            return {"design": name, "missing": str(error)}
+        except (MissingError, FiError, RuntimeError, ExceptionGroup) as error:
+            # One alternative that fails must not take everything else that was measured with it.
+            return {"design": name, "failed": f"{type(error).__name__}: {error}"}
 
 
 async def _all(rig: Rig, messages: Iterator[Message]) -> None:
@@ -96,6 +96,7 @@ async def _at_rate(rig: Rig, messages: Sequence[Message], rate_per_s: int) -> di
                 break
             due[UUID(message.message_id).bytes] = due_ns
             tasks.create_task(one(message, due_ns))
+    behind = behind or not await rig.arrivals.reach(before + len(due), BEHIND_S)
     if not await rig.arrivals.reach(before + len(due), SETTLE_S):
         raise RuntimeError(f"{before + len(due) - len(rig.arrivals.seen_ns)} events did not come out")
     durable = [rig.arrivals.seen_ns[event_id] - due_ns for event_id, due_ns in due.items()]
