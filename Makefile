@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
 
-.PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-storage bench-restart bench-backlog clean
+.PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-check bench-storage bench-restart bench-backlog clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,8 +55,11 @@ crash: setup ## kill -9 and power cuts against persist's files (N=1000 SEED=1), 
 chaos: setup ## faults on a running pipeline, by a schedule that SEED decides (MINUTES=10 SEED=1)
 	$(BIN)/python -m cluster.testing.chaos --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
-bench: setup ## latency and throughput, about five minutes
+bench: setup ## every headline figure, beside the ceiling and the alternatives, under five minutes
 	$(BIN)/python -m benchmarks
+
+bench-check: setup ## are the headline's ratios clearly worse than the kept ones? about two minutes (JSON=1)
+	$(BIN)/python -m benchmarks.check $(if $(JSON),--json)
 
 bench-storage: setup ## the store's files beside classic HDF5 designs (EVENTS=1000000), about ten minutes
 	$(BIN)/python -m benchmarks.storage $(if $(EVENTS),--events $(EVENTS))

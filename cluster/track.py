@@ -141,6 +141,10 @@ class Tracker:
         sums = [sum(p.last[i] - p.base[i] for p in self._partitions) for i in range(3)]
         return Totals(*sums)
 
+    def goals(self) -> list[int]:
+        """The last accepted origin of each partition, 0 where there is none."""
+        return [max(origins, default=0) for origins, _, _ in self._accepted]
+
     async def settled(self, on_progress: Callable[[Totals], None], *, silent_s_max: float) -> bool:
         """Waits until receipts cover everything that was accepted.
 
@@ -154,7 +158,7 @@ class Tracker:
         Raises:
             FiError: the receipts can no longer be read.
         """
-        goals = [max(origins, default=0) for origins, _, _ in self._accepted]
+        goals = self.goals()
         while True:
             self._news.clear()
             on_progress(self.totals())
