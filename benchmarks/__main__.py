@@ -1,7 +1,7 @@
 """``python -m benchmarks``: ours, the ceiling and the alternatives in one run.
 
 Writes ``results/latest.json``, ``latest.md`` and ``latest.png``, and shows what became of every headline figure since
-the result that was kept before.
+the result that was kept before. Costs are read from ``/proc``: Linux only.
 """
 
 from __future__ import annotations

@@ -43,9 +43,10 @@ def _rates(axes: Any, result: dict[str, Any]) -> None:
     for at, (_, values, colour) in enumerate(bars):
         middle = statistics.median(values)
         axes.barh(at, middle, color=colour, xerr=[[middle - min(values)], [max(values) - middle]], capsize=3)
-        axes.text(middle, at, f" {middle:,.0f}", va="bottom", fontsize="small")
+        axes.text(max(values), at, f" {middle:,.0f}", va="center", fontsize="small")
     axes.set_yticks(range(len(bars)), [title for title, _, _ in bars])
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     axes.set_xlabel("events/s")
     axes.set_title("Sustained, send to record (median, least to greatest)", fontsize="medium")
 
@@ -86,7 +87,7 @@ def _costs(axes: Any, result: dict[str, Any]) -> None:
         values = [statistics.median(row["costs"]["cpu_s"][kind] for row in rows) * 1e3 for _, rows in loads]
         axes.bar(range(len(loads)), values, bottom=below, color=colour, label=kind)
         below = [low + value for low, value in zip(below, values, strict=True)]
-    axes.set_xticks(range(len(loads)), [title for title, _ in loads])
+    axes.set_xticks(range(len(loads)), [title for title, _ in loads], fontsize="small")
     axes.set_ylabel("ms of CPU for 1,000 events")
     axes.set_title("What events cost as load grows", fontsize="medium")
     if loads:

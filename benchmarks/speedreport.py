@@ -199,11 +199,12 @@ def _costs(result: dict[str, Any]) -> str:
     memory = result["throughput"][-1]["costs"]["resident_bytes"] if result["throughput"] else {}
     resident = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     text += f"\nResident memory at the end, MB: {resident}.\n" if resident else ""
+    text += "\nWhat the disk was written is the whole machine's, new live shards (zero-filled whole) included.\n"
     for idle in result["idle"]:
         per = idle["per_second"]
         text += (
             f"\nWith nothing published, each second: {per['cpu_s']['pipeline'] * 1e3:,.0f} ms of CPU, "
-            f"{per['written_bytes']['pipeline'] / 1e3:,.0f} KB written, {per['raft_entries']:,.1f} Raft entries.\n"
+            f"{(per['disk_bytes'] or 0) / 1e3:,.0f} KB written to the disk, {per['raft_entries']:,.1f} Raft entries.\n"
         )
     return text
 
@@ -215,9 +216,6 @@ def _cost_lines(loads: list[tuple[str, Rows]]) -> Iterable[tuple[str, Cost]]:
     def cpu(kind: str) -> Cost:
         return lambda row: row["cpu_s"][kind] * 1e3
 
-    def written(kind: str) -> Cost:
-        return lambda row: row["written_bytes"][kind] / 1e3
-
     def messages(stream: str) -> Cost:
         return lambda row: row["messages"][stream]
 
@@ -225,9 +223,8 @@ def _cost_lines(loads: list[tuple[str, Rows]]) -> Iterable[tuple[str, Cost]]:
     for kind in ("servers", *STAGES):
         yield f"CPU of {kind}, ms", cpu(kind)
     yield "CPU of the load generator, ms", cpu("load")
-    yield "written to disk by all, KB", written("pipeline")
-    for kind in ("servers", "persist"):
-        yield f"written by {kind}, KB", written(kind)
+    if loads[0][1][0]["disk_bytes"] is not None:
+        yield "written to the disk, KB", lambda row: row["disk_bytes"] / 1e3
     for stream in loads[0][1][0]["messages"]:
         yield f"messages into {stream}", messages(stream)
     yield "Raft entries", lambda row: row["raft_entries"]

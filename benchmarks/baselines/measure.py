@@ -24,6 +24,8 @@ WINDOW = 8 * IN_FLIGHT
 BEHIND_S = 1.0
 """A design falls behind when more than so much of the load is under way, or comes out so long after the last."""
 WARM_UP_EVENTS = 100
+RAMP_S = 1.0
+"""What comes out so soon after the start of a closed loop is not counted: four hops have to fill first."""
 SETTLE_S = 20.0
 
 
@@ -113,7 +115,7 @@ async def _sustained(rig: Rig, messages: Iterator[Message], seconds: float) -> t
     before = len(rig.arrivals.seen_ns)
     sent = before
     start_ns = time.time_ns()
-    end_ns = start_ns + int(seconds * 1e9)
+    end_ns = start_ns + int((RAMP_S + seconds) * 1e9)
     turn = asyncio.Lock()
 
     async def worker() -> None:
@@ -136,22 +138,28 @@ async def _sustained(rig: Rig, messages: Iterator[Message], seconds: float) -> t
             tasks.create_task(worker())
     await rig.arrivals.reach(sent, max((end_ns - time.time_ns()) / 1e9, 0.0))
     stamps = list(islice(rig.arrivals.seen_ns.values(), before, None))
-    return steady_rate(stamps, start_ns, end_ns)
+    return steady_rate(stamps, start_ns, start_ns + int(RAMP_S * 1e9), end_ns)
 
 
-def steady_rate(stamps_ns: Sequence[int], start_ns: int, end_ns: int) -> tuple[float, int]:
-    """(events a second, events) of what came out from the start on; up to the end, or to the last if that was earlier.
+def steady_rate(stamps_ns: Sequence[int], start_ns: int, steady_ns: int, end_ns: int) -> tuple[float, int]:
+    """(events a second, events) of what came out once the design was under way.
+
+    Counted is from `steady_ns` to the end, or to the last event if that came out before; and from the start on, where
+    everything came out before `steady_ns`.
 
     Args:
         stamps_ns: when each event came out, in order.
         start_ns: the first was sent.
+        steady_ns: by now all parts of the design have work.
         end_ns: nothing was sent any more.
 
     Raises:
         RuntimeError: nothing came out in time.
     """
-    counted = sum(stamp <= end_ns for stamp in stamps_ns)
+    in_time = [stamp for stamp in stamps_ns if stamp <= end_ns]
+    from_ns = start_ns if in_time and in_time[-1] <= steady_ns else steady_ns
+    counted = sum(stamp > from_ns for stamp in in_time)
     if not counted:
         raise RuntimeError("no event came out")
-    until_ns = end_ns if counted < len(stamps_ns) else stamps_ns[-1]
-    return counted * 1e9 / (until_ns - start_ns), counted
+    until_ns = end_ns if len(in_time) < len(stamps_ns) else in_time[-1]
+    return counted * 1e9 / (until_ns - from_ns), counted

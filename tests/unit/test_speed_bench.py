@@ -29,7 +29,7 @@ def shared(cpu_s: float = 1.0) -> dict[str, Any]:
     kinds = (SERVERS, *STAGES, LOAD, "pipeline")
     return {
         "cpu_s": dict.fromkeys(kinds, cpu_s),
-        "written_bytes": dict.fromkeys(kinds, 4000.0),
+        "disk_bytes": 4_000_000,
         "messages": {"FI_EVENTS": 1000.0},
         "bytes": {},
         "raft_entries": 12.5,
@@ -89,7 +89,7 @@ def result() -> dict[str, Any]:
         "throughput": THROUGHPUT,
         "drain": DRAIN,
         "baselines": BASELINES,
-        "idle": [{"per_second": {"cpu_s": {"pipeline": 0.03}, "written_bytes": {"pipeline": 0}, "raft_entries": 7.0}}],
+        "idle": [{"per_second": {"cpu_s": {"pipeline": 0.03}, "disk_bytes": None, "raft_entries": 7.0}}],
         "took_s": 250.0,
     }
 
@@ -185,6 +185,7 @@ def taken(at: int, *, pid: int = 1, purged: bool = False) -> Snapshot:
         },
         {"S-R3F-a": 40 * at, "S-R3F-b": 10 * at},
         1_000_000 * at,
+        8_000_000 * at,
     )
 
 
@@ -196,6 +197,7 @@ def test_costs_are_shared_among_the_events_and_leave_the_load_generator_out_of_t
     assert found["bytes"] == {"FI_EVENTS": 600_000}  # of what was purged meanwhile nobody knows the size
     assert found["raft_entries"] == 100.0
     assert found["received_bytes"] == 2_000_000
+    assert found["disk_bytes"] == 16_000_000
     assert found["resident_bytes"]["n1"] == 50_000_000
 
 
@@ -211,6 +213,10 @@ def test_costs_of_a_process_that_was_started_anew_are_refused() -> None:
         costs(taken(1), taken(2, pid=7), 500)
 
 
+def test_what_the_disk_got_is_null_where_nobody_knows() -> None:
+    assert costs(taken(1), taken(2)._replace(disk_bytes=None), 500)["disk_bytes"] is None
+
+
 def test_costs_of_no_events_are_refused() -> None:
     with pytest.raises(ValueError, match="no events"):
         costs(taken(1), taken(2), 0)
@@ -219,17 +225,18 @@ def test_costs_of_no_events_are_refused() -> None:
 @pytest.mark.parametrize(
     ("stamps_s", "rate"),
     [
-        ([1, 2, 3, 4, 5, 6], (1.0, 4)),  # the last two came after the end
-        ([0.5, 1, 1.5, 2], (2.0, 4)),  # all came out before the end
+        ([0.5, 1, 2, 3, 4, 5, 6], (1.0, 3)),  # two came before it was under way, two after the end
+        ([0.5, 1, 1.5, 2, 2.5, 3], (2.0, 4)),  # all came out before the end
+        ([0.1, 0.2, 0.3, 0.4, 0.5], (10.0, 5)),  # and even before it was under way
     ],
 )
 def test_a_steady_rate_counts_what_came_out_in_time(stamps_s: list[float], rate: tuple[float, int]) -> None:
-    assert steady_rate([int(stamp * S) for stamp in stamps_s], 0, 4 * S) == rate
+    assert steady_rate([int(stamp * S) for stamp in stamps_s], 0, S, 4 * S) == rate
 
 
 def test_a_design_that_gives_nothing_has_no_rate() -> None:
     with pytest.raises(RuntimeError, match="no event came out"):
-        steady_rate([5 * S], 0, 4 * S)
+        steady_rate([5 * S], 0, S, 4 * S)
 
 
 def test_the_report_says_goals_losses_and_what_fell_behind() -> None:
@@ -240,6 +247,7 @@ def test_the_report_says_goals_losses_and_what_fell_behind() -> None:
     assert "| 2.7 | 30.0/45.0/51.0 |" in text
     assert "no redis-server" in text
     assert "| 100,000 | 16 | 90,000 | 1.25 | 80,000 | 0, 0, 0 |" in text
+    assert "| written to the disk, KB | 4,000 | 4,000 | 4,000 | 4,000 |" in text
     assert "| CPU of all but the load generator, ms | 1,000 | 1,000 | 100 | 100 |" in text
 
 
