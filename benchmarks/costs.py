@@ -1,8 +1,8 @@
 """What events cost: CPU, bytes written, messages, Raft entries and memory, read before and after a load.
 
-Always true: everything is read from outside, by nobody's own account: processes from ``/proc``, the disk
-from ``/sys``, streams from their
-state, Raft groups and client bytes from the servers' monitoring ports. The reading itself falls outside the load.
+Always true: everything is read from outside, by nobody's own account: processes from ``/proc``, the disk from ``/sys``,
+streams from their state, Raft groups and client bytes from the servers' monitoring ports. The reading itself falls
+outside the load.
 """
 
 from __future__ import annotations

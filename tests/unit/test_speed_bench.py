@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import typer
 
 from benchmarks.__main__ import write
 from benchmarks.baselines import work
@@ -166,12 +169,26 @@ def test_the_words_of_a_regression_name_both_values_and_what_to_do() -> None:
 def test_a_check_without_kept_ratios_measures_nothing_and_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import typer
-
     with pytest.raises(typer.Exit) as exited:
         check(kept=tmp_path / "latest.json")
     assert exited.value.exit_code == 3
     assert "run `make bench`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("now", "code"), [([0.8, 0.7], 0), ([0.3, 0.4], 1)])
+def test_a_check_fails_on_a_regression_and_can_be_read_by_machines(
+    now: list[float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def measured(*_: Any) -> dict[str, Any]:
+        return {"environment": {"cpus": 2}, "ratios": {"single_vs_ceiling": now, "vs_redis": []}}
+
+    monkeypatch.setattr("benchmarks.check.run", measured)
+    kept = tmp_path / "latest.json"
+    kept.write_bytes(msgspec.json.encode({"ratios": {"single_vs_ceiling": [0.8, 0.9]}}))
+    with pytest.raises(typer.Exit) if code else nullcontext():
+        check(as_json=True, kept=kept, directory=None)
+    (row,) = json.loads(capsys.readouterr().out)["verdicts"]
+    assert row["verdict"] == ("worse" if code else "ok")
 
 
 def taken(at: int, *, pid: int = 1, purged: bool = False) -> Snapshot:
