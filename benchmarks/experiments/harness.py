@@ -38,6 +38,8 @@ _BACKLOG_BATCH, _BACKLOG_STEP, _BACKLOG_BYTES = 64, 128_000, 600
 
 Row = dict[str, Any]
 
+_SYNC = ", sync_interval: always"
+
 
 class Bench(NamedTuple):
     """What an experiment is given.
@@ -118,7 +120,9 @@ class _LazyCluster(EmbeddedCluster):
         nodes = super()._prepare(binary, ports)
         for config in self._home.glob("*.conf"):
             text = config.read_text(encoding="utf-8")
-            config.write_text(text.replace(", sync_interval: always", ""), encoding="utf-8")
+            if _SYNC not in text:
+                raise RuntimeError(f"{config}: nothing there says when to sync")
+            config.write_text(text.replace(_SYNC, ""), encoding="utf-8")
         return nodes
 
 

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.experiments import ablation, hashes
 from benchmarks.experiments.curves import Curve, by_variant, fits, median_at, row_figures
@@ -75,10 +75,12 @@ def plot_ablation(rows: Sequence[Row], path: Path) -> None:
     names = [change.name for change in ablation.CHANGES if change.name in by_variant(rows)]
     for panel, column in zip(panels, ("events/s", "p95"), strict=True):
         found = ablation.ratios(rows, ablation.FIGURES[column])
-        panel.barh(names, [found[name] for name in names], color=_COLOURS[1])
+        panel.barh(names, [found[name] - 1 for name in names], left=1, color=_COLOURS[1])
         panel.axvline(1.0, color="black", lw=0.8)
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel(f"{'durable p95 at 500/s' if column == 'p95' else column}, × the pipeline as it is")
         panel.grid(True, axis="x", alpha=0.3)
     panels[0].invert_yaxis()

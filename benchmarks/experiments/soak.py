@@ -57,7 +57,7 @@ def main(
         bool, typer.Option("--quick", help="Seconds instead of minutes; the figures mean nothing.")
     ] = False,
 ) -> None:
-    """Loads the pipeline at full speed for long. Exits with 1 when a process's memory was not flat."""
+    """Loads the pipeline at full speed for long. Exits with 1 when a stage's or server's memory was not flat."""
     begun_s = time.perf_counter()
 
     def say(text: str) -> None:
@@ -68,7 +68,7 @@ def main(
         result = uvloop.run(soak(Path(scratch), seconds, window, batch, disk_gb_max * 1e9, say))
     write_results(result, output)
     print(as_markdown(result))
-    if not all(verdict["flat"] for verdict in result["verdicts"].values()):
+    if not all(verdict["flat"] for name, verdict in result["verdicts"].items() if name != LOAD):
         raise typer.Exit(1)
 
 
