@@ -20,13 +20,15 @@ PERCENTILES = ("p50", "p95", "p99")
 WORKERS = (1, 2, 4, 8)
 EVENT_BYTES = (210, 1_000, 10_000, 100_000)
 SIZE_MESSAGES = {210: 10_000, 1_000: 10_000, 10_000: 3_000, 100_000: 400}
+SIZE_RATE_PER_S = 20
+"""Two megabytes a second of the largest events, each byte of which goes to three servers on every hop."""
 CONSULTATIONS = {1: 1_000, 100: 10_000, 10_000: 20_000}
 """Consultations → messages offered: of one consultation only one is in flight at a time."""
 BATCHES = {1: 20_000, 4: 10_000, 16: 4_000, 64: 1_000}
 STORED = (0, 10_000, 100_000, 1_000_000)
 MIDDLE_RATE_PER_S = 500
 LOW_RATE_PER_S = 100
-"""For cases that carry less: the largest events, and a single consultation."""
+"""For cases that carry less: a single consultation."""
 
 
 def _mixed(seed: int, count: int) -> list[Message]:
@@ -59,7 +61,7 @@ def size_cases() -> list[Case]:
         return lambda seed, count: sized_messages(seed, count, size)
 
     return [
-        Case(f"{size / 1000:.1f} KB", size, Setup(), make(size), SIZE_MESSAGES[size], LOW_RATE_PER_S)
+        Case(f"{size / 1000:.1f} KB", size, Setup(), make(size), SIZE_MESSAGES[size], SIZE_RATE_PER_S)
         for size in EVENT_BYTES
     ]
 
@@ -71,7 +73,7 @@ def consultation_cases() -> list[Case]:
         return lambda seed, count: sized_messages(seed, count, consultations=consultations)
 
     return [
-        Case(f"{number:,} consultations" if number > 1 else "1", number, Setup(), make(number), count, LOW_RATE_PER_S)
+        Case(f"{number:,} at the same time", number, Setup(), make(number), count, LOW_RATE_PER_S)
         for number, count in CONSULTATIONS.items()
     ]
 
