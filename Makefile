@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
 
-.PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-check bench-storage bench-restart bench-backlog clean
+.PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-check bench-full bench-soak bench-storage bench-restart bench-backlog clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -60,6 +60,13 @@ bench: setup ## every headline figure, beside the ceiling and the alternatives, 
 
 bench-check: setup ## are the headline's ratios clearly worse than the kept ones? about two minutes (JSON=1)
 	$(BIN)/python -m benchmarks.check $(if $(JSON),--json)
+
+bench-full: setup ## `make bench`, then every experiment: curves, ablation, model (ONLY="hashes sizes"), about an hour
+	$(if $(ONLY),,$(BIN)/python -m benchmarks)
+	$(BIN)/python -m benchmarks.experiments $(ONLY)
+
+bench-soak: setup ## full speed for long, and whether memory stays flat (MINUTES=60)
+	$(BIN)/python -m benchmarks.experiments.soak --minutes $(or $(MINUTES),60)
 
 bench-storage: setup ## the store's files beside classic HDF5 designs (EVENTS=1000000), about ten minutes
 	$(BIN)/python -m benchmarks.storage $(if $(EVENTS),--events $(EVENTS))

@@ -12,8 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 from uuid import UUID, uuid5
@@ -176,16 +175,13 @@ class Gateway:
             headers[HEADER_TRACEPARENT] = traceparent
         if first_seen:
             headers[HEADER_FIRST_SEEN] = first_seen
-        async with self._turn(consultation), self._permits:
-            return await self._send(subject, event_bytes, headers, deadline_s)
-
-    @asynccontextmanager
-    async def _turn(self, consultation: str) -> AsyncIterator[None]:
-        lane = self._lanes.setdefault(consultation, _Lane())
+        lane = self._lanes.get(consultation)
+        if lane is None:
+            lane = self._lanes[consultation] = _Lane()
         lane.users += 1
         try:
-            async with lane.lock:
-                yield
+            async with lane.lock, self._permits:
+                return await self._send(subject, event_bytes, headers, deadline_s)
         finally:
             lane.users -= 1
             if not lane.users:

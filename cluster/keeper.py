@@ -45,6 +45,8 @@ class Keeper:
         self.process = process
         self._on_event = on_event
         self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+        """Two who start it at once would start two."""
         self._delay_s = RESTART_PAUSE_MIN.s
 
     async def start(self) -> None:
@@ -53,21 +55,23 @@ class Keeper:
         Raises:
             ProcessError: it did not come up. It is not watched then.
         """
-        if self._task is not None:
-            return
-        await self.process.start()
-        self._tell(ProcessEvent(name=self.process.name, kind="started", pid=self.process.pid))
-        self._task = asyncio.create_task(self._watch(), name=f"keeper of {self.process.name}")
+        async with self._turn:
+            if self._task is not None:
+                return
+            await self.process.start()
+            self._tell(ProcessEvent(name=self.process.name, kind="started", pid=self.process.pid))
+            self._task = asyncio.create_task(self._watch(), name=f"keeper of {self.process.name}")
 
     async def stop(self, limit_s: float) -> None:
         """Stops watching and stops the process: SIGTERM, SIGKILL after `limit_s` (at once for 0)."""
-        await self._unwatch()
-        was_running = self.process.running
-        if limit_s > 0:
-            in_time = await self.process.stop(limit_s)
-        else:
-            await self.process.kill()
-            in_time = True
+        async with self._turn:
+            await self._unwatch()
+            was_running = self.process.running
+            if limit_s > 0:
+                in_time = await self.process.stop(limit_s)
+            else:
+                await self.process.kill()
+                in_time = True
         if was_running:
             detail = "" if in_time else f"killed: it had not ended after {limit_s:g} s"
             self._tell(ProcessEvent(name=self.process.name, kind="stopped", detail=detail))

@@ -144,6 +144,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         """Accepted messages that are not committed; None when that is not known of some partition."""
         return sum_known(stage.waiting for stage in self.stages)
 
+    def behind_from(self, reader: Stage) -> Stage:
+        """The stage because of which the input of `reader` is not emptied.
+
+        Only persist empties hops: it is the first stage, from `reader` on, before which something waits. Nobody knows:
+        `reader`.
+        """
+        waiting = {stage.stage: stage.waiting for stage in self.stages}
+        return next((stage for stage in STAGES[STAGES.index(reader) :] if waiting.get(stage, 0) != 0), reader)
+
 
 def sum_known(values: Iterable[int | None]) -> int | None:
     """The sum; None when one of `values` is."""

@@ -74,9 +74,8 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
 
 
 def _no_connection(summary: Summary) -> Iterator[Problem]:
-    answering = [server.name for server in summary.servers if server.reachable]
     urls = ", ".join(server.url for server in summary.servers)
-    if answering:
+    if answering := [server.name for server in summary.servers if server.reachable]:
         what = f"no connection, though {', '.join(answering)} answer{'s' if len(answering) == 1 else ''}"
         yield Problem(urgency=1, kind="disconnected", what=what, next="look again; then see the servers' logs")
     else:
@@ -168,24 +167,16 @@ def _full(summary: Summary, chains: Sequence[Sequence[str]], told: Collection[St
 
 
 def _behind_with(summary: Summary, stream: str) -> Stage | None:
-    """The stage that keeps `stream` from being emptied; None for a stream that no stage reads.
-
-    A hop keeps its frames until their events are committed, and only persist removes them: the stage that is behind is
-    the first one, from the hop's reader on, before which something waits. That is the reader itself, if nobody knows.
-    """
+    """The stage that keeps `stream` from being emptied; None for a stream that no stage reads."""
     reader = _reader(stream)
-    if reader is None or stream == EVENTS:
-        return reader
-    waiting = {stage.stage: stage.waiting for stage in summary.stages}
-    return next((stage for stage in STAGES[STAGES.index(reader) :] if waiting.get(stage, 0) != 0), reader)
+    return reader if reader is None or stream == EVENTS else summary.behind_from(reader)
 
 
 def _follows(summary: Summary, upstream: str, chain: Sequence[str]) -> bool:
     """True when `upstream` is full because of what `chain` tells: its reader waits for that, or the same stage."""
     stage = _behind_with(summary, upstream)
-    return stage is not None and (
-        stage == _writer(chain[-1]) or (upstream in HOPS and stage == _behind_with(summary, chain[0]))
-    )
+    same = upstream in HOPS and stage == _behind_with(summary, chain[0])
+    return stage is not None and (same or stage == _writer(chain[-1]))
 
 
 def _full_problem(summary: Summary, stream: str, led_to: Sequence[str], held: dict[str, list[Held]]) -> Problem:

@@ -16,7 +16,7 @@ from contracts.events import Event
 from contracts.wire import UNREADABLE, Count, Sequence, TimeNs
 
 
-class Dead(msgspec.Struct, frozen=True, array_like=True):
+class Dead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Events of one origin that a stage dead-lettered."""
 
     origin: Sequence

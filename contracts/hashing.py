@@ -8,7 +8,7 @@ section 2.1: leaf = SHA-256(0x00 ‖ data), node = SHA-256(0x01 ‖ left ‖ rig
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from typing import Any
 
@@ -18,6 +18,13 @@ INCREMENTAL_BYTES_MIN = 100 * 1024
 """Above this size of JSON the canonical form is hashed as it is produced (DOMAIN: hash stage)."""
 
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+_C_ENCODER = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+_encode_pieces: Callable[[Any, int], Iterable[str]] = (
+    # What `_ENCODER.encode` makes anew for each call. What was decoded from JSON needs no look for circles.
+    _C_ENCODER(None, _ENCODER.default, json.encoder.encode_basestring, None, ": ", ", ", True, False, True)
+    if _C_ENCODER is not None
+    else lambda payload, _: _ENCODER.iterencode(payload)
+)
 _INCREMENTAL_BUFFER_CHARS = 64 * 1024
 
 
@@ -28,7 +35,7 @@ def canonical_json(payload: Any) -> bytes:
         UnicodeEncodeError: a string holds a lone surrogate.
         TypeError: the payload holds something JSON has no word for.
     """
-    return _ENCODER.encode(payload).encode()
+    return "".join(_encode_pieces(payload, 0)).encode()
 
 
 def audit_hash(payload: Any) -> bytes:

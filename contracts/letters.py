@@ -32,7 +32,7 @@ _NUMBER: Final = re.compile(r"\d{1,19}", re.ASCII)
 _INT64_MAX: Final = 2**63 - 1
 
 
-class FirstSeen(msgspec.Struct, frozen=True):
+class FirstSeen(msgspec.Struct, frozen=True, gc=False):
     """Where an event first came in.
 
     Attributes:
@@ -47,7 +47,7 @@ class FirstSeen(msgspec.Struct, frozen=True):
 
     def at(self, index: int) -> FirstSeen:
         """The event `index` places after this one."""
-        return msgspec.structs.replace(self, index=self.index + index)
+        return msgspec.structs.replace(self, index=self.index + index) if index else self
 
     def __str__(self) -> str:
         return f"{self.origin}/{self.accepted_ns}/{self.index}"

@@ -8,6 +8,7 @@ number anywhere else. It is FNV-1a 32 over the chosen tokens, joined with nothin
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 EVENTS = "FI_EVENTS"
@@ -130,6 +131,7 @@ def _as_token(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"
 
 
+@lru_cache(maxsize=4096)
 def split_raw_subject(subject: str) -> tuple[int, str, str]:
     """``fi.raw.<p>.<site>.<consultation>`` → (partition, site, consultation).
 
@@ -151,6 +153,7 @@ def partition_transform(partitions: int, by: PartitionBy) -> tuple[str, str]:
     )
 
 
+@lru_cache(maxsize=4096)
 def partition_of(site: str, consultation: str, partitions: int, by: PartitionBy = "consultation") -> int:
     """The partition the server stores this subject under, in ``range(partitions)``."""
     key = site + consultation if by == "consultation" else site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,9 @@ def run(
                 watch=watch,
             ).run()
 
+    # What was imported lives as long as the process: no collection needs to look at it again.
+    gc.collect()
+    gc.freeze()
     run_async(serve())
 
 

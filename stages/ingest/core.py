@@ -55,6 +55,7 @@ EVENTS_MAX = 32 * 1024
 _TIME_NS_MIN, _TIME_NS_MAX = -(2**63), 2**63 - 1
 _REQUIRED_BYTES = len('{"consultation_id":"","event_type":"","payload":,"metadata":}')
 _EVENT_ID_BYTES, _TIMESTAMP_BYTES = len(',"event_id":'), len(',"timestamp":')
+_REPEATED_BYTES_MAX = 1024
 _DUPLICATE_BYTES_MIN = len('"payload":0,')
 """No field given twice takes fewer bytes."""
 
@@ -203,7 +204,9 @@ def _parse_event(message: _Message, index: int, text: bytes) -> Event:
         timestamp_ns=first.accepted_ns if time_ns is None else time_ns,
         stamped=time_ns is not None,
         payload=payload,
-        metadata=_complete_metadata(metadata, message.site),
+        metadata=(_complete_again if len(metadata) <= _REPEATED_BYTES_MAX else _complete_metadata)(
+            metadata, message.site
+        ),
         accepted_ns=message.accepted_ns,
         traceparent=message.traceparent,
         ingest_ns=message.now_ns,
@@ -292,6 +295,10 @@ def _complete_metadata(metadata: bytes, site: str) -> bytes:
     if metadata.count(b'"') != 2 * (len(value) + [type(item) for item in value.values()].count(str)):
         _check_metadata_names(metadata)
     return metadata[:-1].rstrip(JSON_SPACE) + added + b"}" if added else metadata
+
+
+_complete_again = lru_cache(maxsize=4096)(_complete_metadata)
+"""For metadata that the other events of a session are likely to repeat, byte for byte."""
 
 
 def _check_metadata_names(metadata: bytes) -> None:

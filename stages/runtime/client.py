@@ -28,6 +28,7 @@ Sink = Callable[[bytes, bytes, bytes, bytes], None]
 """(subject, reply, header block, payload): takes a message inside the read loop. Must neither raise nor take long."""
 
 _CRLF: Final = b"\r\n"
+_SPACE: Final = " \t\n\r\v\f"
 _H, _M = b"HM"
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 
@@ -126,10 +127,10 @@ def _expire(answer: asyncio.Future[Msg]) -> None:
 def parse_headers(block: bytes) -> dict[str, str]:
     """A NATS header block → its headers; what is not UTF-8 is replaced, later lines win."""
     headers: dict[str, str] = {}
-    for line in block.split(b"\r\n")[1:]:
-        name, colon, value = line.partition(b":")
+    for line in block.decode(errors="replace").split("\r\n")[1:]:
+        name, colon, value = line.partition(":")
         if colon:
-            headers[name.strip().decode(errors="replace")] = value.strip().decode(errors="replace")
+            headers[name.strip(_SPACE)] = value.strip(_SPACE)
     return headers
 
 

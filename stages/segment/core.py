@@ -29,6 +29,8 @@ from contracts.wire import UNREADABLE
 from stages.runtime.api import StoredMessage
 from stages.runtime.work import Step, step_frame
 
+_decode_payload = msgspec.json.Decoder(dict[str, Any]).decode
+
 
 def classify(rules: Rules) -> dict[str, tuple[int, int]]:
     """Event type → index of its group and of its criticality."""
@@ -109,6 +111,6 @@ class SegmentCore:
 def _payload(event: Event) -> dict[str, Any]:
     """The decoded payload. Ingest refuses what is no JSON object; this is the second line."""
     try:
-        return msgspec.json.decode(event.payload, type=dict[str, Any])
+        return _decode_payload(event.payload)
     except UNREADABLE as error:
         raise InvalidEventError("payload.malformed", "payload", f"is not a JSON object: {error}") from error
