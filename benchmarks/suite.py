@@ -28,7 +28,7 @@ from benchmarks.throughput import MESSAGES, measure_throughput
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES
 
-PARTITIONS = 4
+PARTITIONS = 1
 """As many lanes as two cores can use; ``FI_PARTITIONS`` chooses others."""
 BASELINE_MESSAGES = 30_000
 IDLE_S = 5.0

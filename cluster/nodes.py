@@ -13,7 +13,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -95,16 +95,35 @@ class Node(ManagedProcess):
     """
 
     def __init__(
-        self, name: str, binary: Path, home: Path, ports: NodePorts, inherited_fds: Sequence[int] = ()
+        self,
+        name: str,
+        binary: Path,
+        home: Path,
+        ports: NodePorts,
+        inherited_fds: Sequence[int] = (),
+        neighbours: int = 1,
     ) -> None:
-        """Args: `home` holds the configuration ``<name>.conf``, the log and the store of this and other servers."""
+        """
+        Args:
+            home: holds the configuration ``<name>.conf``, the log and the store of this and other servers.
+            neighbours: how many servers, this one among them, share the machine.
+        """
         super().__init__(name, home / f"{name}.log", inherited_fds=inherited_fds)
         self.ports = ports
         self.client_url = f"nats://{LOOPBACK}:{ports.client}"
         self.monitor_url = f"http://{LOOPBACK}:{ports.monitor}"
         self._binary = binary
+        self._neighbours = neighbours
         self._config = home / f"{name}.conf"
         self._listening = listening_directory(home / name)
+
+    def environment(self) -> Mapping[str, str]:
+        """This process's, and a server's share of the machine's cores for the Go runtime, unless it is given one.
+
+        Servers that all run on as many threads as there are cores wake each other up for nothing (ADR 0022).
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {"GOMAXPROCS": str(max(1, cores // self._neighbours)), **os.environ}
 
     def command(self) -> list[str]:
         """``nats-server -c <generated file>``."""
@@ -274,7 +293,7 @@ class EmbeddedCluster:
             name = f"n{number}"
             text = server_config(name, self._home / name, own, wiring)
             (self._home / f"{name}.conf").write_text(text, encoding="utf-8")
-            nodes.append(Node(name, binary, self._home, own, self._lock.fds))
+            nodes.append(Node(name, binary, self._home, own, self._lock.fds, self._servers))
         return tuple(nodes)
 
 

@@ -197,6 +197,9 @@ class SettingWait(NamedTuple):
 SETTING_WAITS: Final[dict[str, SettingWait]] = {
     "pull_expires_s": SettingWait("limit", "a server: messages for a reader's standing pull", "the reader pulls again"),
     "heartbeat_s": SettingWait("pause", "a reader: between two heartbeats of its consumer", "the next, or a miss"),
+    "frame_gap_s": SettingWait(
+        "pause", "ingest: between the frames of a partition, at least", "what came in shares one"
+    ),
     "probe_s": SettingWait(
         "pause", "an idle lane: between two checks of its place; longer up to fourfold", "it checks"
     ),

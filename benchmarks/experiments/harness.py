@@ -25,7 +25,7 @@ from contracts.subjects import STAGES, Stage
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
 
-PARTITIONS = 4
+PARTITIONS = 1
 """As many lanes as two cores can use; the settings of a case choose others."""
 WARM_UP_MESSAGES = 2_000
 QUICK_WARM_UP_MESSAGES = 100

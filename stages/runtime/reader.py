@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -69,6 +70,7 @@ class OrderedReader:
         self._probe = api.telemetry.reader(stream, filter_subject)
         self._gate = api.gate(stream)
         self._task: asyncio.Task[None] | None = None
+        self._clock: Callable[[], float] = time.monotonic
         self._arrived = asyncio.Event()
         self._woken_up = False
         self._reset()
@@ -81,7 +83,9 @@ class OrderedReader:
         self._outstanding = 0
         self._delivered = 0
         self._inbox = ""
+        self._inbox_token = b""
         self._consumer = ""
+        self._consumer_token = b""
         self.pending = 0
         """Messages the server had still to deliver when it was last heard of."""
         self._trouble: str | None = None
@@ -90,6 +94,7 @@ class OrderedReader:
 
     def start(self) -> None:
         """Begins reading. Call once."""
+        self._clock = asyncio.get_running_loop().time
         self._task = asyncio.create_task(self._run(), name=f"read {self._filter}")
 
     async def close(self) -> None:
@@ -175,7 +180,7 @@ class OrderedReader:
                     log.info("%s: reader reopens: %r", self._filter, error)
                     await self._api.pause()
                 finally:
-                    self._inbox = ""
+                    self._inbox, self._inbox_token = "", b""
                     if subscription is not None:
                         await self._drop(subscription)
         except FiError as error:
@@ -196,8 +201,9 @@ class OrderedReader:
         self.opened += 1
         self._probe.opened()
         self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
+        self._consumer_token = self._consumer.encode()
         inbox = self._api.client.new_inbox()
-        self._inbox = inbox
+        self._inbox, self._inbox_token = inbox, inbox.encode()
         # What is under way is bounded by what was asked for: two pulls.
         subscription = await self._api.client.subscribe_sink(inbox, self._on_message)
         try:
@@ -258,16 +264,16 @@ class OrderedReader:
         await self._api.client.publish(subject, msgspec.json.encode(request), reply=self._inbox)
 
     def _on_message(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
-        self._active_s = asyncio.get_running_loop().time()
+        self._active_s = self._clock()
         # A stored message keeps its own subject; only the server itself writes to the inbox. Telling them apart by a
         # header would let a gateway forge a status.
-        if subject == self._inbox.encode():
+        if subject == self._inbox_token:
             self._on_status(read_headers(block))
             return
         tokens = reply.split(b".")
         if len(tokens) > 9:
             tokens = tokens[2:]  # $JS.ACK.<domain>.<account hash>.…
-        if len(tokens) < 9 or tokens[3] != self._consumer.encode() or self._trouble is not None:
+        if len(tokens) < 9 or tokens[3] != self._consumer_token or self._trouble is not None:
             return
         seq, consumer_seq, time_ns = int(tokens[5]), int(tokens[6]), int(tokens[7])
         if consumer_seq != self._delivered + 1:
