@@ -30,6 +30,7 @@ Sink = Callable[[bytes, bytes, bytes, bytes], None]
 _CRLF: Final = b"\r\n"
 _SPACE: Final = " \t\n\r\v\f"
 _H, _M = b"HM"
+_FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 
 
@@ -225,9 +226,24 @@ class GuardedClient(Client):
         line = f"HPUB {subject} {reply} {len(block)} {len(block) + payload_size}\r\n".encode()
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += payload_size
-        await self._send_command(b"".join((line, block, payload, _CRLF)))
+        command = b"".join((line, block, payload, _CRLF))
+        if self._is_idle():
+            self._transport.write(command)  # type: ignore[union-attr]
+            return
+        await self._send_command(command)
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
+
+    def _is_idle(self) -> bool:
+        """True when little is under way, and what was written before has gone to the kernel.
+
+        A message is then written at once. Where there are many, the flusher's queue, future and task pay: one system
+        call takes them all.
+        """
+        if self._pending or len(self._resp_map or ()) > _FEW or not self.is_connected:
+            return False
+        writer = getattr(self._transport, "_io_writer", None)
+        return writer is not None and writer.transport.get_write_buffer_size() == 0
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
