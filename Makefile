@@ -33,8 +33,8 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, about fifteen minutes
-	$(BIN)/pytest
+test: check ## everything that must hold, about ten minutes (JOBS=3 test processes)
+	$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist loadfile
 
 test-slow: setup ## what `make test` leaves out, about half an hour
 	$(BIN)/pytest -m slow

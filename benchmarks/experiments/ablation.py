@@ -43,12 +43,12 @@ def _with(**settings: object) -> Setup:
 
 
 CHANGES = (
-    Change(BASE, Setup(), "P = 4, hops in memory, R3, sync always, one event a message"),
+    Change(BASE, Setup(), "P = 1, hops in memory, R3, sync always, one event a message"),
     Change("hop streams in files", _with(hop_storage="file"), "hops hold derived data, so they may be in memory"),
     Change(
         "one message a frame",
         _with(frame_events_max=1),
-        "frames take whatever waits, and never wait for it",
+        "frames take whatever waits",
         SLOW_MESSAGES,
     ),
     Change(
@@ -57,10 +57,11 @@ CHANGES = (
         "a standing request, topped up, instead of one request a message",
         SLOW_MESSAGES,
     ),
-    Change("1 partition", _with(partitions=1), "lanes overlap their waits for acceptance"),
-    Change("8 partitions", _with(partitions=8), "more lanes: emptier frames, more messages"),
+    Change("frames not paced", _with(frame_gap_s=0.0), "frames begin 8 ms apart while they gather company"),
+    Change("4 partitions", _with(partitions=4), "lanes overlap their waits for acceptance; frames are emptier"),
+    Change("8 partitions", _with(partitions=8), "the same, more so"),
     Change("16 events a message", Setup(), "what gateways can do themselves", MESSAGES // 4, 16),
-    Change("4 processes of each stage", Setup(processes=4), "a process for each partition"),
+    Change("4 partitions, 4 processes of each stage", Setup((("partitions", 4),), 4), "a process for each partition"),
     Change("streams not replicated", _with(replicas=1), "R3: a lost server loses nothing. Not safe"),
     Change("servers sync every 2 minutes", Setup(lazy=True), "sync always: a power cut loses nothing. Not safe"),
     Change("no fdatasync in persist", Setup(switches=("no-fdatasync",)), "a commit is on disk. Not safe"),

@@ -97,8 +97,8 @@ async def test_without_a_quorum_circuits_open_and_one_lane_tries_for_all_until_t
             # Each process writes one stream here. Half of a pause is jitter, and the first ones are short.
             tries_max = elapsed_s / (CIRCUIT_PAUSE_MAX.s / 2) + 2 * CIRCUIT_FAILURES
             tries = {stage: now - then for stage, now, then in zip(STAGES, after, before, strict=True)}
+            # None at all is possible: no publish was under way when the servers died, and nothing came in since.
             assert max(tries.values()) <= tries_max, tries
-            assert any(after), "tries that fail are counted"
             for server in ("n2", "n3"):
                 await pipeline.supervisor.bring_back(server)
         await pipeline.assert_whole(load)

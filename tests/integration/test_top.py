@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from pipeline import Load, Pipeline, running, settings, under_load, workload
+from pipeline import Load, Pipeline, running, settings, under_load, until, workload
 from terminal import PROMPT, Terminal, needs_tmux, terminal
 
 from contracts.settings import MIB
@@ -61,7 +61,11 @@ async def test_a_person_sees_rates_lag_and_latencies_and_quits(pipeline: Pipelin
             await window.press("Space")
             await window.resize(160, 50)
             await window.sees(r"accepted \S+ msg/s \S+ persisted \S+ events/s \S+ waiting .* part .* persist-0 .* yes")
-            assert len((await window.screen()).rstrip("\n").splitlines()) == 50
+
+            async def fills() -> bool:
+                return len((await window.screen()).rstrip("\n").splitlines()) == 50
+
+            await until(fills, "the screen's 50 lines are used")
         await window.press("q")
         await is_restored(window)
     await pipeline.assert_whole(load)
