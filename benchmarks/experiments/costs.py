@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.costs import disk_bytes, read_process
 from benchmarks.load import Pipeline
 from contracts.subjects import EVENTS, HOPS, RECEIPTS
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-SERVERS, LOAD = "server", "load"
-"""What costs are kept under, beside the stages' names: all servers together, and this process."""
+SERVERS, LOAD, DISK = "server", "load", "disk"
+"""What costs are kept under, beside the stages' names: all servers together, this process, and the block device."""
 COUNTED = (EVENTS, *HOPS, RECEIPTS)
 
 
@@ -22,7 +20,7 @@ class Spent(NamedTuple):
 
     Attributes:
         cpu_s: user and system time by kind of process.
-        written_bytes: handed to the disk, by kind.
+        written_bytes: to the block device that the pipeline's files are on, by whomever; empty where it is on none.
         network_bytes: over the loopback device, of everything on this machine.
         messages: ever stored, by stream.
     """
@@ -36,19 +34,19 @@ class Spent(NamedTuple):
 async def spent(pipeline: Pipeline) -> Spent:
     """What the pipeline has cost so far."""
     cpu_s: dict[str, float] = {}
-    written: dict[str, float] = {}
     for process in pipeline.supervisor.processes:
         if process.pid is not None:
-            cpu_s[process.kind] = cpu_s.get(process.kind, 0) + cpu_of(process.pid)
-            written[process.kind] = written.get(process.kind, 0) + _written_of(process.pid)
+            cpu_s[process.kind] = cpu_s.get(process.kind, 0) + read_process(process.pid).cpu_s
     cpu_s[LOAD] = time.process_time()
+    disk = disk_bytes(pipeline.supervisor.directory)
+    written = {} if disk is None else {DISK: float(disk)}
     jetstream = pipeline.observer.jetstream(timeout=10)
     messages = {stream: (await jetstream.stream_info(stream)).state.last_seq for stream in COUNTED}
     return Spent(cpu_s, written, _loopback_bytes(), messages)
 
 
 def per_event(before: Spent, after: Spent, events: int) -> dict[str, Any]:
-    """``{"cpu_us", "written_bytes", "network_bytes", "messages"}`` an event, the first, second and last by kind."""
+    """``{"cpu_us", "written_bytes", "network_bytes", "messages"}`` an event; all but the third by kind."""
 
     def each(name: str, factor: float = 1.0) -> dict[str, float]:
         old, new = getattr(before, name), getattr(after, name)
@@ -65,22 +63,6 @@ def per_event(before: Spent, after: Spent, events: int) -> dict[str, Any]:
 def stages_us(costs: dict[str, Any]) -> float:
     """Processor time of all stages an event, of `per_event`, in µs."""
     return float(sum(value for kind, value in costs["cpu_us"].items() if kind not in (SERVERS, LOAD)))
-
-
-def cpu_of(pid: int) -> float:
-    """User and system time of a process so far, s."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-
-def resident_of(pid: int) -> int:
-    """Resident memory of a process, bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
-
-
-def _written_of(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
 
 
 def _loopback_bytes() -> int:

@@ -29,7 +29,7 @@ class Costs(msgspec.Struct, frozen=True):
     Attributes:
         stages: CPU seconds, by stage.
         servers: CPU seconds of all servers.
-        written: bytes handed to the disk, all servers and persist.
+        written: bytes that the disk was written, by servers and persist.
         network: bytes sent.
         fsync_s: one fdatasync of the measured disk.
         stream_messages_per_s: what one replicated stream takes when nothing else runs; None: not known.

@@ -21,7 +21,8 @@ import msgspec
 import typer
 import uvloop
 
-from benchmarks.experiments.costs import LOAD, resident_of
+from benchmarks.costs import read_process
+from benchmarks.experiments.costs import LOAD
 from benchmarks.experiments.fit import fit_slope
 from benchmarks.experiments.harness import Setup, closed, running
 from benchmarks.experiments.messages import renewed
@@ -122,8 +123,8 @@ async def _sample(
 ) -> None:
     """Resident memory of every process, and disk use, again and again until cancelled."""
     while True:
-        resident = {name: resident_of(pid) for name, pid in _pids(pipeline).items() if pid is not None}
-        resident[LOAD] = resident_of(os.getpid())
+        resident = {name: read_process(pid).resident_bytes for name, pid in _pids(pipeline).items() if pid is not None}
+        resident[LOAD] = read_process(os.getpid()).resident_bytes
         used = await asyncio.to_thread(_disk_bytes, scratch)
         at_s = round(time.monotonic() - begun_s, 2)
         samples.append({"at_s": at_s, "disk_bytes": used, "resident_bytes": resident})

@@ -89,14 +89,14 @@ def test_a_slope_comes_with_its_error() -> None:
 
 def spent(factor: float) -> Spent:
     kinds = dict.fromkeys((*STAGES, "server", "load"), 0.001 * factor)
-    return Spent(kinds, {"server": 4096 * factor}, 100 * factor, {"FI_EVENTS": int(10 * factor)})
+    return Spent(kinds, {"disk": 4096 * factor}, 100 * factor, {"FI_EVENTS": int(10 * factor)})
 
 
 def test_costs_are_differences_by_event() -> None:
     found = per_event(spent(1), spent(3), 10)
     assert found["cpu_us"]["hash"] == pytest.approx(200)
     assert stages_us(found) == pytest.approx(800)
-    assert found["written_bytes"] == {"server": pytest.approx(819.2)}
+    assert found["written_bytes"] == {"disk": pytest.approx(819.2)}
     assert found["network_bytes"] == 20
     assert found["messages"] == {"FI_EVENTS": 2}
 
@@ -157,7 +157,7 @@ def batch_row(batch: int, turn: int = 0) -> dict[str, Any]:
     stage_us, server_us = 10 + 30 / batch, 10 + 130 / batch
     costs = {
         "cpu_us": {**dict.fromkeys(STAGES, stage_us), "server": server_us, "load": 20.0},
-        "written_bytes": {"server": 1_000 + 9_000 / batch, "persist": 500.0},
+        "written_bytes": {"disk": 1_500 + 9_000 / batch},
         "network_bytes": 3_000.0,
         "messages": {"FI_EVENTS": 1 / batch},
     }
