@@ -95,7 +95,9 @@ async def terminal(width: int, height: int) -> AsyncIterator[Terminal]:
         window = Terminal(Path(directory) / uuid.uuid4().hex[:8])
         size = ("-x", str(width), "-y", str(height))
         shell = ("env", f"PS1={PROMPT}", "TERM=screen-256color", "bash", "--norc", "--noprofile")
-        cleared = [part for name in os.environ if name.startswith("FI_") for part in ("-u", name)]
+        # A size that is told goes before what the terminal says of itself; parallel test processes are told one.
+        told = [name for name in os.environ if name.startswith("FI_") or name in ("COLUMNS", "LINES")]
+        cleared = [part for name in told for part in ("-u", name)]
         await window.tmux("new-session", "-d", *size, shlex.join([shell[0], *cleared, *shell[1:]]))
         try:
             await window.sees(re.escape(PROMPT.strip()))
