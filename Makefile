@@ -33,7 +33,7 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, about ten minutes (JOBS=3 test processes)
+test: check ## everything that must hold, about eleven minutes (JOBS=3 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist loadfile
 
 test-slow: setup ## what `make test` leaves out, about half an hour
