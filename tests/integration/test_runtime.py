@@ -30,6 +30,7 @@ from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.checkpoint import Checkpoint, Cursor, locate, read_checkpoint
 from stages.runtime.lane import Lane
+from stages.runtime.pace import Pace
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter
 
@@ -251,6 +252,39 @@ async def test_what_would_make_too_large_a_frame_is_published_as_several(
     heads = [decode_frame_head(message.data) for message in frames if message is not None]
     assert [head.prev for head in heads] == [0, *(head.last for head in heads[:-1])]
     assert sum(len(decode_frame(message.data).events) for message in frames if message) == 6 * body.count(b"\n")
+
+
+async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Client, eventually: Eventually) -> None:
+    gap_s, messages = 0.3, 300
+    await apply(client, Settings(partitions=1))
+    api = Api(client, Settings(partitions=1, frame_gap_s=gap_s))
+    lane = Lane(api, IngestCore(), 0, "nonce", lambda _: None)
+    running = asyncio.create_task(lane.run())
+    consultation = str(UUID(int=1, version=4))
+    event = (
+        f'{{"consultation_id":"{consultation}","event_type":"CONTEXT_UPDATED","payload":{{}},'
+        '"metadata":{"user_id":"u","session_id":"s"}}'
+    ).encode()
+    try:
+        for _ in range(messages):
+            await client.jetstream(timeout=5).publish(f"fi.events.site.{consultation}", event)
+
+        async def reached() -> bool:
+            last = await api.last_message(SEGMENT, SUBJECT)
+            return running.done() or (last is not None and decode_frame_head(last.data).last == messages)
+
+        await eventually(reached)  # type: ignore[misc]
+    finally:
+        lane.stop()
+        await running
+    stored = [await api.message_at(SEGMENT, seq) for seq in range(1, await count(api) + 1)]
+    heads = [decode_frame_head(message.data) for message in stored if message is not None]
+    pace = Pace()
+    for head in heads:
+        made_s = head.made_ns / 1e9
+        # Whatever the machine's speed: no frame is begun while the lane should have waited for company.
+        assert pace.wait_s(made_s, gap_s) < gap_s / 4
+        pace.begin(made_s, head.last - head.prev)
 
 
 async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client, eventually: Eventually) -> None:
