@@ -13,16 +13,19 @@ read to their taker without a queue and a task between them, and messages are ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import Any, Final
+from typing import Final
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionDrainingError, ProtocolError
+from nats.errors import ConnectionDrainingError, NoRespondersError, ProtocolError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.protocol import parser
+
+from stages.runtime.pace import Pace
 
 Sink = Callable[[bytes, bytes, bytes, bytes], None]
 """(subject, reply, header block, payload): takes a message inside the read loop. Must neither raise nor take long."""
@@ -32,6 +35,10 @@ _SPACE: Final = " \t\n\r\v\f"
 _H, _M = b"HM"
 _FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
+_NO_RESPONDERS: Final = "503"
+_INVALID: Final = re.compile(r"[ \t\r\n]").search
+BACKLOG_BYTES_MAX: Final = 1024 * 1024
+"""Above this what is to be written waits for the socket."""
 
 
 class _Parser(parser.Parser):
@@ -68,7 +75,8 @@ class _Parser(parser.Parser):
         if waiting:
             self.state = parser.AWAITING_CONTROL_LINE
             at = self.needed
-            await self._hand_on(self._words, data, 0)
+            if (queued := self._hand_on(self._words, data, 0, at - len(_CRLF))) is not None:
+                await queued
         while at < len(data) and resets == self._resets:
             end = data.find(_CRLF, at)
             if end < 0:
@@ -79,38 +87,39 @@ class _Parser(parser.Parser):
             if data[at] in (_H, _M):
                 words = data[at:end].split(b" ")
                 at = end + len(_CRLF)
-                self.needed = _number(words[-1]) + len(_CRLF)
-                if len(data) - at < self.needed:
+                end = at + _number(words[-1])
+                self.needed = end + len(_CRLF) - at
+                if end + len(_CRLF) > len(data):
                     self._words, self.state = words, parser.AWAITING_MSG_PAYLOAD
                     self.buf.extend(data[at:])
                     return
-                await self._hand_on(words, data, at)
-                at += self.needed
+                if (queued := self._hand_on(words, data, at, end)) is not None:
+                    await queued
+                at = end + len(_CRLF)
             else:
                 line = data[at : end + len(_CRLF)]
                 at += len(line)
                 self.buf.extend(line)
                 await super().parse()
 
-    async def _hand_on(self, words: list[bytes], data: bytes, at: int) -> None:
-        """The message with the control line `words`, whose header block or payload begins at `at`.
+    def _hand_on(self, words: list[bytes], data: bytes, at: int, end: int) -> Awaitable[None] | None:
+        """The message with the control line `words`, whose header block and payload are `data[at:end]`.
 
-        ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``.
+        ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``. What is not for a sink is to
+        be awaited.
         """
         with_headers = words[0] == b"HMSG"
         try:
             subject, sid, *reply = words[1 : -2 if with_headers else -1]
-            split = at + (_number(words[-2]) if with_headers else 0)
-        except (ValueError, IndexError):
+        except ValueError:
             raise ProtocolError from None
-        end = at + _number(words[-1])
-        number = _number(sid)
-        sink = self._client.sinks.get(number)
-        if sink is not None:
-            sink(subject, reply[0] if reply else b"", data[at:split], data[split:end])
-        else:
+        split = at + _number(words[-2]) if with_headers else at
+        sink = self._client.sinks.get(sid)
+        if sink is None:
             block = data[at:split] if with_headers else b""
-            await self._client._process_msg(number, subject, reply[0] if reply else b"", data[split:end], block)
+            return self._client._process_msg(_number(sid), subject, reply[0] if reply else b"", data[split:end], block)
+        sink(subject, reply[0] if reply else b"", data[at:split], data[split:end])
+        return None
 
 
 def _number(word: bytes) -> int:
@@ -152,16 +161,21 @@ class GuardedClient(Client):
     """A client whose read loop survives any message the server delivers, and that ends when it is closed.
 
     Attributes:
-        sinks: number of a subscription → what takes its messages.
+        sinks: number of a subscription, as the server writes it → what takes its messages.
+        gather_s: how far apart what is sent is written to the socket, while so much is sent that this gathers several
+            messages, and answers to more than a few are awaited; 0: at once.
     """
 
     _ended = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.sinks: dict[int, Sink] = {}
+        self.sinks: dict[bytes, Sink] = {}
         self._tokens = count(1)
         self._request_inbox = ""
+        self._pace = Pace()
+        self._departure: asyncio.Handle | None = None
+        self.gather_s = 0.0
         self._ps = _Parser(self)
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
@@ -170,11 +184,11 @@ class GuardedClient(Client):
         Meant for what the server sends only when asked. End it with `Subscription.unsubscribe`.
         """
         subscription = await self.subscribe(subject)
-        self.sinks[subscription._id] = sink
+        self.sinks[b"%d" % subscription._id] = sink
         return subscription
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
-        self.sinks.pop(sid, None)
+        self.sinks.pop(b"%d" % sid, None)
         super()._remove_sub(sid, max_msgs)
 
     async def _init_request_sub(self) -> None:
@@ -189,61 +203,97 @@ class GuardedClient(Client):
         if answer is not None and not answer.done():
             answer.set_result(self._build_message(0, subject, reply, payload, read_headers(block) or None))
 
-    async def _request_new_style(
-        self, subject: str, payload: bytes, timeout: float = 1, headers: dict[str, str] | None = None
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        timeout: float = 0.5,
+        old_style: bool = False,
+        headers: dict[str, str] | None = None,
     ) -> Msg:
-        """As nats-py's, but a cancellation that comes together with the answer is not swallowed.
+        """As nats-py's, in one step, and a cancellation that comes together with the answer is not swallowed.
 
-        (`asyncio.wait_for` of Python 3.11 does that: a task told to end would go on.)
+        (`asyncio.wait_for` of Python 3.11 does that: a task told to end would go on.) `old_style` is not heeded: an
+        inbox for each request has no use here.
         """
         if self.is_draining_pubs:
             raise ConnectionDrainingError
-        if not self._resp_sub_prefix:
+        if not self._request_inbox:
             await self._init_request_sub()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Msg] = loop.create_future()
         # Unique among this connection's requests; the inbox before it is unique among connections.
         token = str(next(self._tokens))
+        reply = self._request_inbox + token
         self._resp_map[token] = answer
         expiry = loop.call_later(timeout, _expire, answer)
         try:
-            await self.publish(subject, payload, reply=f"{self._request_inbox}{token}", headers=headers)
-            return await answer
+            if not self._send_soon(subject, payload, reply, headers):
+                await super().publish(subject, payload, reply, headers)
+            message = await answer
         finally:
             expiry.cancel()
             del self._resp_map[token]
+        if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
+            raise NoRespondersError
+        return message
 
-    async def _send_publish(
-        self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, Any] | None
+    async def publish(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """As nats-py's for headers that are well-formed by their making: names are constants of ours."""
+        """As nats-py's, in one step where that can be."""
+        if _INVALID(reply) or not self._send_soon(subject, payload, reply, headers):
+            await super().publish(subject, payload, reply, headers)
+
+    def _send_soon(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
+        """Takes a message that is well-formed and that can be sent now; False for any other: nats-py's to judge."""
         text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()]) if headers else ""
-        # Values may be a gateway's own: one with a line break must not become two headers.
-        if headers is None or text.count("\r") != len(headers) or text.count("\n") != len(headers):
-            await super()._send_publish(subject, reply, payload, payload_size, headers)
-            return
-        block = f"NATS/1.0\r\n{text}\r\n".encode()
-        line = f"HPUB {subject} {reply} {len(block)} {len(block) + payload_size}\r\n".encode()
-        self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += payload_size
-        command = b"".join((line, block, payload, _CRLF))
-        if self._is_idle():
-            self._transport.write(command)  # type: ignore[union-attr]
-            return
-        await self._send_command(command)
-        if self._flush_queue is not None and self._flush_queue.empty():
-            await self._flush_pending()
-
-    def _is_idle(self) -> bool:
-        """True when little is under way, and what was written before has gone to the kernel.
-
-        A message is then written at once. Where there are many, the flusher's queue, future and task pay: one system
-        call takes them all.
-        """
-        if self._pending or len(self._resp_map or ()) > _FEW or not self.is_connected:
+        if (
+            self._status != Client.CONNECTED
+            or self._pending_data_size > BACKLOG_BYTES_MAX
+            or len(payload) > self._max_payload
+            or not subject
+            or _INVALID(subject)
+            # Values may be a gateway's own: one with a line break must not become two headers.
+            or (headers and not text.count("\r") == text.count("\n") == len(headers))
+        ):
             return False
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(payload)
+        if headers:
+            head = f"NATS/1.0\r\n{text}\r\n".encode()
+            sizes = f"HPUB {subject} {reply} {len(head)} {len(head) + len(payload)}\r\n".encode()
+            command = b"".join((sizes, head, payload, _CRLF))
+        else:
+            command = b"".join((f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload, _CRLF))
+        if not self._pending and len(self._resp_map or ()) <= _FEW and self._unwritten() == 0:
+            self._transport.write(command)  # type: ignore[union-attr]
+            return True
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if self._departure is None:
+            loop = asyncio.get_running_loop()
+            wait_s = self._pace.wait_s(loop.time(), self.gather_s)
+            self._departure = loop.call_later(wait_s, self._depart) if wait_s else loop.call_soon(self._depart)
+        return True
+
+    def _depart(self) -> None:
+        """Hands what is pending to the socket: one system call takes it all. To nats-py's flusher when it lags."""
+        self._departure = None
+        self._pace.begin(asyncio.get_running_loop().time(), len(self._pending))
+        if not self._pending or self._status != Client.CONNECTED or self._flush_queue is None:
+            return
+        if self._unwritten() == 0:
+            self._transport.writelines(self._pending)  # type: ignore[union-attr]
+            self._pending = []
+            self._pending_data_size = 0
+        elif self._flush_queue.empty():
+            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    def _unwritten(self) -> int:
+        """Bytes that the kernel has not taken yet."""
         writer = getattr(self._transport, "_io_writer", None)
-        return writer is not None and writer.transport.get_write_buffer_size() == 0
+        return 0 if writer is None else writer.transport.get_write_buffer_size()
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None

@@ -36,7 +36,7 @@ class Listening(GuardedClient):
         self.taken: list[Taken] = []
         self.processed: list[tuple[Any, ...]] = []
         self.pings = 0
-        self.sinks[SINK] = lambda *message: self.taken.append(message)
+        self.sinks[b"%d" % SINK] = lambda *message: self.taken.append(message)
 
     async def _process_msg(self, *message: Any) -> None:
         self.processed.append(message)
