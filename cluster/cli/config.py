@@ -156,8 +156,8 @@ def check(
     """Checks the settings, one line each: ok, or what to do. Starts nothing and changes nothing.
 
     With --connect also: the servers answer; the streams are there and agree with the settings, for which those of a run
-    in DIR stand in place of the defaults, as for `fictl cluster plan`; this user can write the store's directory and it
-    has disk_floor_bytes free; the signing key can be read. The exit code is that of the first failure: 2 a wrong
+    in DIR stand in place of the defaults, as for `fictl cluster plan`; this user can write the store's directory, it
+    has disk_floor_bytes free and is not mounted with `discard` (advice only); the signing key can be read. The exit code is that of the first failure: 2 a wrong
     setting, 3 no servers or streams, 1 anything else.
 
     Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi
@@ -300,7 +300,22 @@ def _look_at_disk(store: Path, floor_bytes: int) -> str:
         raise DefiniteError(
             f"{free_bytes} bytes are free at {place}, disk_floor_bytes is {floor_bytes}: make room, or lower it"
         )
-    return f"{place} can be written; {free_bytes} bytes are free, disk_floor_bytes is {floor_bytes}"
+    return (
+        f"{place} can be written; {free_bytes} bytes are free, disk_floor_bytes is {floor_bytes}{_mount_advice(place)}"
+    )
+
+
+def _mount_advice(place: Path) -> str:
+    """What `place` had better be mounted without; see ADR 0023."""
+    from cluster.mounts import mount_of
+
+    mount = mount_of(place)
+    if mount is None or "discard" not in mount.options:
+        return ""
+    return (
+        f". But its {mount.kind} is mounted with `discard`: each file deleted can hold up every write for 10 to 100 ms; "
+        "mount it without, here and where the servers keep streams, and enable fstrim.timer instead"
+    )
 
 
 def _look_at_key(settings: Settings) -> str:
