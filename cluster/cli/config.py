@@ -157,8 +157,8 @@ def check(
 
     With --connect also: the servers answer; the streams are there and agree with the settings, for which those of a run
     in DIR stand in place of the defaults, as for `fictl cluster plan`; this user can write the store's directory, it
-    has disk_floor_bytes free and is not mounted with `discard` (advice only); the signing key can be read. The exit code is that of the first failure: 2 a wrong
-    setting, 3 no servers or streams, 1 anything else.
+    has disk_floor_bytes free and is not mounted with `discard` (advice only); the signing key can be read. The exit
+    code is that of the first failure: 2 a wrong setting, 3 no servers or streams, 1 anything else.
 
     Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi
     """
@@ -313,7 +313,7 @@ def _mount_advice(place: Path) -> str:
     if mount is None or "discard" not in mount.options:
         return ""
     return (
-        f". But its {mount.kind} is mounted with `discard`: each file deleted can hold up every write for 10 to 100 ms; "
+        f". But its {mount.kind} is mounted with `discard`: a file deleted can hold up every write for 10 to 100 ms; "
         "mount it without, here and where the servers keep streams, and enable fstrim.timer instead"
     )
 

@@ -11,6 +11,8 @@ from contracts.subjects import Stage
 from stages.runtime.api import StoredMessage
 from stages.runtime.work import Step, step_frame
 
+_decode = msgspec.json.Decoder().decode
+
 
 def payload_hash(payload: bytes) -> bytes:
     """The audit hash of a payload given as JSON bytes, 32 bytes; incremental for large payloads.
@@ -19,7 +21,7 @@ def payload_hash(payload: bytes) -> bytes:
         InvalidEventError: the payload has no canonical form (ingest refuses these; this is the second line).
     """
     try:
-        value = msgspec.json.decode(payload)
+        value = _decode(payload)
         return audit_hash_incremental(value) if len(payload) > INCREMENTAL_BYTES_MIN else audit_hash(value)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise InvalidEventError("payload.unhashable", "payload", f"has no canonical form: {error}") from error

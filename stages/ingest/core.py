@@ -54,7 +54,8 @@ EVENTS_MAX = 32 * 1024
 
 _TIME_NS_MIN, _TIME_NS_MAX = -(2**63), 2**63 - 1
 _REQUIRED_BYTES = len('{"consultation_id":"","event_type":"","payload":,"metadata":}')
-_EVENT_ID_BYTES, _TIMESTAMP_BYTES = len(',"event_id":'), len(',"timestamp":')
+_OPTIONAL_BYTES = len(',"event_id":'), len(',"timestamp":')
+_STRINGS_BYTES = sum(_OPTIONAL_BYTES) + 4
 _REPEATED_BYTES_MAX = 1024
 _DUPLICATE_BYTES_MIN = len('"payload":0,')
 """No field given twice takes fewer bytes."""
@@ -152,12 +153,9 @@ def parse_uuid(text: str) -> bytes:
     Raises:
         ValueError: anything else.
     """
-    digits = text.replace("-", "")
-    if len(text) != 36 or len(digits) != 32 or text[8:24:5] != "----":
-        raise ValueError("not a UUID of 36 characters")
-    value = bytes.fromhex(digits)
-    # fromhex passes over white space, so fewer bytes come out of a text that holds some.
-    if len(value) != 16:
+    value = bytes.fromhex(text.replace("-", ""))
+    # fromhex passes over white space: fewer bytes come out of a text that holds some, or further hyphens.
+    if len(value) != 16 or len(text) != 36 or text[8:24:5] != "----":
         raise ValueError("not a UUID of 36 characters")
     return value
 
@@ -190,18 +188,20 @@ def _parse_event(message: _Message, index: int, text: bytes) -> Event:
     event_id = _uuid_field("event_id", wire.event_id, "event_id.invalid") if wire.event_id else None
     if wire.event_id == "":
         raise InvalidEventError("event_id.invalid", "event_id", "empty; leave it out or give a UUID")
-    time_ns = _parse_time(wire.timestamp) if isinstance(wire.timestamp, str) else None
+    time_ns = _parse_time(wire.timestamp) if type(wire.timestamp) is str else None
     _check_duplicates(text, wire, payload, metadata)
     _check_payload(payload)
-    first = message.first.at(index)
+    if event_id is None:
+        first = message.first.at(index)
+        event_id = derive_event_id(first.origin, first.accepted_ns, first.index)
     return Event(
         origin=message.origin,
         index=index,
-        event_id=event_id or derive_event_id(first.origin, first.accepted_ns, first.index),
+        event_id=event_id,
         consultation_id=consultation_id,
         site=message.site,
         event_type=wire.event_type,
-        timestamp_ns=first.accepted_ns if time_ns is None else time_ns,
+        timestamp_ns=message.first.accepted_ns if time_ns is None else time_ns,
         stamped=time_ns is not None,
         payload=payload,
         metadata=(_complete_again if len(metadata) <= _REPEATED_BYTES_MAX else _complete_metadata)(
@@ -316,16 +316,16 @@ def _check_duplicates(text: bytes, wire: _Wire, payload: bytes, metadata: bytes)
     `text` must be accounted for by the names and values kept.
     """
     kept_bytes = _REQUIRED_BYTES + len(wire.consultation_id) + len(wire.event_type) + len(payload) + len(metadata)
-    quotes = 12
-    for value, name_bytes in ((wire.event_id, _EVENT_ID_BYTES), (wire.timestamp, _TIMESTAMP_BYTES)):
-        if isinstance(value, str):
-            kept_bytes += name_bytes + 2 + len(value)
-            quotes += 4
-        elif value is None:
-            kept_bytes += name_bytes + 4
-            quotes += 2
+    optional = wire.event_id, wire.timestamp
+    if type(optional[0]) is type(optional[1]) is str:
+        kept_bytes += _STRINGS_BYTES + len(optional[0]) + len(optional[1])
+    else:
+        for value, name_bytes in zip(optional, _OPTIONAL_BYTES, strict=True):
+            if value is not UNSET:
+                kept_bytes += name_bytes + (4 if value is None else 2 + len(value))
     if len(text) - kept_bytes < _DUPLICATE_BYTES_MIN:
         return
+    quotes = 12 + sum(0 if value is UNSET else 2 if value is None else 4 for value in optional)
     if text.count(b'"') - payload.count(b'"') - metadata.count(b'"') != quotes:
         for name in _Wire.__struct_fields__:
             key = b'"%s"' % name.encode()
