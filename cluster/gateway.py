@@ -115,7 +115,7 @@ class Gateway:
             client: connected (`stages.runtime.connection.connect`); stays the caller's to close.
             in_flight: at least 1.
             timeout_s: how long one try waits for the answer before its outcome counts as unknown.
-            gather_s: between two writes to the connection while messages come close; 0: no message waits for others.
+            gather_s: how long messages may wait to be sent together while others are on their way; 0: none waits.
             jitter: gives a number in [0, 1).
             telemetry: to record with.
         """
