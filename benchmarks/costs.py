@@ -40,12 +40,14 @@ class Reading(NamedTuple):
             them is written (ext4, Linux 6.18: 1 MiB for a row of 500 bytes of which the disk gets 4.6 KB). An upper
             bound; `Snapshot.disk_bytes` is what the disk got.
         resident_bytes: memory now.
+        mapped_bytes: of that, pages of mapped files: the kernel's cache, which it takes back when it needs the room.
     """
 
     pid: int
     cpu_s: float
     written_bytes: int
     resident_bytes: int
+    mapped_bytes: int = 0
 
 
 class StreamState(NamedTuple):
@@ -154,7 +156,10 @@ def read_process(pid: int) -> Reading:
     fields = (root / "stat").read_text().rpartition(")")[2].split()
     lines = dict(line.split(": ") for line in (root / "io").read_text().splitlines())
     resident = int((root / "statm").read_text().split()[1]) * PAGE_BYTES
-    return Reading(pid, (int(fields[11]) + int(fields[12])) / TICKS_PER_S, int(lines["write_bytes"]), resident)
+    status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+    mapped = int(status.get("RssFile", "0 kB").split()[0]) * 1024
+    cpu_s = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return Reading(pid, cpu_s, int(lines["write_bytes"]), resident, mapped)
 
 
 def disk_bytes(path: Path) -> int | None:

@@ -21,7 +21,7 @@ import msgspec
 from nats.errors import ConnectionClosedError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
-from contracts.budgets import ACCEPT, ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN, GATHER
+from contracts.budgets import ACCEPT, ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, publish_subject
@@ -106,7 +106,6 @@ class Gateway:
         *,
         in_flight: int = IN_FLIGHT,
         timeout_s: float = ACCEPT.s,
-        gather_s: float = GATHER.s,
         jitter: Callable[[], float] = random.random,
         telemetry: Telemetry = OFF,
     ) -> None:
@@ -115,14 +114,12 @@ class Gateway:
             client: connected (`stages.runtime.connection.connect`); stays the caller's to close.
             in_flight: at least 1.
             timeout_s: how long one try waits for the answer before its outcome counts as unknown.
-            gather_s: how long messages may wait to be sent together while others are on their way; 0: none waits.
             jitter: gives a number in [0, 1).
             telemetry: to record with.
         """
         self.in_flight = in_flight
         self.retries = 0
         self.client = client
-        client.gather_s = gather_s
         self._timeout_s = timeout_s
         self._jitter = jitter
         self._accepted = telemetry.histogram(ACCEPTED_LATENCY, {})

@@ -131,11 +131,6 @@ CONTROL_REQUEST: Final = _limit(5.0, "a supervisor: a request on its socket to b
 # Gateways and streams.
 ACCEPT: Final = _limit(2.0, "a gateway: one try's acknowledgement by FI_EVENTS", "it sends the same message again")
 ACCEPT_PAUSE_MIN: Final = _pause(0.05, "a gateway: before the next try, at least", "it sends again")
-GATHER: Final = _pause(
-    0.008,
-    "a gateway with more than a few messages on their way: their answers, with what it sends next",
-    "it sends that",
-)
 ACCEPT_PAUSE_MAX: Final = _pause(0.2, "the same, at most; longer after each try in vain", "it sends again")
 TOPOLOGY_APPLY: Final = _limit(60.0, "whoever applies the topology: a stream's leader", "it fails; run it again")
 TOPOLOGY_PLAN: Final = _limit(10.0, "`fictl cluster plan`, `config check`: the streams", "it fails: not ready")

@@ -37,8 +37,6 @@ _NO_RESPONDERS: Final = "503"
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
-GATHERED_BYTES_MAX: Final = 64 * 1024
-"""As much as a server reads at once."""
 
 
 class _Parser(parser.Parser):
@@ -162,8 +160,6 @@ class GuardedClient(Client):
 
     Attributes:
         sinks: number of a subscription, as the server writes it → what takes its messages.
-        gather_s: while answers to more than a few requests are awaited, what is sent is held until they are there, for
-            so long at most, or until `GATHERED_BYTES_MAX` are held; then it is written together. 0: nothing is held.
     """
 
     _ended = False
@@ -174,9 +170,6 @@ class GuardedClient(Client):
         self._tokens = count(1)
         self._request_inbox = ""
         self._departure: asyncio.Handle | None = None
-        self._is_holding = False
-        self._will_look = False
-        self.gather_s = 0.0
         self._ps = _Parser(self)
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
@@ -203,11 +196,6 @@ class GuardedClient(Client):
         answer = self._resp_map.get(token)
         if answer is not None and not answer.done():
             answer.set_result(self._build_message(0, subject, reply, payload, read_headers(block) or None))
-            if self._is_holding and not self._will_look:
-                self._will_look = True
-                loop = asyncio.get_running_loop()
-                # Once more around: all who were answered by what was just read have then sent what they send next.
-                loop.call_soon(loop.call_soon, self._look)
 
     async def request(
         self,
@@ -277,30 +265,13 @@ class GuardedClient(Client):
             return True
         self._pending.append(command)
         self._pending_data_size += len(command)
-        loop = asyncio.get_running_loop()
-        if self._is_holding and self._pending_data_size >= GATHERED_BYTES_MAX:
-            self._depart()
-        elif self._departure is None:
-            self._is_holding = bool(self.gather_s) and self._awaited() > _FEW
-            self._departure = (
-                loop.call_later(self.gather_s, self._depart) if self._is_holding else loop.call_soon(self._depart)
-            )
+        if self._departure is None:
+            self._departure = asyncio.get_running_loop().call_soon(self._depart)
         return True
-
-    def _awaited(self) -> int:
-        """Answers to what was written that are not there yet. Nearly all that is pending are requests."""
-        return len(self._resp_map or ()) - len(self._pending)
-
-    def _look(self) -> None:
-        self._will_look = False
-        if self._is_holding and self._awaited() <= _FEW:
-            self._depart()
 
     def _depart(self) -> None:
         """Hands what is pending to the socket: one system call takes it all. To nats-py's flusher when it lags."""
-        if self._departure is not None:
-            self._departure.cancel()
-        self._departure, self._is_holding = None, False
+        self._departure = None
         if not self._pending or self._status != Client.CONNECTED or self._flush_queue is None:
             return
         if self._unwritten() == 0:

@@ -271,17 +271,3 @@ def test_the_id_of_a_batch_is_that_of_its_events_in_order() -> None:
     assert batch_id(["a"]) == "a"
     assert batch_id(["a", "b"]) == batch_id(["a", "b"])
     assert len({batch_id(["a", "b"]), batch_id(["b", "a"]), batch_id(["a", "b", "c"]), batch_id(["a/b"])}) == 4
-
-
-async def test_few_senders_do_not_wait_for_company(client: GuardedClient) -> None:
-    """Each sends its next message when the last is accepted: what is held goes when nothing else is awaited."""
-    jetstream = await make_stream(client)
-    gateway = Gateway(client, gather_s=60)
-
-    async def send(sender: int) -> None:
-        for number in range(5):
-            await gateway.publish(a_line(), "clinic-1", str(UUID(int=sender)), f"id-{sender}-{number}")
-
-    async with asyncio.timeout(50):
-        await asyncio.gather(*map(send, range(1, 31)))
-    assert len(await stored(jetstream)) == 150

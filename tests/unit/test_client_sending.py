@@ -1,4 +1,4 @@
-"""When a client writes what it is given: at once while little is under way, together while much is."""
+"""When a client writes what it is given: at once while little is under way, else once a turn of the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 from nats.errors import BadSubjectError
 
-from stages.runtime.client import GATHERED_BYTES_MAX, GuardedClient
+from stages.runtime.client import GuardedClient
 
 INBOX = "_INBOX.x."
 FEW = 4
@@ -35,10 +35,9 @@ class Socket:
 class Connected(GuardedClient):
     """A client that is connected to a `Socket`."""
 
-    def __init__(self, gather_s: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.socket = Socket()
-        self.gather_s = gather_s
         self._transport = self.socket  # type: ignore[assignment]
         self._status = self.CONNECTED
         self._max_payload = 1024 * 1024
@@ -70,7 +69,7 @@ async def turns(count: int = 5) -> None:
 
 
 async def test_while_little_is_under_way_each_message_is_written_at_once() -> None:
-    client = Connected(gather_s=60)
+    client = Connected()
     async with asyncio.TaskGroup() as tasks:
         for number in range(1, 20):
             client.ask(tasks, 1)
@@ -80,67 +79,19 @@ async def test_while_little_is_under_way_each_message_is_written_at_once() -> No
             await turns()
 
 
-async def test_while_much_is_under_way_what_is_sent_waits_for_its_answers() -> None:
-    client = Connected(gather_s=60)
-    async with asyncio.TaskGroup() as tasks:
-        client.ask(tasks, 10)
-        await turns()
-        assert client.sizes == [1] * FEW + [10 - FEW]
-        client.ask(tasks, 5)
-        await turns()
-        client.ask(tasks, 1)
-        await turns()
-        assert sum(client.sizes) == 10
-        client.answer(1, 2, 3, 4, 5)
-        await turns()
-        assert sum(client.sizes) == 10, "five are still awaited"
-        client.answer(6)
-        await turns()
-        assert client.sizes == [1] * FEW + [10 - FEW, 6]
-        client.answer(*range(7, 17))
-    assert not client._resp_map
-
-
-async def test_nothing_waits_longer_than_the_limit() -> None:
-    client = Connected(gather_s=0.05)
-    async with asyncio.TaskGroup() as tasks:
-        client.ask(tasks, 20)
-        await turns()
-        client.ask(tasks, 3)
-        await turns()
-        assert sum(client.sizes) == 20
-        await asyncio.sleep(0.2)
-        assert sum(client.sizes) == 23
-        client.answer(*range(1, 24))
-
-
-async def test_without_a_limit_nothing_waits() -> None:
-    client = Connected(gather_s=0)
+async def test_while_much_is_under_way_what_one_turn_sends_is_written_together() -> None:
+    client = Connected()
     async with asyncio.TaskGroup() as tasks:
         for number in range(1, 6):
             client.ask(tasks, 10)
             await turns()
             assert sum(client.sizes) == number * 10
+            assert client.sizes[-1] >= 10 - FEW
         client.answer(*range(1, 51))
 
 
-async def test_as_much_as_a_server_reads_at_once_does_not_wait() -> None:
-    client = Connected(gather_s=60)
-    async with asyncio.TaskGroup() as tasks:
-        client.ask(tasks, 20)
-        await turns()
-        before = client.sizes
-        client.ask(tasks, 1, bytes(100))
-        await turns()
-        assert client.sizes == before
-        client.ask(tasks, 1, bytes(GATHERED_BYTES_MAX))
-        await turns()
-        assert client.sizes == [*before, 2]
-        client.answer(*range(1, 23))
-
-
 async def test_what_the_socket_does_not_take_is_left_to_the_flusher() -> None:
-    client = Connected(gather_s=0)
+    client = Connected()
     client.socket.unwritten = 1
     async with asyncio.TaskGroup() as tasks:
         client.ask(tasks, 3)
@@ -152,7 +103,7 @@ async def test_what_the_socket_does_not_take_is_left_to_the_flusher() -> None:
 
 @pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0", "a\tb"])
 async def test_a_subject_that_would_be_another_command_is_refused(subject: str) -> None:
-    client = Connected(gather_s=0)
+    client = Connected()
     with pytest.raises(BadSubjectError):
         await client.request(subject, b"", timeout=1)
     with pytest.raises(BadSubjectError):
