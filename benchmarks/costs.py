@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     cpu_s: float
     written_bytes: int
     resident_bytes: int
-    mapped_bytes: int = 0
+    mapped_bytes: int
 
 
 class StreamState(NamedTuple):

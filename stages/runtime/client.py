@@ -169,7 +169,7 @@ class GuardedClient(Client):
         self.sinks: dict[bytes, Sink] = {}
         self._tokens = count(1)
         self._request_inbox = ""
-        self._departure: asyncio.Handle | None = None
+        self._will_depart = False
         self._ps = _Parser(self)
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
@@ -265,13 +265,14 @@ class GuardedClient(Client):
             return True
         self._pending.append(command)
         self._pending_data_size += len(command)
-        if self._departure is None:
-            self._departure = asyncio.get_running_loop().call_soon(self._depart)
+        if not self._will_depart:
+            self._will_depart = True
+            asyncio.get_running_loop().call_soon(self._depart)
         return True
 
     def _depart(self) -> None:
         """Hands what is pending to the socket: one system call takes it all. To nats-py's flusher when it lags."""
-        self._departure = None
+        self._will_depart = False
         if not self._pending or self._status != Client.CONNECTED or self._flush_queue is None:
             return
         if self._unwritten() == 0:
@@ -282,9 +283,9 @@ class GuardedClient(Client):
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
     def _unwritten(self) -> int:
-        """Bytes that the kernel has not taken yet."""
+        """Bytes that the kernel has not taken yet; 1 where that cannot be told: a WebSocket sends when drained."""
         writer = getattr(self._transport, "_io_writer", None)
-        return 0 if writer is None else writer.transport.get_write_buffer_size()
+        return 1 if writer is None else writer.transport.get_write_buffer_size()
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None

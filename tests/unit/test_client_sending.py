@@ -31,6 +31,9 @@ class Socket:
     def writelines(self, lines: Iterable[bytes]) -> None:
         self.writes.append(list(lines))
 
+    async def drain(self) -> None:
+        pass
+
 
 class Connected(GuardedClient):
     """A client that is connected to a `Socket`."""
@@ -100,6 +103,24 @@ async def test_what_the_socket_does_not_take_is_left_to_the_flusher() -> None:
         assert client.sizes == []
         assert client._flush_queue.qsize() == 1
         client.answer(1, 2, 3)
+
+
+async def test_a_transport_that_sends_when_drained_is_left_to_the_flusher() -> None:
+    """nats-py's WebSocket transport keeps what is written until then."""
+    client = Connected()
+    del client.socket._io_writer
+    await client.publish("subject", b"x")
+    await turns()
+    assert client.sizes == []
+    assert client._flush_queue.qsize() == 1
+
+
+async def test_a_header_value_with_a_line_break_stays_one_header() -> None:
+    client = Connected()
+    await client.publish("subject", b"x", headers={"traceparent": "a\r\nNats-Msg-Id: forged"})
+    ((written,),) = client.socket.writes
+    assert b"traceparent" in written
+    assert b"\r\nNats-Msg-Id" not in written
 
 
 @pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0", "a\tb"])

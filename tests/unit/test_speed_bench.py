@@ -193,7 +193,7 @@ def test_a_check_fails_on_a_regression_and_can_be_read_by_machines(
 
 def taken(at: int, *, pid: int = 1, purged: bool = False) -> Snapshot:
     """The `at`-th moment: each process worked `at` s more, each stream got 500 more messages, and so on."""
-    reading = Reading(pid, float(at), at * 10_000, 50_000_000)
+    reading = Reading(pid, float(at), at * 10_000, 50_000_000, 0)
     return Snapshot(
         {SERVERS: {"n1": reading, "n2": reading}, "ingest": {"ingest-0": reading}, LOAD: {LOAD: reading}},
         {
