@@ -44,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         events_bytes_max, hop_bytes_max, receipts_bytes_max, dlq_bytes_max: stream limits; a full stream refuses.
         dedup_window_s: how long servers remember a gateway's message ids. Correctness does not depend on it.
         frame_events_max, frame_bytes_max: a frame takes no further message once it has reached either.
+        frame_deflate_bytes_min: events of a frame are deflated from so many bytes on. Builds without this
+            setting wait for a later one to read such frames: while they run, set it to 16 MiB, which no frame reaches.
         frame_gap_s: ingest begins a partition's frames so far apart at least; 0: none waits for company.
         pull_batch, pull_batch_hop: messages asked for at once, from `FI_EVENTS` and from a hop.
         pull_bytes_max: bytes asked for at once.
@@ -87,6 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dedup_window_s: _Seconds = 120.0
     frame_events_max: _Positive = 512
     frame_bytes_max: Annotated[int, Meta(ge=1024, le=2 * MIB)] = MIB // 2
+    frame_deflate_bytes_min: _Positive = 16 * 1024
     frame_gap_s: Annotated[float, Meta(ge=0, le=1)] = 0.008
     pull_batch: _Positive = 256
     pull_batch_hop: _Positive = 16

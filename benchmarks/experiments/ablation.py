@@ -11,6 +11,7 @@ from benchmarks.experiments.curves import MIDDLE_RATE_PER_S, by_variant
 from benchmarks.experiments.harness import Bench, Case, Row, Setup, measure_cases
 from benchmarks.load import Message, make_messages
 from benchmarks.report import markdown_table
+from contracts.frames import FRAME_BYTES_MAX
 from stages.persist.keys import create_key
 
 BASE = "as it is"
@@ -58,6 +59,7 @@ CHANGES = (
         SLOW_MESSAGES,
     ),
     Change("frames not paced", _with(frame_gap_s=0.0), "frames begin 8 ms apart while they gather company"),
+    Change("frames not deflated", _with(frame_deflate_bytes_min=FRAME_BYTES_MAX + 1), "frames from 16 KB on are"),
     Change("4 partitions", _with(partitions=4), "lanes overlap their waits for acceptance; frames are emptier"),
     Change("8 partitions", _with(partitions=8), "the same, more so"),
     Change("16 events a message", Setup(), "what gateways can do themselves", MESSAGES // 4, 16),

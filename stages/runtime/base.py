@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from contracts.errors import FencedError, HoleError, StrayFrameError, WireFormatError
-from contracts.frames import decode_frame_head
+from contracts.frames import decode_frame_head, held_bytes
 from contracts.subjects import HOPS, INPUT_STREAM, Stage, input_filter
 from contracts.telemetry import EVENT_WORKER_STARTED
 from stages.runtime.api import Api
@@ -41,6 +41,7 @@ class InputFeed:
             batch=settings.pull_batch if stage == "ingest" else settings.pull_batch_hop,
             locate=self._locate,
             nonce=nonce,
+            weigh=len if stage == "ingest" else held_bytes,
         )
 
     async def _locate(self) -> int:

@@ -13,11 +13,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from contracts.errors import FencedError
 from contracts.events import Event
-from contracts.frames import Dead, Frame, encode_frame
+from contracts.frames import Dead, Encoded, Frame, deflate_frame
 from contracts.subjects import OUTPUT_STREAM, output_subject
 from stages.runtime.api import Api, StoredMessage
 from stages.runtime.base import InputFeed, LaneBase
@@ -34,6 +34,14 @@ OFFLOAD_BYTES_MIN: Final = 256 * 1024
 """Input of this size is worked on in a thread, so that the event loop keeps turning."""
 HEADERS_BYTES_MAX: Final = 4096
 """Room for a frame's headers: servers count them as payload."""
+
+
+class Made(NamedTuple):
+    """A frame, its bytes, and the sequence of the last message it was made from."""
+
+    frame: Frame
+    encoded: Encoded
+    input_seq: int
 
 
 class Lane(LaneBase):
@@ -130,18 +138,18 @@ class Lane(LaneBase):
         self._probe.begin(messages)
         self._core.begin()
         while True:
-            frame, letters, input_seq = await self._work(messages, feed.cursor)
-            if frame is None:
+            made, letters = await self._work(messages, feed)
+            if made is None:
                 self._probe.skipped()
                 return
-            data = encode_frame(frame)
-            if len(data) <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
+            if made.encoded.held_bytes <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
                 break
             # Stages add to small events several times their size: what was taken can be too much for one message.
             half = len(messages) // 2
             feed.reader.put_back(messages[half:])
             messages = messages[:half]
             self._core.open(feed.cursor.closed)
+        frame, data = made.frame, made.encoded.data
         if not self._allowed(len(frame.events), letters):
             feed.reader.put_back(messages)
             self._core.open(feed.cursor.closed)
@@ -151,7 +159,7 @@ class Lane(LaneBase):
         await self._graveyard.bury(letters)
         await self._writer.publish(data, str(frame.last), self._probe.headers())
         self._probe.framed(frame, len(data))
-        feed.cursor = Cursor(frame.last, input_seq, frame.closed)
+        feed.cursor = Cursor(frame.last, made.input_seq, frame.closed)
         self._holes = 0
 
     def _allowed(self, passed: int, letters: list[DeadLetter]) -> bool:
@@ -179,14 +187,14 @@ class Lane(LaneBase):
             )
         return allowed
 
-    async def _work(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Frame | None, list[DeadLetter], int]:
+    async def _work(self, messages: list[StoredMessage], feed: InputFeed) -> tuple[Made | None, list[DeadLetter]]:
         """`_build`, in a thread when there is much to do."""
-        if sum(len(message.data) for message in messages) >= OFFLOAD_BYTES_MIN:
-            return await asyncio.to_thread(self._build, messages, cursor)
-        return self._build(messages, cursor)
+        if sum(feed.reader.weigh(message.data) for message in messages) >= OFFLOAD_BYTES_MIN:
+            return await asyncio.to_thread(self._build, messages, feed.cursor)
+        return self._build(messages, feed.cursor)
 
-    def _build(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Frame | None, list[DeadLetter], int]:
-        """Runs the core over `messages`: their frame (None if nothing in them is new), letters, input sequence."""
+    def _build(self, messages: list[StoredMessage], cursor: Cursor) -> tuple[Made | None, list[DeadLetter]]:
+        """Runs the core over `messages`: what comes of them (None if nothing in them is new), and letters."""
         events: list[Event] = []
         dead: list[Dead] = []
         letters: list[DeadLetter] = []
@@ -204,7 +212,7 @@ class Lane(LaneBase):
             dead += step.dead
             letters += step.letters
         if not first:
-            return None, letters, input_seq
+            return None, letters
         frame = Frame(
             self._partition,
             cursor.origin,
@@ -217,4 +225,4 @@ class Lane(LaneBase):
             tuple(dead),
             tuple(events),
         )
-        return frame, letters, input_seq
+        return Made(frame, deflate_frame(frame, self._api.settings.frame_deflate_bytes_min), input_seq), letters

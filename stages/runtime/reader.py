@@ -49,6 +49,7 @@ class OrderedReader:
         batch: messages asked for at once.
         locate: gives the stream sequence to start from, asked anew each time a consumer is made.
         nonce: of this process; consumer names are built from it.
+        weigh: what working on a message's data takes, in bytes.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class OrderedReader:
         batch: int,
         locate: Callable[[], Awaitable[int]],
         nonce: str,
+        weigh: Callable[[bytes], int] = len,
     ) -> None:
         self._api = api
         self._stream = stream
@@ -67,6 +69,7 @@ class OrderedReader:
         self._batch = batch
         self._locate = locate
         self._nonce = nonce
+        self.weigh = weigh
         self._probe = api.telemetry.reader(stream, filter_subject)
         self._gate = api.gate(stream)
         self._task: asyncio.Task[None] | None = None
@@ -142,12 +145,16 @@ class OrderedReader:
         self._woken_up = False
 
     def take(self, count_max: int, bytes_max: int) -> list[StoredMessage]:
-        """What is waiting, oldest first: at least one message if there is any, else up to the limits."""
+        """What is waiting, oldest first: at least one message if there is any, else up to the limits.
+
+        `bytes_max` is held against what the messages weigh.
+        """
         taken: list[StoredMessage] = []
-        size_bytes = 0
-        while self._buffer and len(taken) < count_max and (not taken or size_bytes < bytes_max):
+        size_bytes = weight_bytes = 0
+        while self._buffer and len(taken) < count_max and (not taken or weight_bytes < bytes_max):
             message = self._buffer.popleft()
             size_bytes += len(message.data)
+            weight_bytes += self.weigh(message.data)
             taken.append(message)
         self._buffered_bytes -= size_bytes
         if self._wants_more():

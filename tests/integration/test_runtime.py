@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from uuid import UUID
 
@@ -15,7 +15,7 @@ from waiting import Eventually
 
 from cluster.apply import apply
 from contracts.errors import DefiniteError, FencedError
-from contracts.frames import Frame, decode_frame, decode_frame_head, encode_frame
+from contracts.frames import FRAME_BYTES_MAX, Frame, decode_frame, decode_frame_head, encode_frame, held_bytes
 from contracts.hashing import EMPTY_ROOT
 from contracts.receipts import Receipt, encode_receipt
 from contracts.settings import MIB, Settings
@@ -33,6 +33,7 @@ from stages.runtime.lane import Lane
 from stages.runtime.pace import Pace
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter
+from stages.segment.core import SegmentCore
 
 pytestmark = pytest.mark.cluster
 
@@ -156,9 +157,11 @@ async def test_a_message_no_server_takes_is_a_definite_failure(client: Client) -
 class Following:
     """A reader whose position is that of the last message taken."""
 
-    def __init__(self, api: Api, batch: int) -> None:
+    def __init__(self, api: Api, batch: int, weigh: Callable[[bytes], int]) -> None:
         self.taken: list[StoredMessage] = []
-        self.reader = OrderedReader(api, SEGMENT, SUBJECT, batch=batch, locate=self._locate, nonce="reader")
+        self.reader = OrderedReader(
+            api, SEGMENT, SUBJECT, batch=batch, locate=self._locate, nonce="reader", weigh=weigh
+        )
 
     async def _locate(self) -> int:
         return self.taken[-1].seq + 1 if self.taken else 1
@@ -172,8 +175,8 @@ class Following:
 
 
 @asynccontextmanager
-async def following(api: Api, batch: int = 64) -> AsyncIterator[Following]:
-    follower = Following(api, batch)
+async def following(api: Api, batch: int = 64, weigh: Callable[[bytes], int] = len) -> AsyncIterator[Following]:
+    follower = Following(api, batch, weigh)
     follower.reader.start()
     try:
         yield follower
@@ -236,22 +239,26 @@ async def test_what_would_make_too_large_a_frame_is_published_as_several(
     trace = {HEADER_TRACEPARENT: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
     for _ in range(6):
         await client.jetstream(timeout=5).publish(f"fi.events.{'s' * 64}.{consultation}", body, headers=trace)
-    lane = Lane(api, IngestCore(), 0, "nonce", lambda _: None)
-    running = asyncio.create_task(lane.run())
-    try:
+    # Deflated, all that ingest made of them would fit into one frame of segment's.
+    for core, stream, subject in ((IngestCore(), SEGMENT, SUBJECT), (SegmentCore(), "FI_HASH", "fi.hash.0")):
+        lane = Lane(api, core, 0, "nonce", lambda _: None)
+        running = asyncio.create_task(lane.run())
 
-        async def reached() -> bool:
-            last = await api.last_message(SEGMENT, SUBJECT)
+        async def reached(stream: str = stream, subject: str = subject, running: asyncio.Task[None] = running) -> bool:
+            last = await api.last_message(stream, subject)
             return running.done() or (last is not None and decode_frame_head(last.data).last == 6)
 
-        await eventually(reached)  # type: ignore[misc]
-    finally:
-        lane.stop()
-        await running
-    frames = [await api.message_at(SEGMENT, seq) for seq in range(1, await count(api) + 1)]
-    heads = [decode_frame_head(message.data) for message in frames if message is not None]
-    assert [head.prev for head in heads] == [0, *(head.last for head in heads[:-1])]
-    assert sum(len(decode_frame(message.data).events) for message in frames if message) == 6 * body.count(b"\n")
+        try:
+            await eventually(reached)  # type: ignore[misc]
+        finally:
+            lane.stop()
+            await running
+        frames = [await api.message_at(stream, seq) for seq in range(1, await count(api, stream) + 1)]
+        messages = [message for message in frames if message is not None]
+        heads = [decode_frame_head(message.data) for message in messages]
+        assert [head.prev for head in heads] == [0, *(head.last for head in heads[:-1])]
+        assert sum(len(decode_frame(message.data).events) for message in messages) == 6 * body.count(b"\n")
+        assert all(len(message.data) < held_bytes(message.data) <= FRAME_BYTES_MAX for message in messages)
 
 
 async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Client, eventually: Eventually) -> None:
@@ -300,6 +307,17 @@ async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client, e
         assert [len(m.data) for m in reader.take(9, 1)] == [10]
         assert [len(m.data) for m in reader.take(9, MIB)] == [10]
         assert reader.take(9, MIB) == []
+
+
+async def test_take_counts_what_messages_weigh(client: Client, eventually: Eventually) -> None:
+    api = await ready(client)
+    await fill(api, 10, 15)
+    async with following(api, weigh=lambda data: 1000 * len(data)) as follower:
+        reader = follower.reader
+        await eventually(lambda: reader.buffered == 5)  # type: ignore[misc]
+        assert [int(message.data) for message in reader.take(9, 2001)] == [10, 11]
+        assert [int(message.data) for message in reader.take(9, 2000)] == [12]
+        assert [int(message.data) for message in reader.take(9, MIB)] == [13, 14]
 
 
 async def test_what_is_put_back_comes_first(client: Client, eventually: Eventually) -> None:
