@@ -94,6 +94,9 @@ class Node(ManagedProcess):
         ports: see `NodePorts`.
     """
 
+    timer_slack_ns = 4_000_000
+    """While a server syncs files, Go's runtime looks after it every 20 µs: a quarter of its CPU (ADR 0025)."""
+
     def __init__(
         self,
         name: str,

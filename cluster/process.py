@@ -32,7 +32,10 @@ class ManagedProcess(ABC):
     Attributes:
         name: unique within its supervisor.
         log: file that standard output and error are appended to.
+        timer_slack_ns: how much longer its sleeps may last on Linux; 0: the system's own.
     """
+
+    timer_slack_ns = 0
 
     def __init__(self, name: str, log: Path, *, inherited_fds: Sequence[int] = ()) -> None:
         """Args: `inherited_fds` stay open in the child (lock files that must outlive the parent)."""
@@ -80,7 +83,7 @@ class ManagedProcess(ABC):
         with self.log.open("ab") as log:
             self._log_offset = log.tell()
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid())),
+                *(sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), str(self.timer_slack_ns)),
                 *self.command(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=self._stdout(log.fileno()),

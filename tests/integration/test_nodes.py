@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -157,9 +158,25 @@ async def test_killing_the_starting_process_leaves_no_server_and_frees_the_direc
 async def test_the_launcher_refuses_to_run_for_a_parent_that_is_gone(tmp_path: Path) -> None:
     launcher = Path(nodes.__file__).with_name("launcher.py")
     touched = tmp_path / "touched"
-    orphan = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", launcher, "1", "touch", touched)
+    orphan = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", launcher, "1", "0", "touch", touched)
     assert await orphan.wait() == 125
     assert not touched.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="timer slack is Linux's")
+async def test_the_launcher_gives_its_command_the_timer_slack_it_is_told() -> None:
+    launcher = Path(nodes.__file__).with_name("launcher.py")
+    told = "import ctypes; print(ctypes.CDLL(None).prctl(30, 0, 0, 0, 0))"
+    found = []
+    for slack_ns in ("0", "4000000"):
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", launcher, str(os.getpid()), slack_ns, sys.executable, "-c", told),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await child.communicate()
+        found.append(int(output))
+    own_ns = ctypes.CDLL(None).prctl(30, 0, 0, 0, 0)
+    assert found == [own_ns, 4_000_000]
 
 
 def test_a_missing_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def make_settings(rng: random.Random) -> Settings:
         dead_share_max=1.0,
         member_ttl_s=5,
         member_renew_s=2.0,
-        frame_deflate_bytes_min=rng.choice((1, 16 * MIB)),
+        frame_deflate_bytes_min=1,
     )
 
 
