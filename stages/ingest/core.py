@@ -132,8 +132,8 @@ def parse_message(
         now_ns: the time now, stored as `ingest_ns`.
         first_seen: of a replayed message, where it first came in: what ids and times are derived from.
     """
-    first = parse_first_seen(first_seen) or FirstSeen(origin, accepted_ns, 0)
-    trace = traceparent if parse_traceparent(traceparent) is not None else ""
+    first = (parse_first_seen(first_seen) if first_seen else None) or FirstSeen(origin, accepted_ns, 0)
+    trace = traceparent if traceparent and parse_traceparent(traceparent) is not None else ""
     message = _Message(subject_site, subject_consultation, origin, accepted_ns, first, trace, now_ns)
     lines = split_body(body)
     if len(lines) == 1:

@@ -14,7 +14,7 @@ import builtins
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 from nats.aio.msg import Msg
@@ -68,7 +68,7 @@ class RequestRefusedError(DefiniteError):
         super().__init__(f"{subject}: {error.description} ({error.err_code})")
 
 
-class StoredMessage(NamedTuple):
+class StoredMessage(msgspec.Struct, frozen=True, gc=False):
     """One message as a stream holds it. `time_ns` is when it was stored."""
 
     subject: str

@@ -53,7 +53,7 @@ class Circuit:
         self._jitter = jitter
         self._trips = trips
         self._failures = 0
-        self._is_open = False
+        self.is_open = False
         self._pauses = 0
         self._next_s = 0.0
         self._answered_s = float("-inf")
@@ -63,13 +63,13 @@ class Circuit:
 
     def state(self, now_s: float) -> CircuitState:
         """``half-open`` when one may try or is at it."""
-        if not self._is_open:
+        if not self.is_open:
             return "closed"
         return "open" if self._tried_s is None and now_s < self._next_s else "half-open"
 
     def ask(self, now_s: float) -> float:
         """0: try now. Else how many seconds to wait before asking again."""
-        if not self._is_open:
+        if not self.is_open:
             return 0.0
         if now_s < self._next_s:
             return self._next_s - now_s
@@ -79,14 +79,14 @@ class Circuit:
 
     def answered(self, now_s: float) -> bool:
         """The target answered: closed from now on. True when it was not."""
-        was_open, self._is_open = self._is_open, False
+        was_open, self.is_open = self.is_open, False
         self._failures = self._pauses = 0
         self._answered_s = now_s
         return was_open
 
     def failed(self, now_s: float, begun_s: float) -> bool:
         """A try that began at `begun_s` got no answer. True when that trips it: it was closed and is open now."""
-        if self._is_open:
+        if self.is_open:
             if self._tried_s is not None and begun_s >= self._tried_s:
                 self._pause(now_s)
             return False
@@ -95,7 +95,7 @@ class Circuit:
         self._failures += 1
         if self._failures < self._failures_max:
             return False
-        self._is_open = True
+        self.is_open = True
         self._trips.add()
         self._pause(now_s)
         return True
@@ -105,7 +105,7 @@ class Circuit:
 
         Counts once in `pause_s_max`: a stream of signs is no way around the pause.
         """
-        if not self._is_open or now_s < self._poked_s + self._pause_s_max:
+        if not self.is_open or now_s < self._poked_s + self._pause_s_max:
             return False
         self._poked_s = self._next_s = now_s
         self._tried_s = None
@@ -156,7 +156,7 @@ class Gate:
 
     def poke(self) -> None:
         """A sign that the target is back."""
-        if self._circuit.poke(asyncio.get_running_loop().time()):
+        if self._circuit.is_open and self._circuit.poke(asyncio.get_running_loop().time()):
             self._wake()
 
     def _wake(self) -> None:

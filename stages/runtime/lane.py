@@ -189,7 +189,7 @@ class Lane(LaneBase):
 
     async def _work(self, messages: list[StoredMessage], feed: InputFeed) -> tuple[Made | None, list[DeadLetter]]:
         """`_build`, in a thread when there is much to do."""
-        if sum(feed.reader.weigh(message.data) for message in messages) >= OFFLOAD_BYTES_MIN:
+        if sum(map(feed.reader.weigh, [message.data for message in messages])) >= OFFLOAD_BYTES_MIN:
             return await asyncio.to_thread(self._build, messages, feed.cursor)
         return self._build(messages, feed.cursor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -32,7 +32,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     policy: int = 0
 
 
-class Step(NamedTuple):
+class Step(msgspec.Struct, frozen=True, gc=False):
     """What one input message becomes: the part of it that lies after the cursor.
 
     Attributes:

@@ -69,7 +69,7 @@ class SegmentCore:
         """Classifies and checks the events of one frame after `origin`. See `StageCore.step`."""
         self._closed.limit(self._policy.rules.closed_remembered)
         step = step_frame(message, origin, lambda event: self._pass(event, now_ns), self._policy.version)
-        return None if step is None else step._replace(closed=self._closed.packed)
+        return None if step is None else msgspec.structs.replace(step, closed=self._closed.packed)
 
     def _pass(self, event: Event, now_ns: int) -> Event:
         policy, rules = self._policy, self._policy.rules

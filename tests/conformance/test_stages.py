@@ -239,7 +239,7 @@ def newer(frame: bytes) -> bytes:
 
 def strange(stage: Stage, change: Callable[[bytes], bytes]) -> list[StoredMessage]:
     first, second, third = inputs(stage, [(0, 1, 0)] * 3, 10)
-    return [first, second._replace(data=change(second.data)), third]
+    return [first, msgspec.structs.replace(second, data=change(second.data)), third]
 
 
 @every_reader_of_frames
@@ -264,7 +264,7 @@ def test_what_is_no_frame_is_refused_as_a_stray_and_nothing_is_skipped(stage: St
 def test_a_frame_of_another_partition_is_a_stray(stage: Stage) -> None:
     messages = inputs(stage, [(0, 1, 0)], 10)
     with pytest.raises(StrayFrameError, match="partition 5"):
-        work(stage, [messages[0]._replace(subject=f"fi.{stage}.6")], 10)
+        work(stage, [msgspec.structs.replace(messages[0], subject=f"fi.{stage}.6")], 10)
 
 
 def test_repeats_within_and_before_a_group_are_counted_and_not_stored() -> None:

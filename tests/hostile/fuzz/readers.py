@@ -96,7 +96,9 @@ def _through_all_stages(message: StoredMessage) -> str:
     frame = msgspec.structs.replace(
         frame, trail=(1,), closed=second.closed, dead=tuple(second.dead), events=tuple(second.events)
     )
-    third = hashed.step(hop._replace(subject=f"fi.hash.{PARTITION}", data=encode_frame(frame)), ORIGIN - 1, NOW_NS)
+    third = hashed.step(
+        msgspec.structs.replace(hop, subject=f"fi.hash.{PARTITION}", data=encode_frame(frame)), ORIGIN - 1, NOW_NS
+    )
     assert third is not None
     assert not third.letters, "ingest let something pass that cannot be hashed"
     for event in third.events:
