@@ -100,6 +100,19 @@ class MerkleFrontier:
         self._nodes.append(node)
         self.size += 1
 
+    def extend(self, records: Iterable[bytes]) -> None:
+        """Adds the leaf of each stored record, as `append` of its `leaf_hash` does, without three calls for each."""
+        nodes, size = self._nodes, self.size
+        for record in records:
+            node = sha256(b"\x00" + record).digest()
+            rest = size
+            while rest & 1:
+                node = sha256(b"\x01" + nodes.pop() + node).digest()
+                rest >>= 1
+            nodes.append(node)
+            size += 1
+        self.size = size
+
     def root(self) -> bytes:
         """The root over all leaves so far, 32 bytes."""
         if not self._nodes:

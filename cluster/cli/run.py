@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from cluster.cli.common import (
     given_settings,
     run_async,
 )
+from contracts.budgets import SWITCH_INTERVAL
 from contracts.errors import SettingsError
 from contracts.subjects import STAGES, Stage
 
@@ -90,6 +92,7 @@ def run(
     # What was imported lives as long as the process: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL.s)
     run_async(serve())
 
 

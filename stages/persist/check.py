@@ -137,8 +137,13 @@ class _Contents:
         check.last_origin = row.origin
         check.commits += 1
         self._settled.append(_SETTLED.pack(row.origin, len(records), row.duplicates, row.dead_lettered))
-        for record in records:
-            self._take_record(row, record)
+        events = [event for record in records if (event := self._take_record(row, record)) is not None]
+        if self.columns is not None and len(events) == len(records):
+            try:
+                self.columns.extend(events, records)
+            except ValueError as error:
+                check.report(where, f"holds what no column holds: {error}")
+                self.columns = None
 
     def finish(self) -> None:
         self._check.settled = b"".join(self._settled)
@@ -146,18 +151,17 @@ class _Contents:
         self._check.ids = b"".join(self._ids)
         self._check.events = len(self._leaves)
 
-    def _take_record(self, row: CommitRow, record: bytes) -> None:
+    def _take_record(self, row: CommitRow, record: bytes) -> Event | None:
+        """The record's event, with everything that is wrong with it reported; None when it is none."""
         self._leaves.append(leaf_hash(record))
         where = f"commit {row.ordinal}, event {len(self._leaves)} of the shard"
         try:
             event = decode_event(record)
-            where = f"commit {row.ordinal}, event {UUID(bytes=event.event_id)}"
-            if self.columns is not None:
-                self.columns.add(event, len(record))
-        except (WireFormatError, ValueError) as error:
+        except WireFormatError as error:
             self._check.report(where, f"is not an event: {error}")
             self.columns = None
-            return
+            return None
+        where = f"commit {row.ordinal}, event {UUID(bytes=event.event_id)}"
         self._ids.append(event.event_id)
         key = (event.origin, event.index)
         if key <= self._last_key:
@@ -169,6 +173,7 @@ class _Contents:
         self._last_key = key
         if (wrong := _wrong_hash(event)) is not None:
             self._check.report(where, wrong)
+        return event
 
 
 def _wrong_hash(event: Event) -> str | None:

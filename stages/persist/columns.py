@@ -5,6 +5,8 @@ Sealing writes what this module computes; verification computes it again and com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -37,26 +39,26 @@ class ColumnsBuilder:
         self._indexes: list[int] = []
         self._offsets = [0]
 
-    def add(self, event: Event, record_bytes: int) -> None:
-        """The next event, whose record is `record_bytes` long.
+    def extend(self, events: Sequence[Event], records: Sequence[bytes]) -> None:
+        """The next events, and the record of each. After an error the builder is of no more use.
 
         Raises:
             ValueError: an id, hash or name has a length that no column holds.
         """
-        lengths = (len(event.event_id), len(event.consultation_id), len(event.audit_hash))
-        if lengths != (ID_BYTES, ID_BYTES, HASH_BYTES):
-            raise ValueError(f"event {event.event_id.hex()} has ids and a hash of {lengths} bytes")
-        if not all(name.isascii() and 0 < len(name) <= NAMES_CHARS_MAX for name in (event.site, event.event_type)):
-            raise ValueError(f"event {event.event_id.hex()} has a site or type that is not 1 to 64 ASCII characters")
-        self._event_ids.append(event.event_id)
-        self._consultation_ids.append(event.consultation_id)
-        self._hashes.append(event.audit_hash)
-        self._site_codes.append(self._sites.setdefault(event.site, len(self._sites)))
-        self._type_codes.append(self._types.setdefault(event.event_type, len(self._types)))
-        self._timestamps.append(event.timestamp_ns)
-        self._origins.append(event.origin)
-        self._indexes.append(event.index)
-        self._offsets.append(self._offsets[-1] + record_bytes)
+        for event in events:
+            if len(event.event_id) != ID_BYTES or len(event.consultation_id) != ID_BYTES:
+                raise ValueError(f"event {event.event_id.hex()} has an id that is not {ID_BYTES} bytes long")
+            if len(event.audit_hash) != HASH_BYTES:
+                raise ValueError(f"event {event.event_id.hex()} has a hash of {len(event.audit_hash)} bytes")
+        self._event_ids += [event.event_id for event in events]
+        self._consultation_ids += [event.consultation_id for event in events]
+        self._hashes += [event.audit_hash for event in events]
+        self._site_codes += _codes([event.site for event in events], self._sites)
+        self._type_codes += _codes([event.event_type for event in events], self._types)
+        self._timestamps += [event.timestamp_ns for event in events]
+        self._origins += [event.origin for event in events]
+        self._indexes += [event.index for event in events]
+        self._offsets += islice(accumulate(map(len, records), initial=self._offsets[-1]), 1, None)
 
     def finish(self, store_id: str) -> dict[str, Array]:
         """All datasets but `records`, `commits` and the Merkle frontiers, by HDF5 path.
@@ -81,6 +83,14 @@ class ColumnsBuilder:
             **_by_event_id(event_ids, store_id),
             **_by_consultation(consultation_ids),
         }
+
+
+def _codes(names: list[str], known: dict[str, int]) -> list[int]:
+    """The number of each name; new ones are added to `known`. Raises `ValueError` for one that no column holds."""
+    for name in set(names) - known.keys():
+        if not (name.isascii() and 0 < len(name) <= NAMES_CHARS_MAX):
+            raise ValueError(f"{name!r} is not a site or type of 1 to {NAMES_CHARS_MAX} ASCII characters")
+    return [known.setdefault(name, len(known)) for name in names]
 
 
 def as_rows(values: list[bytes], width: int) -> Array:

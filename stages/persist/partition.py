@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import decode_event_key
-from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.capacity import create_shard
@@ -201,8 +201,7 @@ class PartitionFiles:
     def _replay(self, live: LiveShard) -> None:
         """Takes a live shard's events into the tree and the set of seen ids."""
         for _, records in live.scan():
-            for record in records:
-                self.frontier.append(leaf_hash(record))
+            self.frontier.extend(records)
             self.seen.add(live.header.shard, [decode_event_key(record).event_id for record in records])
 
     def _open_current(self, file: ShardFile | None, end: StoreEnd) -> None:
@@ -318,8 +317,7 @@ class PartitionFiles:
                 committed_ns=self._clock_ns(),
             )
             self._live.sync()
-        for record in group.records:
-            self.frontier.append(leaf_hash(record))
+        self.frontier.extend(group.records)
         self.seen.add(self._live.header.shard, group.ids)
         now_ns = self._clock_ns()
         if self._first_ns is None:

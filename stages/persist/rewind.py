@@ -16,7 +16,7 @@ from pathlib import Path
 from msgspec import UNSET
 
 from contracts.errors import ShardCorruptError, ShardError
-from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.capacity import create_shard
@@ -165,8 +165,7 @@ class _Walk:
                 expected = max(0, reader.watermark()) if commits is None else commits
                 whole = 0
                 for row, records in reader.scan(commits):
-                    for record in records:
-                        self._tree.append(leaf_hash(record))
+                    self._tree.extend(records)
                     whole = row.ordinal
                     self._hold(file, row.origin, file.shard, row.ordinal)
                     if self.damage is not None:

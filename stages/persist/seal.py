@@ -1,14 +1,12 @@
 """Sealing: a live shard's committed rows become an immutable, compressed, verified HDF5 file.
 
-Blocking and CPU-bound: run it in a thread or a process. It reads the live file on its own descriptor, keeps one
-compressed chunk of records in memory, and lets go of the interpreter lock regularly so that an event loop beside it
-goes on committing. The same live rows and arguments give the same bytes.
+Blocking and CPU-bound: run it in a thread or a process. It reads the live file on its own descriptor and keeps the
+records of one commit and a compressed chunk in memory. The same live rows and arguments give the same bytes.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +18,7 @@ from isal import isal_zlib
 
 from contracts.errors import ShardCorruptError, ShardError, WireFormatError
 from contracts.events import decode_event, format_rfc3339
-from contracts.hashing import HASH_BYTES, MerkleFrontier, leaf_hash
+from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.columns import COMPRESSED, DESCRIPTIONS, Array, ColumnsBuilder
 from stages.persist.files import publish_file, remove_file, sync_file, write_all_at
 from stages.persist.hdf5 import new_hdf5
@@ -34,8 +32,6 @@ CHUNK_BYTES = 256 * 1024
 _GZIP_LEVEL = 1
 _ALIGN_BYTES = 8
 _READ_BYTES = 1024 * 1024
-_BREATHE_EVENTS = 32
-_PROGRESS_EVENTS = 4096
 
 Progress = Callable[[int], None]
 """Told now and then how many events are done."""
@@ -183,10 +179,10 @@ class _RecordsWriter:
         self.length = 0
         self.digest = sha256()
 
-    def add(self, record: bytes) -> None:
-        self.digest.update(record)
-        self._pending += record
-        self.length += len(record)
+    def add(self, records: bytes) -> None:
+        self.digest.update(records)
+        self._pending += records
+        self.length += len(records)
         while len(self._pending) >= CHUNK_BYTES:
             self._write(bytes(self._pending[:CHUNK_BYTES]))
             del self._pending[:CHUNK_BYTES]
@@ -212,17 +208,15 @@ def _write_body(
     # Aligned so that the contiguous arrays can be mapped and used in place.
     with new_hdf5(tmp, align_from_bytes=1, align_to_bytes=_ALIGN_BYTES) as file:
         records = _RecordsWriter(file)
-        for done, record in enumerate(_records(live, commits, rows), 1):
+        for group in _groups(live, commits, rows):
             try:
-                columns.add(decode_event(record), len(record))
+                columns.extend([decode_event(record) for record in group], group)
             except (WireFormatError, ValueError) as error:
                 raise ShardCorruptError(f"{live.path}: commit {len(rows)} holds what is no event: {error}") from error
-            after.append(leaf_hash(record))
-            records.add(record)
-            if done % _BREATHE_EVENTS == 0:
-                time.sleep(0)
-            if progress is not None and done % _PROGRESS_EVENTS == 0:
-                progress(done)
+            after.extend(group)
+            records.add(b"".join(group))
+            if progress is not None:
+                progress(after.size - frontier.size)
         records.finish()
         datasets = columns.finish(live.header.store)
         datasets["commits"] = np.array(rows, "<i8")
@@ -252,13 +246,13 @@ def _write_body(
     return _Written(datasets, records.length, records.digest.hexdigest(), after)
 
 
-def _records(live: LiveReader, commits: int, rows: list[CommitRow]) -> Iterator[bytes]:
-    """The records of the first `commits` rows; the rows themselves are put into `rows`."""
+def _groups(live: LiveReader, commits: int, rows: list[CommitRow]) -> Iterator[list[bytes]]:
+    """The records of each of the first `commits` rows; the rows themselves are put into `rows`."""
     for row, records in live.scan(commits):
         if len(records) != row.events:
             raise ShardCorruptError(f"{live.path}: commit {row.ordinal} holds {len(records)} events, not {row.events}")
         rows.append(row)
-        yield from records
+        yield records
     if len(rows) != commits:
         raise ShardCorruptError(
             f"{live.path}: only {len(rows)} of {commits} committed rows are whole; rebuild it from the stream"

@@ -23,7 +23,7 @@ import numpy as np
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
-from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.hashing import MerkleFrontier
 from stages.persist.columns import Array
 from stages.persist.names import ShardFile
 from stages.persist.openshards import OpenShards, View
@@ -309,8 +309,7 @@ class EventStore:
                 elif leaf == 0:
                     tree = MerkleFrontier()
                 if tree is not None:
-                    for record in view.records():
-                        tree.append(leaf_hash(record))
+                    tree.extend(view.records())
         size, root = (None, None) if tree is None else (tree.size, tree.root().hex())
         return PartitionEnd(partition, origin, size, root)
 
