@@ -85,11 +85,12 @@ def as_markdown(sections: Mapping[str, Any]) -> str:
 
 def _conditions(section: Mapping[str, Any]) -> str:
     environment = section["environment"]
-    sync = environment["fdatasync_4k_ms"]
+    sync, trip = environment["fdatasync_4k_ms"], environment.get("round_trip_us")
+    woken = f", to another core and back p50 {trip['p50']:.0f} µs" if trip else ""
     quick = " A quick run: the figures mean nothing." if section["quick"] else ""
     return (
         f"Taken {environment['taken']}: {environment['cpus']} CPUs ({environment['machine']}), load average "
         f"{environment['load_1_min']} before it began, kernel {environment['kernel']}, Python {environment['python']}, "
-        f"{environment['nats_server']}, 4 KB fdatasync p50 {sync['p50']} ms, p95 {sync['p95']} ms; "
+        f"{environment['nats_server']}, 4 KB fdatasync p50 {sync['p50']} ms, p95 {sync['p95']} ms{woken}; "
         f"{section['repetitions']} repetitions, {section['took_s']:,.0f} s.{quick}\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.costs import LOAD, SERVERS, Reading, Snapshot, StreamState, cost
 from benchmarks.headline import compare, headline, ratios
 from benchmarks.load import make_messages
 from benchmarks.regression import judge_ratios
+from benchmarks.report import round_trips
 from benchmarks.speedreport import as_markdown
 from cluster.cli.capacity import read_benchmark
 from contracts.subjects import STAGES
@@ -293,3 +295,14 @@ def test_a_baseline_does_the_stages_work_on_an_event() -> None:
     assert stored["audit_hash"] == payload_hash(msgspec.json.encode(sent["payload"])).hex()
     assert stored["policy_version"] >= 1
     assert stored["group"]
+
+
+def test_round_trips_are_measured_and_the_process_keeps_its_cores() -> None:
+    cores = os.sched_getaffinity(0)
+    found = round_trips()
+    assert os.sched_getaffinity(0) == cores
+    if len(cores) < 2:
+        assert found is None
+    else:
+        assert found is not None
+        assert 0 < found["p50"] <= found["p95"]

@@ -22,7 +22,13 @@ from contracts.settings import MIB, Settings
 from contracts.subjects import STAGES
 
 SETTINGS = Settings(
-    partitions=4, shard_bytes=16 * MIB, shard_age_s_max=20, trim_s=0.5, seal_on_drain=False, hop_bytes_max=8 * MIB
+    partitions=4,
+    shard_bytes=16 * MIB,
+    shard_age_s_max=20,
+    trim_s=0.5,
+    seal_on_drain=False,
+    hop_bytes_max=8 * MIB,
+    frame_deflate_bytes_min=1024,
 )
 """Small shards that are sealed often, and hops that fill."""
 PROCESSES_EACH = 2
