@@ -16,8 +16,21 @@ from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store, lock_partition, probe_disk
 
 
+class Summary(Protocol):
+    """Work on stored ids that makes asking for them quicker."""
+
+    def make(self) -> None:
+        """Blocking; may run beside everything else. Raises `ShardCorruptError`, `OSError`."""
+
+    def take(self) -> None:
+        """From now on it counts. Nobody asks meanwhile."""
+
+
 class Seen(Protocol):
     """The ids of everything that is stored."""
+
+    def unsummarized(self) -> Summary | None:
+        """The next such work, if there is any."""
 
     def seen(self, ids: Sequence[bytes]) -> Sequence[bool]:
         """For each id, whether an event with it is stored."""

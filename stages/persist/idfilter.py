@@ -3,10 +3,13 @@
 A register-blocked Bloom filter: an id picks one 64-bit word and five bits in it. Twelve bits an id give about one false
 "perhaps" in a hundred. Ids may be counters, clocks or chosen by an adversary, so bits are taken from a hash keyed with
 the store's id, which gateways do not know; and a wrong "perhaps" costs a look-up, never a wrong answer.
+
+Many filters lie in one array (`Filters`), so that one numpy operation asks them all.
 """
 
 from __future__ import annotations
 
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -52,9 +55,55 @@ def word_indices(hashes: Words, words: Words | np.uint64) -> Words:
     return ((hashes >> _HALF) * (words & _LOW_HALF)) >> _HALF
 
 
-def build_filter(ids: Bytes2D, store_id: str) -> Words:
-    """The filter over `ids` (n×16 u1): n * `BITS_PER_ID` bits, at least one word."""
-    words = np.zeros(max(1, -(-len(ids) * BITS_PER_ID // _WORD_BITS)), np.uint64)
-    hashes = hash_ids(ids, store_id)
+def empty_filter(ids: int, bits_per_id: int = BITS_PER_ID) -> Words:
+    """A filter for so many ids that holds none yet: ids * `bits_per_id` bits, at least one word."""
+    return np.zeros(max(1, -(-ids * bits_per_id // _WORD_BITS)), np.uint64)
+
+
+def add_to_filter(words: Words, hashes: Words) -> None:
+    """Notes ids, given their hashes."""
     np.bitwise_or.at(words, word_indices(hashes, np.uint64(len(words))), masks_of(hashes))
+
+
+def build_filter(ids: Bytes2D, store_id: str) -> Words:
+    """The filter over `ids` (n×16 u1) that a sealed shard holds."""
+    words = empty_filter(len(ids))
+    add_to_filter(words, hash_ids(ids, store_id))
+    return words
+
+
+class Filters:
+    """Filters in one array. Adding one copies all."""
+
+    def __init__(self) -> None:
+        self._words: Words = np.empty(0, np.uint64)
+        self._first: Words = np.empty(0, np.uint64)
+        self._count: Words = np.empty(0, np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._count)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        return self._words.nbytes
+
+    def add(self, words: Words) -> None:
+        """Takes a filter in, as the last one."""
+        self._first = np.append(self._first, np.uint64(len(self._words)))
+        self._count = np.append(self._count, np.uint64(len(words)))
+        self._words = _joined(self._words, words)
+
+    def perhaps(self, hashes: Words) -> tuple[Words, Words]:
+        """Which filters say "perhaps" of which of the ids: two arrays of numbers from 0, ordered by filter."""
+        masks = masks_of(hashes)[None, :]
+        places = self._first[:, None] + word_indices(hashes[None, :], self._count[:, None])
+        filters, needles = np.nonzero((self._words[places] & masks) == masks)
+        return filters.astype(np.uint64), needles.astype(np.uint64)
+
+
+def _joined(first: Words, second: Words) -> Words:
+    """Both, in memory of their own that is given back whole: the heap would keep what each former array took."""
+    words = np.frombuffer(mmap(-1, first.nbytes + second.nbytes), np.uint64)
+    np.concatenate([first, second], out=words)
     return words

@@ -3,37 +3,52 @@
 Ids of live shards are a set each. Of a sealed shard only its filter (`idfilter`, 1.5 bytes an event) is resident; its
 "perhaps" is settled by binary search in the file's sorted ids, mapped and not read. Answers are exact. Only so
 many shards stay mapped: each mapping holds a file descriptor, and a store grows to thousands of shards.
+
+Asking every shard's filter would cost more with each shard, most of it for wrong answers: one shard in a hundred says
+"perhaps" of any id. So each full group of shards has a summary, a filter over all their ids (2 bytes an event), and
+only where that says "perhaps" the group is asked. A summary is made in the background (`unsummarized`); until then its
+group is asked each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from mmap import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from contracts.errors import ShardCorruptError
 from stages.persist.columns import as_rows, as_text
 from stages.persist.header import Area, SealedHeader, read_sealed_header
-from stages.persist.idfilter import ID_BYTES, Words, hash_ids, masks_of, word_indices
+from stages.persist.idfilter import ID_BYTES, Bytes2D, Filters, Words, add_to_filter, empty_filter, hash_ids
 
 Text = np.ndarray[Any, Any]
 
 MAPPED_MAX = max(16, getrlimit(RLIMIT_NOFILE)[0] // 32)
 """Sealed shards of a partition that stay mapped; others are mapped for the moment (70 µs), which never thrashes."""
-_GROUP_SHARDS_MAX = 64
-"""Filters are joined in groups, so that one numpy operation asks many; adding a shard copies only the last group."""
+GROUP_SHARDS: Final = 64
+"""Shards in a group. Adding a shard copies the filters of the last group."""
+SUMMARY_BITS_PER_ID: Final = 16
+"""About one wrong "perhaps" in two hundred."""
 
 
 class SeenIds:
-    """The event ids of one partition. Not for use from several threads at once."""
+    """The event ids of one partition. Not for use from several threads at once.
 
-    def __init__(self) -> None:
+    Args:
+        group_shards: shards in a group.
+    """
+
+    def __init__(self, group_shards: int = GROUP_SHARDS) -> None:
+        self._group_shards = group_shards
         self._live: dict[int, set[bytes]] = {}
-        self._groups: list[_Group] = []
+        self._groups: list[IdGroup] = []
+        self._summaries = Filters()
+        self._summarized: list[IdGroup] = []
+        self._key = os.urandom(ID_BYTES).hex()
         self._mapped = _Mapped()
 
     def add(self, shard: int, ids: Iterable[bytes]) -> None:
@@ -46,13 +61,30 @@ class SeenIds:
             return []
         live = self._live.values()
         answers = [any(event_id in noted for noted in live) for event_id in ids]
-        if self._groups:
+        if self._groups or self._summarized:
             rows = as_rows(list(ids), ID_BYTES)
             text = as_text(rows)
             for group in self._groups:
                 for needle in group.find(rows, text):
                     answers[needle] = True
+            for group, needles in self._perhaps_in(rows):
+                for needle in group.find(rows[needles], text[needles]):
+                    answers[needles[needle]] = True
         return answers
+
+    def _perhaps_in(self, rows: Bytes2D) -> Iterator[tuple[IdGroup, Words]]:
+        """The groups whose summary says "perhaps", each with the positions in `rows` of which it does."""
+        if not self._summarized:
+            return
+        groups, needles = self._summaries.perhaps(hash_ids(rows, self._key))
+        for group in np.unique(groups):
+            yield self._summarized[int(group)], needles[groups == group]
+
+    def unsummarized(self) -> IdSummary | None:
+        """The next full group that has no summary yet."""
+        full = (group for group in self._groups if group.shards == self._group_shards)
+        group = next(full, None)
+        return None if group is None else IdSummary(self, group)
 
     def add_sealed(self, path: Path) -> None:
         """Notes all ids of a sealed shard. Reads its filter, about 100 KB; its length is checked, its content is not.
@@ -65,8 +97,8 @@ class SeenIds:
         if header.events == 0:
             return
         last = self._groups[-1] if self._groups else None
-        if last is None or last.store_id != header.store or last.shards == _GROUP_SHARDS_MAX:
-            last = _Group(header.store, self._mapped)
+        if last is None or last.store_id != header.store or last.shards == self._group_shards:
+            last = IdGroup(header.store, self._mapped)
             self._groups.append(last)
         last.add(path, header)
 
@@ -82,44 +114,73 @@ class SeenIds:
     @property
     def filter_bytes(self) -> int:
         """Resident bytes held for sealed shards."""
-        return sum(group.words.nbytes for group in self._groups)
+        groups = [*self._groups, *self._summarized]
+        return self._summaries.nbytes + sum(group.filters.nbytes for group in groups)
 
 
-class _Group:
+class IdSummary:
+    """The summary of a full group: see `stages.persist.disk.Summary`."""
+
+    def __init__(self, seen: SeenIds, group: IdGroup) -> None:
+        self._seen = seen
+        self._group = group
+        self._words = empty_filter(group.events, SUMMARY_BITS_PER_ID)
+
+    def make(self) -> None:
+        """Reads all ids of the group: a tenth of a second for a million."""
+        for ids in self._group.ids():
+            add_to_filter(self._words, hash_ids(ids, self._seen._key))
+
+    def take(self) -> None:
+        """From now on the group is asked only where this says "perhaps"."""
+        self._seen._groups.remove(self._group)
+        self._seen._summaries.add(self._words)
+        self._seen._summarized.append(self._group)
+
+
+class IdGroup:
     """Sealed shards of one store whose filters lie in one array."""
 
     def __init__(self, store_id: str, mapped: _Mapped) -> None:
         self.store_id = store_id
-        self.words: Words = np.empty(0, np.uint64)
-        self._first: Words = np.empty(0, np.uint64)
-        self._count: Words = np.empty(0, np.uint64)
+        self.filters = Filters()
         self._sorted: list[_SortedIds] = []
         self._mapped = mapped
 
     @property
     def shards(self) -> int:
+        """How many."""
         return len(self._sorted)
 
+    @property
+    def events(self) -> int:
+        """In all of its shards."""
+        return sum(place.events for place in self._sorted)
+
+    def ids(self) -> Iterator[Bytes2D]:
+        """The ids of each shard (n×16 u1), read. Raises `ShardCorruptError` where a file is no longer what it was."""
+        for place in self._sorted:
+            ids = np.fromfile(place.path, np.uint8, place.events * ID_BYTES, offset=place.offset)
+            if len(ids) != place.events * ID_BYTES:
+                raise ShardCorruptError(f"{place.path}: was cut short while in use; run `fictl verify`")
+            yield ids.reshape(place.events, ID_BYTES)
+
     def add(self, path: Path, header: SealedHeader) -> None:
+        """Takes a sealed shard in; raises `ShardCorruptError` where its header contradicts itself."""
         words = np.fromfile(path, "<u8", _area(path, header, "by_event_id/filter").bytes // 8, offset=_at(header))
         ids = _area(path, header, "by_event_id/ids")
         if ids.bytes != header.events * ID_BYTES or not len(words):
             raise ShardCorruptError(f"{path}: its header contradicts itself; rebuild it from the stream")
-        self._first = np.append(self._first, np.uint64(len(self.words)))
-        self._count = np.append(self._count, np.uint64(len(words)))
-        self.words = _joined(self.words, words)
+        self.filters.add(words)
         self._sorted.append(_SortedIds(path, ids.offset, header.events))
 
-    def find(self, rows: np.ndarray[Any, np.dtype[np.uint8]], text: Text) -> list[int]:
+    def find(self, rows: Bytes2D, text: Text) -> list[int]:
         """Positions in `rows` (n×16 u1; `text` is the same as strings) of ids that are in one of the shards."""
-        hashes = hash_ids(rows, self.store_id)[None, :]
-        masks = masks_of(hashes)
-        places = self._first[:, None] + word_indices(hashes, self._count[:, None])
-        shards, needles = np.nonzero((self.words[places] & masks) == masks)
+        shards, needles = self.filters.perhaps(hash_ids(rows, self.store_id))
         found: list[int] = []
         for shard in np.unique(shards):
             candidates = needles[shards == shard]
-            stored = self._mapped.ids_of(self._sorted[shard])
+            stored = self._mapped.ids_of(self._sorted[int(shard)])
             wanted = text[candidates]
             at = np.minimum(np.searchsorted(stored, wanted), len(stored) - 1)
             found.extend(candidates[stored[at] == wanted].tolist())
@@ -151,13 +212,6 @@ class _Mapped:
             if len(self._ids) < MAPPED_MAX:
                 self._ids[place] = ids
         return ids
-
-
-def _joined(first: Words, second: Words) -> Words:
-    """Both, in memory of their own that is given back whole: the heap would keep what each former array took."""
-    words = np.frombuffer(mmap(-1, first.nbytes + second.nbytes), np.uint64)
-    np.concatenate([first, second], out=words)
-    return words
 
 
 def _area(path: Path, header: SealedHeader, name: str) -> Area:

@@ -131,6 +131,9 @@ class _Seen:
     def seen(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return [event_id in self.ids for event_id in ids]
 
+    def unsummarized(self) -> None:
+        """A set needs no summary."""
+
 
 class MemoryFiles:
     """A partition's files, open. See `stages.persist.disk.Files`."""
