@@ -40,7 +40,7 @@ WARM_UP_SHARE = 0.25
 """Of the run, that is left out of the fit: caches and the first shards fill."""
 FLAT_SHARE_PER_H = 0.02
 """A process that grows by less of its memory in an hour is flat."""
-FILTER_BYTES_PER_EVENT = 1.54
+FILTER_BYTES_PER_EVENT = 3.54
 """Of persist: a duplicate is found however old it is (`results/storage.json`, resident_bytes_per_event)."""
 _SEED = 90_000
 _QUICK_S = 3

@@ -342,17 +342,21 @@ class PersistLane(LaneBase):
             if files.wants_next():
                 async with self._prepare_lock:
                     await run_blocking(files.prepare_next)
-            await self._summarize()
             self._seal_work.clear()
             if not files.to_seal:
                 self._all_sealed.set()
-                await self._seal_work.wait()
+                if not await self._summarize_next():
+                    await self._seal_work.wait()
 
-    async def _summarize(self) -> None:
-        while (summary := self._files.seen.unsummarized()) is not None:
-            await run_blocking(summary.make)
-            async with self._files_lock:
-                await run_blocking(summary.take)
+    async def _summarize_next(self) -> bool:
+        """Gives the next full group of sealed shards its summary of ids; False when all have theirs."""
+        summary = self._files.seen.unsummarized()
+        if summary is None:
+            return False
+        await run_blocking(summary.make)
+        async with self._files_lock:
+            await run_blocking(summary.take)
+        return True
 
     async def _record(self, writer: FencedWriter, before: SealRecord | None, info: SealedInfo) -> SealRecord:
         """Publishes the record of a sealed shard; `before` is that of the shard before it."""

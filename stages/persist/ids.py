@@ -160,7 +160,10 @@ class IdGroup:
     def ids(self) -> Iterator[Bytes2D]:
         """The ids of each shard (n×16 u1), read. Raises `ShardCorruptError` where a file is no longer what it was."""
         for place in self._sorted:
-            ids = np.fromfile(place.path, np.uint8, place.events * ID_BYTES, offset=place.offset)
+            try:
+                ids = np.fromfile(place.path, np.uint8, place.events * ID_BYTES, offset=place.offset)
+            except FileNotFoundError as error:
+                raise ShardCorruptError(f"{place.path}: was removed while in use: {error}") from error
             if len(ids) != place.events * ID_BYTES:
                 raise ShardCorruptError(f"{place.path}: was cut short while in use; run `fictl verify`")
             yield ids.reshape(place.events, ID_BYTES)

@@ -1,5 +1,6 @@
 import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,10 @@ def test_a_group_with_a_summary_is_asked_only_where_that_says_perhaps(
     assert all(seen.seen(stored))
 
 
-def test_a_shard_that_was_cut_short_is_named_when_its_group_is_summarized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 9000), os.unlink], ids=["cut short", "removed"])
+def test_a_shard_that_is_no_longer_whole_is_named_when_its_group_is_summarized(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     maker = PartitionMaker(new_store(tmp_path), 0)
     seen = SeenIds(group_shards=1)
     shard = maker.begin(capacity_bytes=1 << 16, rows=4)
@@ -113,7 +117,7 @@ def test_a_shard_that_was_cut_short_is_named_when_its_group_is_summarized(tmp_pa
     shard.append(records, prev_origin=0, origin=100, duplicates=0, dead_lettered=0, committed_ns=0)
     path = maker.seal().path
     seen.add_sealed(path)
-    os.truncate(path, 9000)
+    harm(path)
     summary = seen.unsummarized()
     assert summary is not None
     with pytest.raises(ShardCorruptError, match=path.name):
