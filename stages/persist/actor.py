@@ -356,6 +356,7 @@ class PersistLane(LaneBase):
         await run_blocking(summary.make)
         async with self._files_lock:
             await run_blocking(summary.take)
+        log.info("ids summarized", extra={"partition": self._partition, "shards": summary.shards})
         return True
 
     async def _record(self, writer: FencedWriter, before: SealRecord | None, info: SealedInfo) -> SealRecord:

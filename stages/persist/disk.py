@@ -17,7 +17,13 @@ from stages.persist.storedir import Store, lock_partition, probe_disk
 
 
 class Summary(Protocol):
-    """Work on stored ids that makes asking for them quicker."""
+    """Work on stored ids that makes asking for them quicker.
+
+    Attributes:
+        shards: how many sealed shards it is about.
+    """
+
+    shards: int
 
     def make(self) -> None:
         """Blocking; may run beside everything else. Raises `ShardCorruptError`, `OSError`."""

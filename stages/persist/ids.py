@@ -124,6 +124,7 @@ class IdSummary:
     def __init__(self, seen: SeenIds, group: IdGroup) -> None:
         self._seen = seen
         self._group = group
+        self.shards = group.shards
         self._words = empty_filter(group.events, SUMMARY_BITS_PER_ID)
 
     def make(self) -> None:
