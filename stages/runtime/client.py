@@ -283,9 +283,15 @@ class GuardedClient(Client):
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
     def _unwritten(self) -> int:
-        """Bytes that the kernel has not taken yet; 1 where that cannot be told: a WebSocket sends when drained."""
+        """Bytes that the kernel has not taken yet; 1 where nothing may be written now.
+
+        That is a WebSocket, which sends when drained, and a connection that was lost before anybody was told.
+        """
         writer = getattr(self._transport, "_io_writer", None)
-        return 1 if writer is None else writer.transport.get_write_buffer_size()
+        if writer is None or writer.transport.is_closing():
+            return 1
+        unwritten: int = writer.transport.get_write_buffer_size()
+        return unwritten
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None

@@ -21,7 +21,7 @@ from stages.runtime.checkpoint import last_receipt
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 PARTITIONS = 2
-LATER = msgspec.msgpack.encode([2, {"what": "a frame of a later version"}])
+LATER = msgspec.msgpack.encode([3, {"what": "a frame of a later version"}])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

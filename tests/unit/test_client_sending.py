@@ -20,12 +20,18 @@ class Socket:
     def __init__(self) -> None:
         self.writes: list[list[bytes]] = []
         self.unwritten = 0
+        self.closed = False
         self._io_writer = self.transport = self
 
     def get_write_buffer_size(self) -> int:
         return self.unwritten
 
+    def is_closing(self) -> bool:
+        return self.closed
+
     def write(self, data: bytes) -> None:
+        if self.closed:
+            raise RuntimeError("the handler is closed")
         self.writes.append([data])
 
     def writelines(self, lines: Iterable[bytes]) -> None:
@@ -103,6 +109,15 @@ async def test_what_the_socket_does_not_take_is_left_to_the_flusher() -> None:
         assert client.sizes == []
         assert client._flush_queue.qsize() == 1
         client.answer(1, 2, 3)
+
+
+async def test_a_connection_that_was_just_lost_is_left_to_the_flusher() -> None:
+    client = Connected()
+    client.socket.closed = True
+    await client.publish("some.subject", b"1")
+    await asyncio.sleep(0)
+    assert client.socket.writes == []
+    assert client._flush_queue.qsize() == 1
 
 
 async def test_a_transport_that_sends_when_drained_is_left_to_the_flusher() -> None:
