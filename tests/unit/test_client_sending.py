@@ -115,7 +115,7 @@ async def test_a_connection_that_was_just_lost_is_left_to_the_flusher() -> None:
     client = Connected()
     client.socket.closed = True
     await client.publish("some.subject", b"1")
-    await asyncio.sleep(0)
+    await turns()
     assert client.socket.writes == []
     assert client._flush_queue.qsize() == 1
 
