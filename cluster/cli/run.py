@@ -62,6 +62,7 @@ def run(
     store = shards or directory / SHARDS
 
     from stages.actors import actor
+    from stages.runtime.allocator import share_arena
     from stages.runtime.logs import configure_logging
     from stages.runtime.process import StageProcess
     from stages.runtime.watch import Watch
@@ -93,6 +94,7 @@ def run(
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(SWITCH_INTERVAL.s)
+    share_arena()
     run_async(serve())
 
 
