@@ -21,6 +21,7 @@ MESSAGE_SHARE: Final = 10
 """A message's refused events count as a tenth of `dead_events_min` at most: it takes ten bad messages to open."""
 DOUBLINGS_MAX: Final = 4
 REASONS_SHOWN_MAX: Final = 3
+_NO_REASONS: Final[Counter[str]] = Counter()
 
 
 class _Decided(NamedTuple):
@@ -107,11 +108,14 @@ class Breaker:
     def _add(self, passed: int, letters: Sequence[DeadLetter]) -> None:
         if not passed and not letters:
             return
-        most = max(1, self._events_min // MESSAGE_SHARE)
-        by_message = Counter(letter.origin for letter in letters)
-        refused = sum(min(count, most) for count in by_message.values())
-        self._window.append(_Decided(passed, refused, Counter(letter.error.reason for letter in letters)))
-        self._events += passed + refused
+        decided = _Decided(passed, 0, _NO_REASONS)
+        if letters:
+            most = max(1, self._events_min // MESSAGE_SHARE)
+            by_message = Counter(letter.origin for letter in letters)
+            refused = sum(min(count, most) for count in by_message.values())
+            decided = _Decided(passed, refused, Counter(letter.error.reason for letter in letters))
+        self._window.append(decided)
+        self._events += decided.events
         while self._events - self._window[0].events >= WINDOW_TO_MIN * self._events_min:
             self._events -= self._window.popleft().events
 

@@ -7,124 +7,32 @@ again after the reconnect, so that one such message would stop a process for goo
 dead-letters what is not an event.
 
 It is also quicker where every event passes: what is read for a `Sink`, and the answers to requests, go from the bytes
-read to their taker without a queue and a task between them, and messages are taken apart by position.
+read to their taker without a stream, a queue or a task between them (`stages.runtime.parser`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Final
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionDrainingError, NoRespondersError, ProtocolError
+from nats.errors import ConnectionDrainingError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
-from nats.protocol import parser
 
-Sink = Callable[[bytes, bytes, bytes, bytes], None]
-"""(subject, reply, header block, payload): takes a message inside the read loop. Must neither raise nor take long."""
+from stages.runtime.parser import Sink, SinkParser
 
 _CRLF: Final = b"\r\n"
 _SPACE: Final = " \t\n\r\v\f"
-_H, _M = b"HM"
 _FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
-
-
-class _Parser(parser.Parser):
-    """nats-py's parser, but messages are taken apart here: by position, as the server wrote their control line.
-
-    A message that is not there whole stays in `buf`, without its control line, until it is.
-    """
-
-    def __init__(self, client: GuardedClient) -> None:
-        self._client = client
-        self._words: list[bytes] = []
-        self._resets = 0
-        super().__init__(client)
-
-    def reset(self) -> None:
-        """Forgets what was read: the connection it came from is gone."""
-        super().reset()
-        self._resets += 1
-
-    async def parse(self, data: bytes = b"") -> None:
-        """Takes in what was read, and hands on every message that is there whole.
-
-        Raises:
-            ProtocolError: these bytes are not of the protocol.
-        """
-        at, resets = 0, self._resets
-        waiting = self.state == parser.AWAITING_MSG_PAYLOAD
-        if waiting and len(self.buf) + len(data) < self.needed:
-            self.buf.extend(data)
-            return
-        if self.buf:
-            self.buf.extend(data)
-            data, self.buf = bytes(self.buf), bytearray()
-        if waiting:
-            self.state = parser.AWAITING_CONTROL_LINE
-            at = self.needed
-            if (queued := self._hand_on(self._words, data, 0, at - len(_CRLF))) is not None:
-                await queued
-        while at < len(data) and resets == self._resets:
-            end = data.find(_CRLF, at)
-            if end < 0:
-                if len(data) - at > parser.MAX_CONTROL_LINE_SIZE and data[at] in (_H, _M):
-                    raise ProtocolError
-                self.buf.extend(data[at:])
-                return
-            if data[at] in (_H, _M):
-                words = data[at:end].split(b" ")
-                at = end + len(_CRLF)
-                end = at + _number(words[-1])
-                self.needed = end + len(_CRLF) - at
-                if end + len(_CRLF) > len(data):
-                    self._words, self.state = words, parser.AWAITING_MSG_PAYLOAD
-                    self.buf.extend(data[at:])
-                    return
-                if (queued := self._hand_on(words, data, at, end)) is not None:
-                    await queued
-                at = end + len(_CRLF)
-            else:
-                line = data[at : end + len(_CRLF)]
-                at += len(line)
-                self.buf.extend(line)
-                await super().parse()
-
-    def _hand_on(self, words: list[bytes], data: bytes, at: int, end: int) -> Awaitable[None] | None:
-        """The message with the control line `words`, whose header block and payload are `data[at:end]`.
-
-        ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``. What is not for a sink is to
-        be awaited.
-        """
-        with_headers = words[0] == b"HMSG"
-        try:
-            subject, sid, *reply = words[1 : -2 if with_headers else -1]
-        except ValueError:
-            raise ProtocolError from None
-        split = at + _number(words[-2]) if with_headers else at
-        sink = self._client.sinks.get(sid)
-        if sink is None:
-            block = data[at:split] if with_headers else b""
-            return self._client._process_msg(_number(sid), subject, reply[0] if reply else b"", data[split:end], block)
-        sink(subject, reply[0] if reply else b"", data[at:split], data[split:end])
-        return None
-
-
-def _number(word: bytes) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise ProtocolError from None
 
 
 def _expire(answer: asyncio.Future[Msg]) -> None:
@@ -170,7 +78,8 @@ class GuardedClient(Client):
         self._tokens = count(1)
         self._request_inbox = ""
         self._will_depart = False
-        self._ps = _Parser(self)
+        self._parser = SinkParser(self)
+        self._ps = self._parser
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
         """Has everything on `subject` taken by `sink`, without any limit on what is pending: there is no queue.
@@ -180,6 +89,17 @@ class GuardedClient(Client):
         subscription = await self.subscribe(subject)
         self.sinks[b"%d" % subscription._id] = sink
         return subscription
+
+    async def _read_loop(self) -> None:
+        stream = getattr(self._transport, "_io_reader", None)
+        if stream is None:  # A WebSocket.
+            await super()._read_loop()
+            return
+        self._parser.tap(stream)
+        try:
+            await super()._read_loop()
+        finally:
+            self._parser.untap(stream)
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         self.sinks.pop(b"%d" % sid, None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nats.errors import ProtocolError
+from nats.errors import ProtocolError, UnexpectedEOF
 
 from stages.runtime.client import GuardedClient, read_headers
 
@@ -28,27 +28,59 @@ def wire(sid: int, message: Taken) -> bytes:
     return b" ".join([*words, b"%d" % (len(block) + len(payload))]) + b"\r\n" + block + payload + b"\r\n"
 
 
+PING = (0, b"", b"", b"", b"")
+
+
 class Listening(GuardedClient):
-    """A client without a connection that notes what reaches it."""
+    """A client that notes what reaches it, in turn; it reads from `stream`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: asyncio.StreamReader | None = None) -> None:
         super().__init__()
-        self.taken: list[Taken] = []
-        self.processed: list[tuple[Any, ...]] = []
-        self.pings = 0
-        self.sinks[b"%d" % SINK] = lambda *message: self.taken.append(message)
+        self.noted: list[tuple[int, bytes, bytes, bytes, bytes]] = []
+        self.errors: list[Exception] = []
+        self.sinks[b"%d" % SINK] = lambda *message: self.noted.append((SINK, *message))
+        self._status = self.CONNECTED
+        self._io_reader = stream
+        self._transport: Any = self
 
-    async def _process_msg(self, *message: Any) -> None:
-        self.processed.append(message)
+    def at_eof(self) -> bool:
+        assert self._io_reader is not None
+        return self._io_reader.at_eof()
+
+    async def read(self, limit: int) -> bytes:
+        assert self._io_reader is not None
+        return await self._io_reader.read(limit)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        await asyncio.sleep(0)
+        self.noted.append((sid, subject, reply, headers or b"", payload))
 
     async def _process_ping(self) -> None:
-        self.pings += 1
+        await asyncio.sleep(0)
+        self.noted.append(PING)
+
+    async def _process_op_err(self, e: Exception) -> None:
+        self.errors.append(e)
+
+
+kinds = st.sampled_from(["sink", "queue", "ping"])
+turns = st.lists(st.tuples(kinds, messages), max_size=12)
+
+
+def on_the_wire(turn: tuple[str, Taken]) -> bytes:
+    kind, message = turn
+    return b"PING\r\n" if kind == "ping" else wire(SINK if kind == "sink" else QUEUE, message)
+
+
+def noted(turn: tuple[str, Taken]) -> tuple[int, bytes, bytes, bytes, bytes]:
+    kind, message = turn
+    return PING if kind == "ping" else (SINK if kind == "sink" else QUEUE, *message)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 600), max_size=12))
-def test_messages_come_out_whole_wherever_the_reads_end(sent: list[Taken], cuts: list[int]) -> None:
-    bytes_ = b"".join(b"PING\r\n" + wire(SINK, message) + wire(QUEUE, message) for message in sent)
+@given(turns, st.lists(st.integers(0, 900), max_size=12))
+def test_messages_come_out_whole_wherever_the_reads_end(sent: list[tuple[str, Taken]], cuts: list[int]) -> None:
+    bytes_ = b"".join(map(on_the_wire, sent))
     ends = sorted({0, len(bytes_), *(cut for cut in cuts if cut < len(bytes_))})
     client = Listening()
 
@@ -57,9 +89,75 @@ def test_messages_come_out_whole_wherever_the_reads_end(sent: list[Taken], cuts:
             await client._ps.parse(bytes_[start:end])
 
     asyncio.run(read())
-    assert client.taken == sent
-    assert client.processed == [(QUEUE, s, reply, payload, block) for s, reply, block, payload in sent]
-    assert client.pings == len(sent)
+    assert client.noted == list(map(noted, sent))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(turns, st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), max_size=12), st.integers(0, 30))
+def test_what_sinks_take_at_once_overtakes_nothing(
+    sent: list[tuple[str, Taken]], cuts: list[tuple[int, int]], early: int
+) -> None:
+    bytes_ = b"".join(map(on_the_wire, sent))
+    pauses = {cut: pause for cut, pause in cuts if cut < len(bytes_)} | {len(bytes_): 0}
+
+    async def read() -> Listening:
+        stream = asyncio.StreamReader(limit=16)
+        client = Listening(stream)
+        stream.feed_data(bytes_[:early])  # Read before the read loop began.
+        reading = asyncio.create_task(client._read_loop())
+        await asyncio.sleep(0)
+        start = early
+        for end, pause in sorted(pauses.items()):
+            if end > start:
+                stream.feed_data(bytes_[start:end])
+                start = end
+            for _ in range(pause):
+                await asyncio.sleep(0)
+        stream.feed_eof()
+        async with asyncio.timeout(10):
+            await reading
+        return client
+
+    client = asyncio.run(read())
+    assert client.noted == list(map(noted, sent))
+    assert [type(error) for error in client.errors] == [UnexpectedEOF]
+
+
+async def test_sinks_take_at_once_while_the_read_loop_lasts_and_not_after() -> None:
+    stream = asyncio.StreamReader()
+    client = Listening(stream)
+    reading = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
+    assert [message[1] for message in client.noted] == [b"a"]
+    reading.cancel()
+    await asyncio.wait([reading])
+    stream.feed_data(wire(SINK, (b"b", b"", b"", b"2")))
+    assert [message[1] for message in client.noted] == [b"a"]
+
+
+async def test_sinks_take_nothing_more_from_a_connection_that_was_given_up() -> None:
+    stream = asyncio.StreamReader()
+    client = Listening(stream)
+    reading = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    client._ps.reset()
+    stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
+    assert client.noted == []
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+async def test_what_is_not_of_the_protocol_ends_the_connection_from_wherever_it_was_read() -> None:
+    stream = asyncio.StreamReader()
+    client = Listening(stream)
+    reading = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")) + b"MSG a 7 x\r\n")
+    async with asyncio.timeout(10):
+        await reading
+    assert [message[1] for message in client.noted] == [b"a"]
+    assert [type(error) for error in client.errors] == [ProtocolError]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from cluster.testing.sim.api import JetStreamApi, header_block
 from cluster.testing.sim.broker import Broker
 from cluster.testing.sim.loop import Host
 from cluster.testing.sim.streams import matches
-from stages.runtime.client import GuardedClient, Sink
+from stages.runtime.client import GuardedClient
+from stages.runtime.parser import Sink
 
 TRANSIT_S_MIN, TRANSIT_S_MAX = 0.0002, 0.003
 NOTICE_S_MIN, NOTICE_S_MAX = 2.0, 3.5

@@ -1,0 +1,177 @@
+"""Takes apart what a server sends: by position, as the server wrote it, and what a `Sink` takes as soon as it was read.
+
+nats-py reads into a stream, wakes a task, and matches regular expressions. What is for a sink needs none of that: it
+goes from the bytes read to its taker in the callback that the socket's bytes come with. Everything else, and what
+comes behind it, goes nats-py's way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from nats.errors import ProtocolError
+from nats.protocol import parser
+
+if TYPE_CHECKING:
+    from stages.runtime.client import GuardedClient
+
+Sink = Callable[[bytes, bytes, bytes, bytes], None]
+"""(subject, reply, header block, payload): takes a message while it is read. Must neither raise nor take long."""
+
+_CRLF: Final = b"\r\n"
+_H, _M = b"HM"
+
+
+class SinkParser(parser.Parser):
+    """A parser for `client`, whose `sinks` take their messages.
+
+    A message that is not there whole stays in `buf`, without its control line, until it is.
+    """
+
+    def __init__(self, client: GuardedClient) -> None:
+        self._client = client
+        self._words: list[bytes] = []
+        self._resets = 0
+        self._tapped: asyncio.StreamReader | None = None
+        self._behind = 0
+        """Bytes that the tapped stream holds or `parse` works on: what is read meanwhile must not overtake them."""
+        super().__init__(client)
+
+    def reset(self) -> None:
+        """Forgets what was read: the connection it came from is gone."""
+        super().reset()
+        self._resets += 1
+        self._tapped = None
+        self._refused = False
+
+    def tap(self, stream: asyncio.StreamReader) -> None:
+        """From now on sinks take what comes into `stream` before it gets there; what else comes is left to `parse`."""
+        feed = stream.feed_data
+
+        def take(data: bytes) -> None:
+            if self._tapped is stream:
+                if not self._behind:
+                    data = self._taken(data)
+                self._behind += len(data)
+            if data:
+                feed(data)
+
+        held: Any = stream
+        self._behind = len(held._buffer)
+        self._tapped = stream
+        held.feed_data = take
+
+    def untap(self, stream: asyncio.StreamReader) -> None:
+        """Nothing more is taken from `stream`."""
+        if self._tapped is stream:
+            self._tapped = None
+
+    def _taken(self, data: bytes) -> bytes:
+        """What `parse` has to take of `data`. It also raises what is to be raised."""
+        try:
+            data, at = self._take(data)
+        except ProtocolError:
+            self._refused = True
+            return data
+        return data[at:]
+
+    async def parse(self, data: bytes = b"") -> None:
+        """Takes in what was read, and hands on every message that is there whole.
+
+        Raises:
+            ProtocolError: these bytes are not of the protocol.
+        """
+        read, resets = len(data), self._resets
+        try:
+            if self._refused:
+                raise ProtocolError
+            data, at = self._take(data)
+            while at < len(data):
+                if data[at] in (_H, _M):
+                    at = await self._queue(data, at)
+                else:
+                    end = data.find(_CRLF, at) + len(_CRLF)
+                    self.buf.extend(data[at:end])
+                    await super().parse()
+                    at = end
+                if resets != self._resets:
+                    return
+                data, at = self._take(data, at)
+        finally:
+            self._behind = max(0, self._behind - read)
+
+    def _take(self, data: bytes, at: int = 0) -> tuple[bytes, int]:
+        """Takes in what was read, from `at` on, up to what is to be awaited: where that is, in which bytes."""
+        waiting = self.state == parser.AWAITING_MSG_PAYLOAD
+        if waiting and len(self.buf) + len(data) - at < self.needed:
+            self.buf.extend(data[at:])
+            return b"", 0
+        if self.buf:
+            self.buf.extend(data[at:])
+            data, self.buf, at = bytes(self.buf), bytearray(), 0
+        if waiting:
+            self.state = parser.AWAITING_CONTROL_LINE
+            if not self._sink(self._words, data, at, at + self.needed - len(_CRLF)):
+                return b" ".join(self._words) + _CRLF + data[at:], 0
+            at += self.needed
+        while at < len(data):
+            begin = at
+            end = data.find(_CRLF, at)
+            if end < 0:
+                if len(data) - at > parser.MAX_CONTROL_LINE_SIZE and data[at] in (_H, _M):
+                    raise ProtocolError
+                self.buf.extend(data[at:])
+                return b"", 0
+            if data[at] not in (_H, _M):
+                break
+            words = data[at:end].split(b" ")
+            at = end + len(_CRLF)
+            end = at + _number(words[-1])
+            self.needed = end + len(_CRLF) - at
+            if end + len(_CRLF) > len(data):
+                self._words, self.state = words, parser.AWAITING_MSG_PAYLOAD
+                self.buf.extend(data[at:])
+                return b"", 0
+            if not self._sink(words, data, at, end):
+                return data, begin
+            at = end + len(_CRLF)
+        return data, at
+
+    def _sink(self, words: list[bytes], data: bytes, at: int, end: int) -> bool:
+        """Hands on the message with the control line `words` and the content `data[at:end]`; False if to be queued.
+
+        ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``.
+        """
+        with_headers = words[0] == b"HMSG"
+        try:
+            subject, sid, *reply = words[1 : -2 if with_headers else -1]
+        except ValueError:
+            raise ProtocolError from None
+        split = at + _number(words[-2]) if with_headers else at
+        sink = self._client.sinks.get(sid)
+        if sink is None:
+            return False
+        sink(subject, reply[0] if reply else b"", data[at:split], data[split:end])
+        return True
+
+    async def _queue(self, data: bytes, at: int) -> int:
+        """Hands the whole message at `at` to its subscription's queue: where the next one is."""
+        end = data.find(_CRLF, at)
+        words = data[at:end].split(b" ")
+        with_headers = words[0] == b"HMSG"
+        subject, sid, *reply = words[1 : -2 if with_headers else -1]
+        at = end + len(_CRLF)
+        end = at + _number(words[-1])
+        split = at + _number(words[-2]) if with_headers else at
+        block = data[at:split] if with_headers else b""
+        await self._client._process_msg(_number(sid), subject, reply[0] if reply else b"", data[split:end], block)
+        return end + len(_CRLF)
+
+
+def _number(word: bytes) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ProtocolError from None
