@@ -100,7 +100,8 @@ class SinkParser(parser.Parser):
                     return
                 data, at = self._take(data, at)
         finally:
-            self._behind = max(0, self._behind - read)
+            if resets == self._resets:
+                self._behind = max(0, self._behind - read)
 
     def _take(self, data: bytes, at: int = 0) -> tuple[bytes, int]:
         """Takes in what was read, from `at` on, up to what is to be awaited: where that is, in which bytes."""

@@ -56,8 +56,9 @@ class Listening(GuardedClient):
         self.noted.append((sid, subject, reply, headers or b"", payload))
 
     async def _process_ping(self) -> None:
-        await asyncio.sleep(0)
         self.noted.append(PING)
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def _process_op_err(self, e: Exception) -> None:
         self.errors.append(e)
@@ -146,6 +147,29 @@ async def test_sinks_take_nothing_more_from_a_connection_that_was_given_up() -> 
     assert client.noted == []
     reading.cancel()
     await asyncio.wait([reading])
+
+
+async def test_a_connection_that_was_given_up_does_not_count_for_the_next_one() -> None:
+    old, new = asyncio.StreamReader(), asyncio.StreamReader()
+    client = Listening(old)
+    first = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    old.feed_data(b"PING\r\n" * 40)
+    while not client.noted:
+        await asyncio.sleep(0)
+    client.noted.clear()
+    client._ps.reset()
+    client._io_reader = new
+    new.feed_data(b"PING\r\n" * 20)
+    second = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    new.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
+    new.feed_eof()
+    async with asyncio.timeout(10):
+        await second
+    assert [message[0] for message in client.noted] == [0] * 20 + [SINK]
 
 
 async def test_what_is_not_of_the_protocol_ends_the_connection_from_wherever_it_was_read() -> None:
