@@ -50,10 +50,10 @@ class SinkParser(parser.Parser):
         """From now on sinks take what comes into `stream` before it gets there; what else comes is left to `parse`."""
         feed = stream.feed_data
 
-        def take(data: bytes) -> None:
+        def intercept(data: bytes) -> None:
             if self._tapped is stream:
                 if not self._behind:
-                    data = self._taken(data)
+                    data = self._rest_of(data)
                 self._behind += len(data)
             if data:
                 feed(data)
@@ -61,15 +61,15 @@ class SinkParser(parser.Parser):
         held: Any = stream
         self._behind = len(held._buffer)
         self._tapped = stream
-        held.feed_data = take
+        held.feed_data = intercept
 
     def untap(self, stream: asyncio.StreamReader) -> None:
         """Nothing more is taken from `stream`."""
         if self._tapped is stream:
             self._tapped = None
 
-    def _taken(self, data: bytes) -> bytes:
-        """What `parse` has to take of `data`. It also raises what is to be raised."""
+    def _rest_of(self, data: bytes) -> bytes:
+        """Takes in what was read; gives back what is left to `parse`, which also raises what is to be raised."""
         try:
             data, at = self._take(data)
         except ProtocolError:
