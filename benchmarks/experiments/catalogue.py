@@ -87,10 +87,12 @@ def _conditions(section: Mapping[str, Any]) -> str:
     environment = section["environment"]
     sync, trip = environment["fdatasync_4k_ms"], environment.get("round_trip_us")
     woken = f", to another core and back p50 {trip['p50']:.0f} µs" if trip else ""
+    loop = environment.get("python_loop_ns")
+    turned = f", a turn of a Python loop p50 {loop['p50']:.0f} ns" if loop else ""
     quick = " A quick run: the figures mean nothing." if section["quick"] else ""
     return (
         f"Taken {environment['taken']}: {environment['cpus']} CPUs ({environment['machine']}), load average "
         f"{environment['load_1_min']} before it began, kernel {environment['kernel']}, Python {environment['python']}, "
-        f"{environment['nats_server']}, 4 KB fdatasync p50 {sync['p50']} ms, p95 {sync['p95']} ms{woken}; "
+        f"{environment['nats_server']}, 4 KB fdatasync p50 {sync['p50']} ms, p95 {sync['p95']} ms{woken}{turned}; "
         f"{section['repetitions']} repetitions, {section['took_s']:,.0f} s.{quick}\n"
     )

@@ -15,6 +15,7 @@ from benchmarks.experiments.costs import per_event, spent
 from benchmarks.experiments.messages import sized_messages
 from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message, Pipeline, closed_loop, open_loop
 from benchmarks.report import Say
+from cluster.cli.run import SHARDS
 from cluster.gateway import Gateway
 from cluster.nodes import EmbeddedCluster, Node, NodePorts
 from cluster.stageprocess import StageCommand
@@ -22,6 +23,7 @@ from cluster.supervisor import Supervisor, run_command
 from cluster.track import percentiles_ms
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
+from stages.persist.names import list_shards
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
 
@@ -35,6 +37,7 @@ QUICK_SHARE = 40
 """A quick run offers one message of so many."""
 QUICK_MESSAGES_MIN = 40
 _BACKLOG_BATCH, _BACKLOG_STEP, _BACKLOG_BYTES = 64, 128_000, 600
+_SEALED_S, _POLL_S = 600, 0.1
 
 Row = dict[str, Any]
 
@@ -210,6 +213,18 @@ async def _fill(bench: Bench, pipeline: Pipeline, events: int) -> None:
         async with pipeline.tracked() as tracker:
             make = sized_messages(next(bench.seeds), count, _BACKLOG_BYTES, batch=_BACKLOG_BATCH)
             await closed_loop(pipeline, tracker, make)
+    await _until_sealed(pipeline)
+
+
+async def _until_sealed(pipeline: Pipeline) -> None:
+    """Full shards are sealed in the background, each for a second or two of a core: not what comes after is about."""
+    store = pipeline.supervisor.directory / SHARDS
+    async with asyncio.timeout(_SEALED_S):
+        while True:
+            lanes = await asyncio.to_thread(list_shards, store)
+            if all(sum(not shard.sealed for shard in lane) <= 1 for lane in lanes.values()):
+                return
+            await asyncio.sleep(_POLL_S)
 
 
 async def paced(pipeline: Pipeline, messages: Sequence[Message], rate_per_s: float) -> Row:
