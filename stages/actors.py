@@ -131,6 +131,7 @@ class PersistActor:
         self._store: Store
         self._signer: Signer | None = None
         self._flushes: Flushes
+        self._sealing = asyncio.Lock()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
         """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store` and `let_go_of_moved`."""
@@ -156,7 +157,16 @@ class PersistActor:
         """See `Actor.make_lane`."""
         from stages.persist.actor import PersistLane
 
-        return PersistLane(api, self._store, partition, nonce, on_open, signer=self._signer, flushes=self._flushes)
+        return PersistLane(
+            api,
+            self._store,
+            partition,
+            nonce,
+            on_open,
+            signer=self._signer,
+            flushes=self._flushes,
+            sealing=self._sealing,
+        )
 
     def describe(self, me: Member) -> Member:
         """See `Actor.describe`. Nothing is added."""

@@ -50,7 +50,7 @@ class PersistLane(LaneBase):
     """Owns one partition's shards.
 
     Arguments as `LaneBase`; `store` is where they lie, `signer` who signs (None: nobody), `flushes` what is to be
-    flushed, `node` the host's name, and `disk` the files themselves.
+    flushed, `sealing` is held by who seals in this process, `node` the host's name, and `disk` the files themselves.
     """
 
     def __init__(
@@ -63,12 +63,14 @@ class PersistLane(LaneBase):
         clock_ns: Callable[[], int] = time.time_ns,
         signer: Signer | None = None,
         flushes: Flushes | None = None,
+        sealing: asyncio.Lock | None = None,
         node: str = "",
         disk: Disk = LOCAL,
     ) -> None:
         super().__init__(api, "persist", partition, nonce, on_open)
         self._flushes = flushes or Flushes(store.cluster_id)
         self._flushes.lanes[partition] = self
+        self._sealing = sealing or asyncio.Lock()
         self._store = store
         self._clock_ns = clock_ns
         self._signer = signer
@@ -331,8 +333,10 @@ class PersistLane(LaneBase):
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
                 known = record if record is not None and record.shard == job.shard else None
-                begun_s = time.perf_counter()
-                info = await run_blocking(files.seal, job, None if known is None else known.sealed_ns)
+                # Shards of many partitions fill up together: all at once would keep the commits from their threads.
+                async with self._sealing:
+                    begun_s = time.perf_counter()
+                    info = await run_blocking(files.seal, job, None if known is None else known.sealed_ns)
                 self._probe.sealed(begun_s, info.bytes)
                 if record is None or job.shard > record.shard:
                     record = await self._record(writer, record, info)
@@ -353,7 +357,8 @@ class PersistLane(LaneBase):
         summary = self._files.seen.unsummarized()
         if summary is None:
             return False
-        await run_blocking(summary.make)
+        async with self._sealing:
+            await run_blocking(summary.make)
         async with self._files_lock:
             await run_blocking(summary.take)
         log.info("ids summarized", extra={"partition": self._partition, "shards": summary.shards})

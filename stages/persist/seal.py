@@ -7,7 +7,7 @@ records of one commit and a compressed chunk in memory. The same live rows and a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,9 +32,6 @@ CHUNK_BYTES = 256 * 1024
 _GZIP_LEVEL = 1
 _ALIGN_BYTES = 8
 _READ_BYTES = 1024 * 1024
-
-Progress = Callable[[int], None]
-"""Told now and then how many events are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,6 @@ def seal(
     commits: int,
     frontier: MerkleFrontier,
     sealed_ns: int,
-    progress: Progress | None = None,
 ) -> SealedInfo:
     """Writes the sealed form of the first `commits` rows of a live shard beside it, durable before it has its name.
 
@@ -80,7 +76,6 @@ def seal(
         commits: how many rows are committed; at least 1.
         frontier: the partition's Merkle tree before this shard; not changed.
         sealed_ns: now.
-        progress: called from this thread.
 
     Raises:
         ShardCorruptError: committed rows are damaged, an event cannot be decoded, or the file does not read back.
@@ -99,7 +94,7 @@ def seal(
             if shard.shard == header.shard and shard.sealed and shard.path != final:
                 raise ShardError(f"{shard.path}: has the number of {live_path}, covering other origins; move one away")
         tmp = tmp_path(final)
-        written = _write_body(live, tmp, commits, frontier, sealed_ns, progress)
+        written = _write_body(live, tmp, commits, frontier, sealed_ns)
         _check_body(tmp, written)
         return _finish(live, tmp, final, written, (first, last), frontier, sealed_ns)
 
@@ -199,9 +194,7 @@ class _RecordsWriter:
         self._chunks += 1
 
 
-def _write_body(
-    live: LiveReader, tmp: Path, commits: int, frontier: MerkleFrontier, sealed_ns: int, progress: Progress | None
-) -> _Written:
+def _write_body(live: LiveReader, tmp: Path, commits: int, frontier: MerkleFrontier, sealed_ns: int) -> _Written:
     after = frontier.copy()
     columns = ColumnsBuilder()
     rows: list[CommitRow] = []
@@ -215,8 +208,6 @@ def _write_body(
                 raise ShardCorruptError(f"{live.path}: commit {len(rows)} holds what is no event: {error}") from error
             after.extend(group)
             records.add(b"".join(group))
-            if progress is not None:
-                progress(after.size - frontier.size)
         records.finish()
         datasets = columns.finish(live.header.store)
         datasets["commits"] = np.array(rows, "<i8")

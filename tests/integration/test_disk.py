@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import errno
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
@@ -17,9 +19,12 @@ from contracts.settings import MIB
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist import files
 from stages.persist.actor import PersistLane
+from stages.persist.disk import LOCAL, Disk
 from stages.persist.header import read_live_header
 from stages.persist.names import FIRST_SHARD, live_name
+from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
+from stages.persist.seal import SealedInfo
 from stages.persist.storedir import open_store
 from stages.runtime.facts import read_cluster
 from stages.runtime.tasks import end_tasks
@@ -64,11 +69,15 @@ async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns
 
 
 @contextlib.asynccontextmanager
-async def lanes_here(pipeline: Pipeline) -> AsyncIterator[list[asyncio.Task[None]]]:
+async def lanes_here(pipeline: Pipeline, disk: Disk = LOCAL) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Persist's lanes in this process, where its file functions can be made to fail."""
     facts = await read_cluster(pipeline.client)
     store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
-    lanes = [PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None) for number in range(PARTITIONS)]
+    sealing = asyncio.Lock()
+    lanes = [
+        PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, sealing=sealing, disk=disk)
+        for number in range(PARTITIONS)
+    ]
     tasks = [asyncio.create_task(lane.run()) for lane in lanes]
     try:
         yield tasks
@@ -104,6 +113,37 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
             assert await pipeline.totals() == before
         await pipeline.assert_whole(second)
         await pipeline.assert_whole(first)
+
+
+async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> None:
+    under_way: set[PartitionFiles] = set()
+    most: list[int] = []
+
+    def opened(*arguments: Any) -> PartitionFiles:
+        files = PartitionFiles.open(*arguments)
+        seal = files.seal
+
+        def watched(*job: Any) -> SealedInfo:
+            under_way.add(files)
+            # Long enough for the other lane, which is told to stop at the same time, to begin as well.
+            time.sleep(1)
+            most.append(len(under_way))
+            try:
+                return seal(*job)
+            finally:
+                under_way.discard(files)
+
+        files.seal = watched  # type: ignore[method-assign]
+        return files
+
+    chosen = settings(partitions=PARTITIONS, seal_on_drain=True)
+    load = Load(workload(seed=26, events=100))
+    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
+        async with lanes_here(pipeline, LOCAL._replace(open=opened)):
+            await load.publish(pipeline.client)
+            await pipeline.settled()
+        assert most == [1] * PARTITIONS
+        await pipeline.assert_whole(load)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ class Listening(GuardedClient):
         super().__init__()
         self.noted: list[tuple[int, bytes, bytes, bytes, bytes]] = []
         self.errors: list[Exception] = []
+        self.pinged = asyncio.Event()
         self.sinks[b"%d" % SINK] = lambda *message: self.noted.append((SINK, *message))
         self._status = self.CONNECTED
         self._io_reader = stream
@@ -57,6 +58,7 @@ class Listening(GuardedClient):
 
     async def _process_ping(self) -> None:
         self.noted.append(PING)
+        self.pinged.set()
         for _ in range(3):
             await asyncio.sleep(0)
 
@@ -155,8 +157,7 @@ async def test_a_connection_that_was_given_up_does_not_count_for_the_next_one() 
     first = asyncio.create_task(client._read_loop())
     await asyncio.sleep(0)
     old.feed_data(b"PING\r\n" * 40)
-    while not client.noted:
-        await asyncio.sleep(0)
+    await client.pinged.wait()
     client.noted.clear()
     client._ps.reset()
     client._io_reader = new

@@ -194,6 +194,7 @@ class SimPersistActor:
     def __init__(self, process: SimProcess) -> None:
         self._process = process
         self._flushes = Flushes(process.disk.store.cluster_id)
+        self._sealing = asyncio.Lock()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
         """See `Actor.arrive`."""
@@ -213,6 +214,7 @@ class SimPersistActor:
             on_open,
             process.clock_ns,
             flushes=self._flushes,
+            sealing=self._sealing,
             node=process.node,
             disk=process.disk.as_disk(),
         )
