@@ -78,8 +78,7 @@ class GuardedClient(Client):
         self._tokens = count(1)
         self._request_inbox = ""
         self._will_depart = False
-        self._parser = SinkParser(self)
-        self._ps = self._parser
+        self._ps: SinkParser = SinkParser(self)
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
         """Has everything on `subject` taken by `sink`, without any limit on what is pending: there is no queue.
@@ -95,11 +94,11 @@ class GuardedClient(Client):
         if stream is None:  # A WebSocket.
             await super()._read_loop()
             return
-        self._parser.tap(stream)
+        self._ps.tap(stream)
         try:
             await super()._read_loop()
         finally:
-            self._parser.untap(stream)
+            self._ps.untap(stream)
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         self.sinks.pop(b"%d" % sid, None)

@@ -141,34 +141,37 @@ class SinkParser(parser.Parser):
         return data, at
 
     def _sink(self, words: list[bytes], data: bytes, at: int, end: int) -> bool:
-        """Hands on the message with the control line `words` and the content `data[at:end]`; False if to be queued.
-
-        ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``.
-        """
-        with_headers = words[0] == b"HMSG"
-        try:
-            subject, sid, *reply = words[1 : -2 if with_headers else -1]
-        except ValueError:
-            raise ProtocolError from None
-        split = at + _number(words[-2]) if with_headers else at
+        """Gives a message, its control line in `words`, to its sink; False if it has none."""
+        subject, sid, reply, header_bytes = _head(words)
         sink = self._client.sinks.get(sid)
         if sink is None:
             return False
-        sink(subject, reply[0] if reply else b"", data[at:split], data[split:end])
+        split = at + header_bytes
+        sink(subject, reply, data[at:split], data[split:end])
         return True
 
     async def _queue(self, data: bytes, at: int) -> int:
         """Hands the whole message at `at` to its subscription's queue: where the next one is."""
         end = data.find(_CRLF, at)
         words = data[at:end].split(b" ")
-        with_headers = words[0] == b"HMSG"
-        subject, sid, *reply = words[1 : -2 if with_headers else -1]
+        subject, sid, reply, header_bytes = _head(words)
         at = end + len(_CRLF)
-        end = at + _number(words[-1])
-        split = at + _number(words[-2]) if with_headers else at
-        block = data[at:split] if with_headers else b""
-        await self._client._process_msg(_number(sid), subject, reply[0] if reply else b"", data[split:end], block)
+        split, end = at + header_bytes, at + _number(words[-1])
+        await self._client._process_msg(_number(sid), subject, reply, data[split:end], data[at:split])
         return end + len(_CRLF)
+
+
+def _head(words: list[bytes]) -> tuple[bytes, bytes, bytes, int]:
+    """Subject, subscription, reply and size of the header block, from a control line.
+
+    ``MSG subject sid [reply] size`` or ``HMSG subject sid [reply] header_size size``.
+    """
+    with_headers = words[0] == b"HMSG"
+    try:
+        subject, sid, *reply = words[1 : -2 if with_headers else -1]
+    except ValueError:
+        raise ProtocolError from None
+    return subject, sid, reply[0] if reply else b"", _number(words[-2]) if with_headers else 0
 
 
 def _number(word: bytes) -> int:

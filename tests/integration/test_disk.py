@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import errno
 import os
-import time
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
@@ -69,11 +69,12 @@ async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns
 
 
 @contextlib.asynccontextmanager
-async def lanes_here(pipeline: Pipeline, disk: Disk = LOCAL) -> AsyncIterator[list[asyncio.Task[None]]]:
+async def lanes_here(
+    pipeline: Pipeline, disk: Disk = LOCAL, sealing: asyncio.Lock | None = None
+) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Persist's lanes in this process, where its file functions can be made to fail."""
     facts = await read_cluster(pipeline.client)
     store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
-    sealing = asyncio.Lock()
     lanes = [
         PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, sealing=sealing, disk=disk)
         for number in range(PARTITIONS)
@@ -115,7 +116,23 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
         await pipeline.assert_whole(first)
 
 
+class Turns(asyncio.Lock):
+    """A lock that tells when every partition's lane has asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+        self.all_asked = threading.Event()
+
+    async def acquire(self) -> Literal[True]:
+        self._asked += 1
+        if self._asked == PARTITIONS:
+            self.all_asked.set()
+        return await super().acquire()
+
+
 async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> None:
+    sealing = Turns()
     under_way: set[PartitionFiles] = set()
     most: list[int] = []
 
@@ -125,8 +142,7 @@ async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> No
 
         def watched(*job: Any) -> SealedInfo:
             under_way.add(files)
-            # Long enough for the other lane, which is told to stop at the same time, to begin as well.
-            time.sleep(1)
+            assert sealing.all_asked.wait(60)
             most.append(len(under_way))
             try:
                 return seal(*job)
@@ -139,7 +155,7 @@ async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> No
     chosen = settings(partitions=PARTITIONS, seal_on_drain=True)
     load = Load(workload(seed=26, events=100))
     async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
-        async with lanes_here(pipeline, LOCAL._replace(open=opened)):
+        async with lanes_here(pipeline, LOCAL._replace(open=opened), sealing):
             await load.publish(pipeline.client)
             await pipeline.settled()
         assert most == [1] * PARTITIONS

@@ -38,7 +38,7 @@ class Listening(GuardedClient):
         super().__init__()
         self.noted: list[tuple[int, bytes, bytes, bytes, bytes]] = []
         self.errors: list[Exception] = []
-        self.pinged = asyncio.Event()
+        self.pinged, self.reading = asyncio.Event(), asyncio.Event()
         self.sinks[b"%d" % SINK] = lambda *message: self.noted.append((SINK, *message))
         self._status = self.CONNECTED
         self._io_reader = stream
@@ -50,17 +50,18 @@ class Listening(GuardedClient):
 
     async def read(self, limit: int) -> bytes:
         assert self._io_reader is not None
+        self.reading.set()
         return await self._io_reader.read(limit)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # A turn, as for a queue that is full.
         self.noted.append((sid, subject, reply, headers or b"", payload))
 
     async def _process_ping(self) -> None:
         self.noted.append(PING)
         self.pinged.set()
         for _ in range(3):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # Answering takes some turns, as a write does.
 
     async def _process_op_err(self, e: Exception) -> None:
         self.errors.append(e)
@@ -108,14 +109,14 @@ def test_what_sinks_take_at_once_overtakes_nothing(
         client = Listening(stream)
         stream.feed_data(bytes_[:early])  # Read before the read loop began.
         reading = asyncio.create_task(client._read_loop())
-        await asyncio.sleep(0)
+        await client.reading.wait()
         start = early
         for end, pause in sorted(pauses.items()):
             if end > start:
                 stream.feed_data(bytes_[start:end])
                 start = end
             for _ in range(pause):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # What varies is how many turns the read loop had before more came.
         stream.feed_eof()
         async with asyncio.timeout(10):
             await reading
@@ -130,7 +131,7 @@ async def test_sinks_take_at_once_while_the_read_loop_lasts_and_not_after() -> N
     stream = asyncio.StreamReader()
     client = Listening(stream)
     reading = asyncio.create_task(client._read_loop())
-    await asyncio.sleep(0)
+    await client.reading.wait()
     stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
     assert [message[1] for message in client.noted] == [b"a"]
     reading.cancel()
@@ -143,7 +144,7 @@ async def test_sinks_take_nothing_more_from_a_connection_that_was_given_up() -> 
     stream = asyncio.StreamReader()
     client = Listening(stream)
     reading = asyncio.create_task(client._read_loop())
-    await asyncio.sleep(0)
+    await client.reading.wait()
     client._ps.reset()
     stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
     assert client.noted == []
@@ -155,15 +156,16 @@ async def test_a_connection_that_was_given_up_does_not_count_for_the_next_one() 
     old, new = asyncio.StreamReader(), asyncio.StreamReader()
     client = Listening(old)
     first = asyncio.create_task(client._read_loop())
-    await asyncio.sleep(0)
+    await client.reading.wait()
     old.feed_data(b"PING\r\n" * 40)
     await client.pinged.wait()
     client.noted.clear()
     client._ps.reset()
     client._io_reader = new
     new.feed_data(b"PING\r\n" * 20)
+    client.reading.clear()
     second = asyncio.create_task(client._read_loop())
-    await asyncio.sleep(0)
+    await client.reading.wait()
     first.cancel()
     await asyncio.wait([first])
     new.feed_data(wire(SINK, (b"a", b"", b"", b"1")))
@@ -177,7 +179,7 @@ async def test_what_is_not_of_the_protocol_ends_the_connection_from_wherever_it_
     stream = asyncio.StreamReader()
     client = Listening(stream)
     reading = asyncio.create_task(client._read_loop())
-    await asyncio.sleep(0)
+    await client.reading.wait()
     stream.feed_data(wire(SINK, (b"a", b"", b"", b"1")) + b"MSG a 7 x\r\n")
     async with asyncio.timeout(10):
         await reading
