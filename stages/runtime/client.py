@@ -21,8 +21,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionDrainingError, NoRespondersError
-from nats.errors import TimeoutError as NatsTimeoutError
 
+from stages.runtime.answers import Answers
 from stages.runtime.parser import Sink, SinkParser
 
 _CRLF: Final = b"\r\n"
@@ -33,11 +33,6 @@ _NO_RESPONDERS: Final = "503"
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
-
-
-def _expire(answer: asyncio.Future[Msg]) -> None:
-    if not answer.done():
-        answer.set_exception(NatsTimeoutError())
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
@@ -77,6 +72,7 @@ class GuardedClient(Client):
         self.sinks: dict[bytes, Sink] = {}
         self._tokens = count(1)
         self._request_inbox = ""
+        self._answers = Answers()
         self._will_depart = False
         self._ps: SinkParser = SinkParser(self)
 
@@ -105,15 +101,14 @@ class GuardedClient(Client):
         super()._remove_sub(sid, max_msgs)
 
     async def _init_request_sub(self) -> None:
-        self._resp_map = {}
         self._request_inbox = f"{self.new_inbox()}."
         self._resp_sub_prefix = bytearray(self._request_inbox.encode())
         await self.subscribe_sink(f"{self._request_inbox}*", self._answered)
 
     def _answered(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
         token = subject[len(self._request_inbox) :].decode(errors="replace")
-        answer = self._resp_map.get(token)
-        if answer is not None and not answer.done():
+        answer = self._answers.awaited(token)
+        if answer is not None:
             answer.set_result(self._build_message(0, subject, reply, payload, read_headers(block) or None))
 
     async def request(
@@ -133,20 +128,16 @@ class GuardedClient(Client):
             raise ConnectionDrainingError
         if not self._request_inbox:
             await self._init_request_sub()
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Msg] = loop.create_future()
         # Unique among this connection's requests; the inbox before it is unique among connections.
         token = str(next(self._tokens))
         reply = self._request_inbox + token
-        self._resp_map[token] = answer
-        expiry = loop.call_later(timeout, _expire, answer)
+        answer = self._answers.expect(token, timeout)
         try:
             if not self._send_soon(subject, payload, reply, headers):
                 await super().publish(subject, payload, reply, headers)
             message = await answer
         finally:
-            expiry.cancel()
-            del self._resp_map[token]
+            self._answers.forget(token)
         if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
             raise NoRespondersError
         return message
@@ -179,7 +170,7 @@ class GuardedClient(Client):
             command = b"".join((sizes, head, payload, _CRLF))
         else:
             command = b"".join((f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload, _CRLF))
-        if not self._pending and len(self._resp_map or ()) <= _FEW and self._unwritten() == 0:
+        if not self._pending and len(self._answers) <= _FEW and self._unwritten() == 0:
             self._transport.write(command)  # type: ignore[union-attr]
             return True
         self._pending.append(command)

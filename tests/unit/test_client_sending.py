@@ -52,7 +52,6 @@ class Connected(GuardedClient):
         self._max_payload = 1024 * 1024
         self._flush_queue: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
         self._request_inbox = INBOX
-        self._resp_map = {}
         self.asked = 0
 
     @property

@@ -17,12 +17,12 @@ from typing import Any, Final
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, MaxPayloadError, NoRespondersError
-from nats.errors import TimeoutError as NatsTimeoutError
 
 from cluster.testing.sim.api import JetStreamApi, header_block
 from cluster.testing.sim.broker import Broker
 from cluster.testing.sim.loop import Host
 from cluster.testing.sim.streams import matches
+from stages.runtime.answers import Answers
 from stages.runtime.client import GuardedClient
 from stages.runtime.parser import Sink
 
@@ -83,7 +83,7 @@ class SimClient(GuardedClient):
         self._network = network
         self._reconnected = reconnected
         self._subscriptions: dict[str, SimSubscription] = {}
-        self._answers: dict[str, asyncio.Future[Msg]] = {}
+        self._answers = Answers()
         self._inboxes = 0
         self._up = True
         self._ended = False
@@ -135,16 +135,12 @@ class SimClient(GuardedClient):
     ) -> Msg:
         """As nats-py's."""
         reply = self.new_inbox()
-        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._answers[reply] = answer
+        answer = self._answers.expect(reply, timeout)
         try:
             await self.publish(subject, payload, reply=reply, headers=headers)
-            async with asyncio.timeout(timeout):
-                message = await answer
-        except TimeoutError:
-            raise NatsTimeoutError from None
+            message = await answer
         finally:
-            del self._answers[reply]
+            self._answers.forget(reply)
         if (message.headers or {}).get("Status") == "503":
             raise NoRespondersError
         return message
@@ -240,10 +236,9 @@ class SimClient(GuardedClient):
         if self.is_closed or connection != self._connections:
             return
         to, message = delivered
-        answer = self._answers.get(to)
+        answer = self._answers.awaited(to)
         if answer is not None:
-            if not answer.done():
-                answer.set_result(message)
+            answer.set_result(message)
             return
         subscription = self._subscriptions.get(to)
         if subscription is not None:
