@@ -79,6 +79,8 @@ async def run(scratch: Path, effort: Effort, say: Say) -> dict[str, Any]:
         RuntimeError: events were lost or harmed somewhere.
     """
     begun_s = time.monotonic()
+    # What was written before, by an installation perhaps, is not to reach the disk while we measure.
+    await asyncio.to_thread(os.sync)
     settings = load_settings({"FI_PARTITIONS": str(PARTITIONS), **os.environ})
     environment = await asyncio.to_thread(environment_of, scratch)
     environment |= {"partitions": settings.partitions, "hop_storage": settings.hop_storage}
@@ -145,6 +147,8 @@ async def _alternatives(
     rows = [
         await visit(name, ground, offered, rates=rates, seconds=effort.baseline_s, say=say) for name in effort.baselines
     ]
+    # What they left in the kernel's cache would be written to the disk while ours is measured.
+    await asyncio.to_thread(os.sync)
     async with asyncio.TaskGroup() as tasks:
         for stage in STAGES:
             tasks.create_task(pipeline.supervisor.start_stage(stage))

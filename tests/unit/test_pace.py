@@ -56,3 +56,17 @@ def test_a_burst_is_forgotten() -> None:
     pace.begin(1.0, 100)
     rates = [pace.wait_s(1.0 + age_s, 10.0) > 0 for age_s in (0.0, 0.25, 5.0)]
     assert rates == [True, True, False]
+
+
+def test_a_load_is_forgotten_within_a_third_of_a_second() -> None:
+    pace, now_s = Pace(), 0.0
+    while now_s < 1.0:
+        pace.begin(now_s, 150)
+        now_s += 0.010
+    waits = []
+    for _ in range(200):
+        now_s += 0.005
+        waits.append(pace.wait_s(now_s, GAP_S) > 0)
+        pace.begin(now_s, 1)
+    assert waits[1]
+    assert not any(waits[60:])
