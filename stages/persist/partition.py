@@ -65,6 +65,7 @@ class PartitionFiles:
         self._first_ns: int | None = None
         self._begins_after: int | None = None
         self._first_shard = FIRST_SHARD
+        self._next_ready = False
         self._damaged: dict[int, Path] = {}
         """Damaged sealed forms of shards whose live form is there too: nothing may be appended to those."""
         self.frontier = MerkleFrontier()
@@ -267,6 +268,7 @@ class PartitionFiles:
             self._live.cut(0)
         self._frontier_before = self.frontier.copy()
         self._first_ns = self._begins_after = None
+        self._next_ready = False
 
     @property
     def end(self) -> StoreEnd:
@@ -337,8 +339,8 @@ class PartitionFiles:
         return self._first_ns is not None and self._clock_ns() - self._first_ns >= self._settings.shard_age_s_max * 1e9
 
     def wants_next(self) -> bool:
-        """True when the live shard is full enough for the next one to be prepared."""
-        return self._live.end_bytes >= PREPARE_AT * self._settings.shard_bytes
+        """True when the live shard is full enough for the next one to be prepared, and it was not yet."""
+        return not self._next_ready and self._live.end_bytes >= PREPARE_AT * self._settings.shard_bytes
 
     def prepare_next(self) -> None:
         """Makes the next shard's file ahead of time, off the hot path. Does nothing when it is there."""
@@ -347,6 +349,7 @@ class PartitionFiles:
         with disk_of(self._store):
             if not path.exists():
                 self._create(path, number)
+        self._next_ready = True
 
     def roll(self) -> None:
         """Ends the live shard, of which every commit must be accepted, and begins the next."""
