@@ -23,10 +23,10 @@ from cluster.supervisor import Supervisor
 from cluster.track import Tracker
 from cluster.workload import consultations
 from contracts.settings import Settings
-from contracts.subjects import partition_of
+from contracts.subjects import EVENTS, partition_of
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
-from stages.runtime.connection import connect
+from stages.runtime.connection import connect, connect_beside
 from stages.runtime.facts import ClusterFacts, read_cluster
 
 IN_FLIGHT = 512
@@ -102,10 +102,16 @@ async def running_pipeline(directory: Path, settings: Settings) -> AsyncIterator
     async with Supervisor(directory, settings) as supervisor, AsyncExitStack() as stack:
         clients = []
         for number in range(CONNECTIONS + 1):
-            clients.append(await connect(supervisor.urls, f"bench-{number}"))
+            clients.append(await load_connection(supervisor.urls, number))
             stack.push_async_callback(clients[-1].close)
         gateways = [Gateway(client, in_flight=IN_FLIGHT) for client in clients[1:]]
         yield Pipeline(supervisor, gateways, clients[0], await read_cluster(clients[0]))
+
+
+async def load_connection(urls: Sequence[str], number: int) -> GuardedClient:
+    """The observer's connection for 0; else a gateway's, as `fictl publish` has it."""
+    name = f"bench-{number}"
+    return await (connect_beside(urls, EVENTS, name) if number else connect(urls, name))
 
 
 async def open_loop(

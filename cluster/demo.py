@@ -20,11 +20,11 @@ from cluster.track import StageTimes, Totals, Tracker, percentiles_ms
 from cluster.workload import consultations
 from contracts.budgets import DEMO_SILENT
 from contracts.events import event_to_dict
-from contracts.subjects import partition_of
+from contracts.subjects import EVENTS, partition_of
 from stages.persist.store import EventStore
 from stages.persist.verify import VerifyReport, verify_store
 from stages.runtime.api import Api
-from stages.runtime.connection import connect
+from stages.runtime.connection import connect, connect_beside
 from stages.runtime.facts import read_cluster
 
 SEED = 57
@@ -130,7 +130,7 @@ class DemoRun:
         on_step: OnStep,
     ) -> DemoRun:
         """Connects to the pipeline and begins to follow its receipts. `stack` closes both."""
-        publisher = await connect(supervisor.urls, "demo-gateway")
+        publisher = await connect_beside(supervisor.urls, EVENTS, "demo-gateway")
         stack.push_async_callback(publisher.close)
         observer = await connect(supervisor.urls, "demo-observer")
         stack.push_async_callback(observer.close)

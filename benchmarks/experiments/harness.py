@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.experiments import launch
 from benchmarks.experiments.costs import per_event, spent
 from benchmarks.experiments.messages import sized_messages
-from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message, Pipeline, closed_loop, open_loop
+from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message, Pipeline, closed_loop, load_connection, open_loop
 from benchmarks.report import Say
 from cluster.cli.run import SHARDS
 from cluster.gateway import Gateway
@@ -24,7 +24,6 @@ from cluster.track import percentiles_ms
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
 from stages.persist.names import list_shards
-from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
 
 PARTITIONS = 1
@@ -154,7 +153,7 @@ async def running(directory: Path, setup: Setup, connections: int = CONNECTIONS)
         async with supervisor, AsyncExitStack() as stack:
             clients = []
             for number in range(connections + 1):
-                clients.append(await connect(supervisor.urls, f"bench-{number}"))
+                clients.append(await load_connection(supervisor.urls, number))
                 stack.push_async_callback(clients[-1].close)
             gateways = [Gateway(client, in_flight=IN_FLIGHT) for client in clients[1:]]
             yield Pipeline(supervisor, gateways, clients[0], await read_cluster(clients[0]))

@@ -133,15 +133,18 @@ def _parse_set(chosen: list[str] | None) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def connected(urls: tuple[str, ...]) -> AsyncIterator[GuardedClient]:
-    """A connection to any of `urls`, closed at the end.
+async def connected(urls: tuple[str, ...], *, beside: str | None = None) -> AsyncIterator[GuardedClient]:
+    """A connection to any of `urls`, to one that does not lead the stream `beside` if that is given. Closed at the end.
 
     Raises:
         ClusterUnavailableError: none answered within `COMMAND_CONNECT`.
     """
-    from stages.runtime.connection import connect
+    from stages.runtime.connection import connect, connect_beside
 
-    client = await connect(urls, "fi", wait_s=COMMAND_CONNECT.s)
+    if beside is None:
+        client = await connect(urls, "fi", wait_s=COMMAND_CONNECT.s)
+    else:
+        client = await connect_beside(urls, beside, "fi", wait_s=COMMAND_CONNECT.s)
     try:
         yield client
     finally:

@@ -118,12 +118,13 @@ async def _publish(
     from cluster.gateway import Gateway
     from cluster.publish import LinePublisher
     from contracts.errors import TopologyError
+    from contracts.subjects import EVENTS
     from stages.runtime.facts import read_cluster
     from stages.runtime.observing import observing
 
     async with (
         observing(settings, "fi-gateway", "publish", os.environ) as telemetry,
-        connected(urls) as client,
+        connected(urls, beside=EVENTS) as client,
     ):
         try:
             await read_cluster(client, wait_s=COMMAND_READY.s)

@@ -90,19 +90,51 @@ async def connect_near(
     without, 48 with, medians of six runs). Any other server serves as well: nothing is done when the leader moves.
     """
     client = await connect(urls, name, reconnected=reconnected)
+    leader, urls_by_name = await _leader_and_names(client, urls, stream)
+    near = urls_by_name.get(leader)
+    return client if near is None else await _reconnect(client, near, urls, name, reconnected)
+
+
+async def connect_beside(
+    urls: Sequence[str],
+    stream: str,
+    name: str,
+    *,
+    wait_s: float = FIRST_CONNECTION.s,
+    reconnected: Callable[[], None] | None = None,
+) -> GuardedClient:
+    """As `connect`, but to the first server by name that does not lead `stream` now, if that can be found out.
+
+    For those who publish many small messages: this server hands them on to the leader many at a time. All of them
+    choose the same one (ADR 29). Any other server serves as well: nothing is done when the leader moves.
+    """
+    client = await connect(urls, name, wait_s=wait_s, reconnected=reconnected)
+    leader, urls_by_name = await _leader_and_names(client, urls, stream)
+    others = urls_by_name.keys() - {leader}
+    if not leader or not others:
+        return client
+    return await _reconnect(client, urls_by_name[min(others)], urls, name, reconnected)
+
+
+async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: str) -> tuple[str, dict[str, str]]:
+    """The server that leads `stream`, "" where that is not known, and the URLs of all that answer by their names."""
     try:
         info = await client.jetstream(timeout=GREETING.s).stream_info(stream)
-        leader = info.cluster.leader if info.cluster is not None else None
-        names = await asyncio.gather(*map(server_name, urls))
     except NatsError as error:
         log.debug("the leader of %s is not known: %r", stream, error)
-        return client
-    near = [url for url, found in zip(urls, names, strict=True) if found == leader]
-    if not near:
-        return client
+        return "", {}
+    names = await asyncio.gather(*map(server_name, urls))
+    leader = info.cluster.leader if info.cluster is not None else None
+    return leader or "", {found: url for url, found in zip(urls, names, strict=True) if found is not None}
+
+
+async def _reconnect(
+    client: GuardedClient, first: str, urls: Sequence[str], name: str, reconnected: Callable[[], None] | None
+) -> GuardedClient:
+    """In place of `client`, a connection to `first`; to another one of `urls` where that does not answer."""
     await client.close()
-    others = [url for url in urls if url not in near]
-    return await connect([*near, *others], name, in_order=True, reconnected=reconnected)
+    others = [url for url in urls if url != first]
+    return await connect([first, *others], name, in_order=True, reconnected=reconnected)
 
 
 async def server_name(url: str) -> str | None:

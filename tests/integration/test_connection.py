@@ -1,0 +1,55 @@
+"""Which server a process connects to: near a stream's leader or beside it, and to any other where that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from nats.js.api import StreamConfig
+from waiting import Eventually
+
+from cluster.nodes import EmbeddedCluster
+from stages.runtime.client import GuardedClient
+from stages.runtime.connection import connect, connect_beside, connect_near
+
+pytestmark = pytest.mark.cluster
+
+STREAM = "FI_PLACES"
+
+
+def server_of(client: GuardedClient) -> str:
+    return str(client._server_info["server_name"])
+
+
+async def test_near_the_leader_or_beside_it_and_elsewhere_once_that_server_is_gone(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    async with EmbeddedCluster(tmp_path) as cluster:
+        observer = await connect(cluster.urls, "observer")
+        jetstream = observer.jetstream(timeout=10)
+        await jetstream.add_stream(StreamConfig(name=STREAM, subjects=["places.>"], num_replicas=3))
+        cluster_info = (await jetstream.stream_info(STREAM)).cluster
+        assert cluster_info is not None
+        leader = cluster_info.leader
+        assert leader is not None
+        near = await connect_near(cluster.urls, STREAM, "near")
+        assert server_of(near) == leader
+        others = sorted({"n1", "n2", "n3"} - {leader})
+        # Whatever order the servers are named in, all choose the same one.
+        beside = await connect_beside(cluster.urls, STREAM, "beside")
+        beside_too = await connect_beside(cluster.urls[::-1], STREAM, "beside-too")
+        assert (server_of(beside), server_of(beside_too)) == (others[0], others[0])
+
+        await cluster.node(others[0]).kill()
+        await eventually(lambda: beside.is_connected and server_of(beside) != others[0])
+        next_one = await connect_beside(cluster.urls, STREAM, "next")
+        assert server_of(next_one) == others[1]
+        for client in (observer, near, beside, beside_too, next_one):
+            await client.close()
+
+
+async def test_where_no_leader_is_known_any_server_serves(cluster_urls: tuple[str, ...]) -> None:
+    for choose in (connect_near, connect_beside):
+        client = await choose(cluster_urls, "NO_SUCH_STREAM", "anywhere")
+        assert client.is_connected
+        await client.close()
