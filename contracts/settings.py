@@ -42,7 +42,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         replicas: copies of every stream.
         hop_storage: where hop streams (derived data) live.
         events_bytes_max, hop_bytes_max, receipts_bytes_max, dlq_bytes_max: stream limits; a full stream refuses.
-        dedup_window_s: how long servers remember a gateway's message ids. Correctness does not depend on it.
+        dedup_window_s: how long servers remember a gateway's message ids. An event without an `event_id` that is sent
+            again later than that is stored twice; of others persist knows the ids for ever. What is remembered costs
+            each server some 250 bytes a message, and time (ADR 29).
         frame_events_max, frame_bytes_max: a frame takes no further message once it has reached either.
         frame_deflate_bytes_min: events of a frame are deflated from so many bytes on. Builds without this
             setting wait for a later one to read such frames: while they run, set it to 16 MiB, which no frame reaches.
