@@ -51,7 +51,7 @@ PING_INTERVAL: Final = _pause(
     1.0, "a client: between two pings of its server", "pings again; the third in vain counts as a lost connection"
 )
 GREETING: Final = _limit(
-    2.0, "a starting stage: a server to say its name, a stream its leader", "it stays with the server it has"
+    2.0, "a stage or publisher that connects: a server to say its name, a stream its leader", "it takes any server"
 )
 FIRST_FACTS: Final = _limit(
     20.0, "a starting process: FI_EVENTS to say how it is partitioned", "it fails and is started again"
