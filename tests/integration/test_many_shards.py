@@ -29,9 +29,10 @@ async def test_duplicates_are_found_in_summarized_shards_before_and_after_a_star
             await pipeline.settled()
         await until(summaries, "a summary")
         again = Load(lines)
-        await again.publish(pipeline.client)
+        # What is repeated within a tenth of a second the servers know themselves.
+        known = (await again.publish(pipeline.client)).duplicates
         await pipeline.settled()
-        assert await pipeline.totals() == Totals(len(lines), len(lines), 0)
+        assert await pipeline.totals() == Totals(len(lines), len(lines) - known, 0)
 
         made = await summaries()
         await pipeline.supervisor.stop_stage("persist")
@@ -41,12 +42,13 @@ async def test_duplicates_are_found_in_summarized_shards_before_and_after_a_star
             return await summaries() > made
 
         await until(summarized_again, "the summary after a start")
-        await Load(lines).publish(pipeline.client)
+        known += (await Load(lines).publish(pipeline.client)).duplicates
+        assert known < len(lines) // 10
         await pipeline.settled()
-        assert await pipeline.totals() == Totals(len(lines), 2 * len(lines), 0)
+        assert await pipeline.totals() == Totals(len(lines), 2 * len(lines) - known, 0)
         # Nothing new is taken for a duplicate, and all of it is there once.
         more = Load(workload(seed=52, events=100))
         await more.publish(pipeline.client)
         await pipeline.settled()
-        assert await pipeline.totals() == Totals(len(lines) + 100, 2 * len(lines), 0)
+        assert await pipeline.totals() == Totals(len(lines) + 100, 2 * len(lines) - known, 0)
         await pipeline.assert_whole(again)

@@ -90,13 +90,21 @@ async def dead_ids(pipeline: Pipeline, reason: str) -> list[str]:
 async def test_a_policy_changed_under_load_is_recorded_with_each_event_and_loses_nothing(pipeline: Pipeline) -> None:
     before = await in_force(pipeline)
     # The first is under way all the time, and speed decides what judges it; the others come when all processes agree.
-    load, refusing, after = (Load(workload(seed, events)) for seed, events in ((901, 3000), (902, 200), (903, 200)))
+    load, refusing, after = (Load(workload(seed, events)) for seed, events in ((901, 3000), (906, 500), (903, 200)))
+    assert events_of(refusing, REFUSED)
     async with under_load(load, pipeline.client, rate_per_s=150):
         await load.reached(200)
         code, answer, err = await fictl(pipeline, "policy", "set", f"refused_types={REFUSED}", "--note", "no models")
         assert (code, answer["settled"], answer["version"]) == (0, True, before + 1), err
         assert [holder["version"] for holder in answer["processes"]] == [before + 1] * 2
         await refusing.publish(pipeline.client)
+        accepted = await pipeline.unsettled()
+
+        async def judged() -> bool:
+            now = await pipeline.unsettled()
+            return all(partition not in now or now[partition][0] >= end for partition, (_, end) in accepted.items())
+
+        await until(judged, "receipts for what the second version judges")
         killing = asyncio.create_task(pipeline.supervisor.kill("segment-0"))
         code, answer, err = await fictl(pipeline, "policy", "set", "refused_types=", "--timeout", "60")
         await killing
