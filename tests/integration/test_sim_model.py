@@ -27,6 +27,7 @@ pytestmark = pytest.mark.cluster
 HOP, RAW = "fi.segment.0", "fi.events.clinic-1.c1"
 SETTINGS = Settings(partitions=2, hop_bytes_max=8192)
 SECOND_NS = 1_000_000_000
+TRIES_MAX = 500
 STATUS_HEADERS = ("Status", "Description", "Nats-Last-Consumer", "Nats-Last-Stream", "Nats-Pending-Messages")
 
 
@@ -36,6 +37,8 @@ class Script:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.notes: list[Any] = []
+        self.unheard: set[str] = set()
+        """Consumers that were made and have answered nothing yet."""
 
     async def publish(self, subject: str, data: bytes, **headers: str) -> None:
         named = {f"Nats-{name.replace('_', '-')}": value for name, value in headers.items()}
@@ -77,6 +80,7 @@ class Script:
             "inactive_threshold": 20 * SECOND_NS,
         }
         await self.ask(f"CONSUMER.CREATE.{stream}.{name}.{subject}", stream_name=stream, config=config, action="create")
+        self.unheard.add(name)
 
     async def pull(
         self,
@@ -95,17 +99,25 @@ class Script:
         arrived: asyncio.Queue[Msg] = asyncio.Queue()
         inbox = self.client.new_inbox()
         subscription = await self.client.subscribe(inbox, cb=arrived.put)
-        await self.client.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", msgspec.json.encode(request), reply=inbox
-        )
+        asking = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", msgspec.json.encode(request), inbox
+        await self.client.publish(*asking)
         if during is not None:
             await during
         noted = len(self.notes)
+        tries = 0
         while len(self.notes) < noted + until:
             async with asyncio.timeout(10):
                 message = await arrived.get()
-            if not beats and (message.headers or {}).get("Status") == "100":
+            status = (message.headers or {}).get("Status")
+            if not beats and status == "100":
                 continue
+            if status == "503" and name in self.unheard and tries < TRIES_MAX:
+                # Our server has not heard of the new consumer yet.
+                tries += 1
+                await asyncio.sleep(0.02)
+                await self.client.publish(*asking)
+                continue
+            self.unheard.discard(name)
             if message.subject == inbox:
                 headers = message.headers or {}
                 # nats-py takes the header after a bare status for its description.
