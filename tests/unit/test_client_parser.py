@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.errors import ProtocolError, UnexpectedEOF
+from turns import turns
 
 from stages.runtime.client import GuardedClient, read_headers
 
@@ -54,21 +55,20 @@ class Listening(GuardedClient):
         return await self._io_reader.read(limit)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        await asyncio.sleep(0)  # A turn, as for a queue that is full.
+        await turns(1)  # As for a queue that is full.
         self.noted.append((sid, subject, reply, headers or b"", payload))
 
     async def _process_ping(self) -> None:
         self.noted.append(PING)
         self.pinged.set()
-        for _ in range(3):
-            await asyncio.sleep(0)  # Answering takes some turns, as a write does.
+        await turns(3)  # Answering takes some, as a write does.
 
     async def _process_op_err(self, e: Exception) -> None:
         self.errors.append(e)
 
 
 kinds = st.sampled_from(["sink", "queue", "ping"])
-turns = st.lists(st.tuples(kinds, messages), max_size=12)
+comings = st.lists(st.tuples(kinds, messages), max_size=12)
 
 
 def on_the_wire(turn: tuple[str, Taken]) -> bytes:
@@ -82,7 +82,7 @@ def noted(turn: tuple[str, Taken]) -> tuple[int, bytes, bytes, bytes, bytes]:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(turns, st.lists(st.integers(0, 900), max_size=12))
+@given(comings, st.lists(st.integers(0, 900), max_size=12))
 def test_messages_come_out_whole_wherever_the_reads_end(sent: list[tuple[str, Taken]], cuts: list[int]) -> None:
     bytes_ = b"".join(map(on_the_wire, sent))
     ends = sorted({0, len(bytes_), *(cut for cut in cuts if cut < len(bytes_))})
@@ -97,7 +97,7 @@ def test_messages_come_out_whole_wherever_the_reads_end(sent: list[tuple[str, Ta
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(turns, st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), max_size=12), st.integers(0, 30))
+@given(comings, st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), max_size=12), st.integers(0, 30))
 def test_what_sinks_take_at_once_overtakes_nothing(
     sent: list[tuple[str, Taken]], cuts: list[tuple[int, int]], early: int
 ) -> None:
@@ -115,8 +115,7 @@ def test_what_sinks_take_at_once_overtakes_nothing(
             if end > start:
                 stream.feed_data(bytes_[start:end])
                 start = end
-            for _ in range(pause):
-                await asyncio.sleep(0)  # What varies is how many turns the read loop had before more came.
+            await turns(pause)  # What varies is how many the read loop had before more came.
         stream.feed_eof()
         async with asyncio.timeout(10):
             await reading

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 from nats.errors import BadSubjectError
+from turns import turns
 
 from stages.runtime.client import GuardedClient
 
@@ -69,11 +70,6 @@ class Connected(GuardedClient):
         """The answers to these requests, as one read brings them."""
         for number in numbers:
             self._answered(f"{INBOX}{number}".encode(), b"", b"", b"yes")
-
-
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def test_while_little_is_under_way_each_message_is_written_at_once() -> None:
