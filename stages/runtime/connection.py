@@ -14,6 +14,7 @@ from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
 from stages.runtime.client import GuardedClient
+from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,13 @@ async def connect(
     }
     client = GuardedClient()
     attempts = max(1, round(wait_s / (RECONNECT_PAUSE.s * len(urls))))
+    # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
+    connecting = asyncio.create_task(
+        client.connect(**options, max_reconnect_attempts=attempts),  # type: ignore[arg-type]
+        name=f"connecting {name}",
+    )
     try:
-        # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
-        await client.connect(**options, max_reconnect_attempts=attempts)  # type: ignore[arg-type]
+        await _unless_cancelled(connecting, client)
     except (NatsError, OSError) as error:
         shown = ", ".join(map(hide_credentials, urls))
         raise ClusterUnavailableError(
@@ -79,6 +84,21 @@ async def connect(
         ) from error
     client.options["max_reconnect_attempts"] = -1
     return client
+
+
+async def _unless_cancelled(connecting: asyncio.Task[None], client: GuardedClient) -> None:
+    """Waits for `connecting`; cancelled, it leaves no connection, even if one was made at that very moment.
+
+    (`asyncio.wait_for` of Python 3.11, which nats-py connects with, swallows a cancellation that comes together with
+    an answer: a Ctrl-C would be lost.)
+    """
+    try:
+        await asyncio.wait((connecting,))
+    except asyncio.CancelledError:
+        await end_tasks(connecting)
+        await client.close()
+        raise
+    await connecting
 
 
 async def connect_near(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from nats.js.api import StreamConfig
@@ -53,3 +57,34 @@ async def test_where_no_leader_is_known_any_server_serves(cluster_urls: tuple[st
         client = await choose(cluster_urls, "NO_SUCH_STREAM", "anywhere")
         assert client.is_connected
         await client.close()
+
+
+async def test_a_connection_that_is_cancelled_at_any_moment_is_not_made(tmp_path: Path, eventually: Eventually) -> None:
+    async with EmbeddedCluster(tmp_path, 1) as cluster:
+        [node] = cluster.nodes
+
+        async def connections() -> int:
+            def ask() -> int:
+                with urlopen(f"{node.monitor_url}/connz", timeout=10) as answer:
+                    return int(json.load(answer)["num_connections"])
+
+            return await asyncio.to_thread(ask)
+
+        async def alone() -> bool:
+            return await connections() == 0
+
+        for turns in range(200):
+            connecting = asyncio.create_task(connect(cluster.urls, "cancelled"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                # The loop stands still, so that an answer and the cancellation can come in one turn of it.
+                time.sleep(0.002)  # noqa: ASYNC251
+            if connecting.done():
+                await (await connecting).close()
+                break
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+        else:
+            pytest.fail("never connected")
+        await eventually(alone)
