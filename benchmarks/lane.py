@@ -18,11 +18,12 @@ import msgspec
 from benchmarks.report import costs_ms
 from benchmarks.samples import Sample, Samples
 from contracts.frames import PackedFrame, encode_frame
-from contracts.receipts import Receipt, SealRecord, decode_receipt, encode_receipt, first_receipt
+from contracts.receipts import Receipt, decode_receipt, encode_receipt, first_receipt
 from contracts.settings import Settings
 from contracts.subjects import output_subject
 from stages.persist.core import Group, plan_group
 from stages.persist.partition import PartitionFiles, SealJob
+from stages.persist.records import record_of
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store, lock_partition, open_store
 from stages.runtime.api import StoredMessage
@@ -159,24 +160,7 @@ class Lane:
 
     def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
         """What follows a seal: its record, and the sealed file in place of the live one."""
-        header = info.header
-        self.files.keep_record(
-            SealRecord(
-                partition=PARTITION,
-                store=self.store.store_id,
-                shard=job.shard,
-                file=info.path.name,
-                sha256=info.sha256,
-                first_origin=header.first_origin,
-                last_origin=header.last_origin,
-                events=header.events,
-                tree_size=header.tree_size,
-                root=header.root,
-                sealed_ns=header.sealed_ns,
-                bytes=info.bytes,
-                cluster=self.store.cluster_id,
-            )
-        )
+        self.files.keep_record(record_of(info))
         self.files.finish_seal(job, info)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 from stages.runtime.connection import connect
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Supervisor:
                 await apply(client, self.settings)
             finally:
                 await client.close()
-            await _all([self.start_stage(stage) for stage in STAGES])
+            await side_by_side(*(self.start_stage(stage) for stage in STAGES))
             self._control = ControlServer(socket_path(self.directory), self._scale_all, self._restart_all)
             await self._control.start()
             self._set_status("ready")
@@ -202,7 +202,7 @@ class Supervisor:
         keepers = self._stages[stage]
         while len(keepers) < self._scale[stage]:
             keepers.append(self._new_keeper(stage))
-        await _all([keeper.start() for keeper in keepers])
+        await side_by_side(*(keeper.start() for keeper in keepers))
         self._write_state()
 
     async def scale(self, stage: Stage, count: int) -> None:
@@ -370,13 +370,3 @@ class Supervisor:
                 control="" if self._control is None else str(self._control.path),
             ),
         )
-
-
-async def _all(jobs: Sequence[Coroutine[None, None, None]]) -> None:
-    """Runs `jobs` side by side; the first failure cancels the others and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None

@@ -14,7 +14,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from cluster.apply import apply
@@ -36,6 +36,7 @@ from contracts.budgets import SERVER_START, SERVER_STOP, STAGE_READY
 from contracts.errors import ClusterUnavailableError
 from contracts.subjects import Stage
 from stages.runtime.connection import connect
+from stages.runtime.tasks import run_blocking, side_by_side
 
 T = TypeVar("T")
 
@@ -127,31 +128,31 @@ class DockerBackend(Backend):
 
     async def open(self) -> None:
         """See `Backend.open`. Builds the image first, if this engine does not have it."""
-        if reason := await _call(engine_missing):
+        if reason := await run_blocking(engine_missing):
             raise NoEngineError(f"{reason}; choose the embedded backend, which needs none")
         try:
-            image = await _call(self._prepare)
-            await _gather(*(_call(self._run_server, image, name) for name in self.plan.servers()))
-            await _gather(*(self._healthy(name) for name in self.plan.servers()))
+            image = await run_blocking(self._prepare)
+            await side_by_side(*(run_blocking(self._run_server, image, name) for name in self.plan.servers()))
+            await side_by_side(*(self._healthy(name) for name in self.plan.servers()))
             await wait_leader(self.urls, "see the logs of its servers")
             client = await connect(self.urls, "ficluster-start")
             try:
                 await apply(client, self.plan.settings)
             finally:
                 await client.close()
-            await _gather(*(self._begin_stage(image, name) for name in self.plan.stages()))
+            await side_by_side(*(self._begin_stage(image, name) for name in self.plan.stages()))
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
         """See `Backend.close`. Whatever is frozen or cut off goes as well."""
-        await _call(self._remove)
+        await run_blocking(self._remove)
 
     async def start(self, name: str) -> None:
         """See `Backend.start`."""
         if name in self._ports:
-            await _call(self._containers[name].start)
+            await run_blocking(self._containers[name].start)
             if name not in self._cut:
                 await self._healthy(name)
         else:
@@ -161,35 +162,35 @@ class DockerBackend(Backend):
         """See `Backend.stop`."""
         await self.thaw(name)
         limit_s = SERVER_STOP.s if name in self._ports else self.plan.settings.drain_s
-        await _call(self._containers[name].stop, timeout=round(limit_s))
+        await run_blocking(functools.partial(self._containers[name].stop, timeout=round(limit_s)))
 
     async def kill(self, name: str) -> None:
         """See `Backend.kill`. It is not started again, though a process that dies by itself is."""
-        await _call(self._containers[name].kill)
+        await run_blocking(self._containers[name].kill)
         self._frozen.discard(name)
-        await _call(self._containers[name].wait)
+        await run_blocking(self._containers[name].wait)
 
     async def freeze(self, name: str) -> None:
         """See `Backend.freeze`. The freezer of its control group."""
-        await _call(self._containers[name].pause)
+        await run_blocking(self._containers[name].pause)
         self._frozen.add(name)
 
     async def thaw(self, name: str) -> None:
         """See `Backend.thaw`."""
         if name in self._frozen:
             self._frozen.discard(name)
-            await _call(self._containers[name].unpause)
+            await run_blocking(self._containers[name].unpause)
 
     async def cut(self, name: str) -> None:
         """See `Backend.cut`. Leaves the network; a server's ports on this machine refuse meanwhile."""
         if name not in self._cut:
             self._cut.add(name)
-            await _call(self._network.disconnect, self._containers[name])
+            await run_blocking(self._network.disconnect, self._containers[name])
 
     async def heal(self, name: str) -> None:
         """See `Backend.heal`."""
         if name in self._cut:
-            await _call(self._network.connect, self._containers[name], aliases=[name])
+            await run_blocking(functools.partial(self._network.connect, aliases=[name]), self._containers[name])
             self._cut.discard(name)
 
     async def slow(self, name: str, latency_s: float) -> None:
@@ -275,10 +276,10 @@ class DockerBackend(Backend):
 
     async def _started_stage(self, name: str, begin: Callable[[], None]) -> None:
         """Starts a stage and waits for its ready line, which is one more than its earlier runs printed."""
-        before = await _call(self._ready_lines, name) if name in self._containers else 0
-        await _call(begin)
+        before = await run_blocking(self._ready_lines, name) if name in self._containers else 0
+        await run_blocking(begin)
         deadline = time.monotonic() + STAGE_READY.s
-        while await _call(self._ready_lines, name) <= before:
+        while await run_blocking(self._ready_lines, name) <= before:
             if time.monotonic() > deadline:
                 raise ClusterUnavailableError(
                     f"{name} was not ready after {STAGE_READY.s:g} s:\n{self._containers[name].logs(tail=20).decode()}"
@@ -297,9 +298,8 @@ class DockerBackend(Backend):
                     if await http_status(self._ports[name].monitor, "/healthz?js-server-only=true") == 200:
                         return
             await asyncio.sleep(_POLL_S)
-        raise ClusterUnavailableError(
-            f"{name} is not healthy after {SERVER_START.s:.0f} s:\n{(await _call(self.logs)).get(name, '')[-4000:]}"
-        )
+        log = (await run_blocking(self.logs)).get(name, "")[-4000:]
+        raise ClusterUnavailableError(f"{name} is not healthy after {SERVER_START.s:.0f} s:\n{log}")
 
     def _remove(self) -> None:
         if self._engine is None:
@@ -356,23 +356,3 @@ def _orphaned(labels: dict[str, str]) -> bool:
     host, _, process = labels[LABEL].partition("/")
     pid, _, started = process.partition("/")
     return host == socket.gethostname() and pid.isdecimal() and str(process_started(int(pid))) != started
-
-
-async def _call(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """`work` in a thread, to its end also when we are cancelled: the engine would go on without us."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
-
-
-async def _gather(*jobs: Coroutine[Any, Any, None]) -> None:
-    """Runs `jobs` side by side; the first failure cancels the others and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None

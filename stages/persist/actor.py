@@ -27,6 +27,7 @@ from stages.persist.core import Group, plan_group
 from stages.persist.disk import LOCAL, Disk, Files
 from stages.persist.flush import Flushes
 from stages.persist.moved import let_go, signed
+from stages.persist.records import record_of
 from stages.persist.resume import BEGINNING
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store
@@ -366,28 +367,11 @@ class PersistLane(LaneBase):
 
     async def _record(self, writer: FencedWriter, before: SealRecord | None, info: SealedInfo) -> SealRecord:
         """Publishes the record of a sealed shard; `before` is that of the shard before it."""
-        header = info.header
         point = BEGINNING if before is None else before.resume
         if point is not UNSET:
             point = await run_blocking(self._files.resume_after, point, info)
-        record = SealRecord(
-            partition=self._partition,
-            store=self._store.store_id,
-            shard=header.shard,
-            file=info.path.name,
-            sha256=info.sha256,
-            first_origin=header.first_origin,
-            last_origin=header.last_origin,
-            events=header.events,
-            tree_size=header.tree_size,
-            root=header.root,
-            sealed_ns=header.sealed_ns,
-            bytes=info.bytes,
-            cluster=self._store.cluster_id,
-            resume=point,
-        )
-        record = self._signed(record)
-        await writer.publish(encode_receipt(record), f"seal/{header.shard}")
+        record = self._signed(record_of(info, point))
+        await writer.publish(encode_receipt(record), f"seal/{record.shard}")
         await run_blocking(self._files.keep_record, record)
-        log.info("sealed", extra={"partition": self._partition, "file": info.path.name, "events": header.events})
+        log.info("sealed", extra={"partition": self._partition, "file": info.path.name, "events": record.events})
         return record

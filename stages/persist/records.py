@@ -7,12 +7,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import UNSET, UnsetType
+
 from contracts.errors import WireFormatError
-from contracts.receipts import SealRecord, decode_seal, encode_receipt
+from contracts.receipts import ResumePoint, SealRecord, decode_seal, encode_receipt
 from stages.persist.files import publish_file, write_new_file
 from stages.persist.names import tmp_path
+from stages.persist.seal import SealedInfo
 
 _SUFFIX = ".seal.json"
+
+
+def record_of(info: SealedInfo, resume: ResumePoint | UnsetType = UNSET) -> SealRecord:
+    """What is published of a sealed shard, not signed yet. Args: `resume` is what the partition can go on from."""
+    header = info.header
+    return SealRecord(
+        partition=header.partition,
+        store=header.store,
+        shard=header.shard,
+        file=info.path.name,
+        sha256=info.sha256,
+        first_origin=header.first_origin,
+        last_origin=header.last_origin,
+        events=header.events,
+        tree_size=header.tree_size,
+        root=header.root,
+        sealed_ns=header.sealed_ns,
+        bytes=info.bytes,
+        cluster=header.cluster,
+        resume=resume,
+    )
 
 
 def record_path(shard: Path) -> Path:

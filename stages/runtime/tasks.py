@@ -1,15 +1,25 @@
-"""Ending tasks for certain, and leaving threads their files."""
+"""Running side by side, ending for certain, and leaving threads their files."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from contracts.budgets import CANCEL_REPEAT
 
 T = TypeVar("T")
+
+
+async def side_by_side(*jobs: Coroutine[Any, Any, None]) -> None:
+    """Runs `jobs` until all have ended; the first failure cancels the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

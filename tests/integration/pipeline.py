@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from commands import run_fictl
+
 from cluster.stageprocess import settings_environment
 from cluster.supervisor import Supervisor
 from cluster.testing.disk import flip
@@ -141,12 +143,5 @@ def stage_names(pipeline: Pipeline) -> Iterator[str]:
 
 async def fictl(pipeline: Pipeline, *arguments: str) -> tuple[int, Any, str]:
     """Runs a verb on the pipeline's directory: exit code, what its JSON said (None without any), stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", *arguments, "--dir", str(pipeline.supervisor.directory), "--json"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, json.loads(out) if out else None, err.decode()
+    code, out, err = await run_fictl(*arguments, "--dir", str(pipeline.supervisor.directory), "--json")
+    return code, json.loads(out) if out else None, err

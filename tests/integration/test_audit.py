@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +11,7 @@ from typing import Any, NamedTuple
 import h5py
 import pytest
 import pytest_asyncio
+from commands import run_fictl
 from pipeline import Load, Pipeline, running, settings, until, workload
 
 from cluster.audit import read_records
@@ -58,20 +56,6 @@ async def signed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sign
             yield Signed(pipeline, key, list(store.iterate()))
 
 
-async def fi(*arguments: str | Path) -> tuple[int, str, str]:
-    """Runs `fi` and gives exit code, stdout and stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", *map(str, arguments)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    assert b"Traceback" not in err, err.decode()
-    return process.returncode, out.decode(), err.decode()
-
-
 async def copy_store(pipeline: Pipeline, to: Path) -> None:
     """Copies the shards while persist is killed, so that none is sealed meanwhile."""
     await pipeline.supervisor.hold_down("persist-0")
@@ -89,9 +73,9 @@ def event_id(stored: StoredEvent) -> str:
 async def test_an_event_is_proved_with_the_file_and_the_key_alone(signed: Signed, tmp_path: Path) -> None:
     for name, stored in (("first.json", signed.events[0]), ("last.json", signed.events[-1])):
         file = tmp_path / name
-        code, out, err = await fi("prove", event_id(stored), "--dir", signed.directory, "--output", file)
+        code, out, err = await run_fictl("prove", event_id(stored), "--dir", signed.directory, "--output", file)
         assert (code, out, err) == (0, "", "")
-        code, out, err = await fi("check-proof", file, "--public-key", signed.key)
+        code, out, err = await run_fictl("check-proof", file, "--public-key", signed.key)
         assert (code, err) == (0, "")
         assert event_id(stored) in out
 
@@ -99,10 +83,10 @@ async def test_an_event_is_proved_with_the_file_and_the_key_alone(signed: Signed
     assert proof["head"]["statement"]["v"] == "seal-statement.1"
     proof["path"][0] = "00" * 32
     (tmp_path / "forged.json").write_text(json.dumps(proof))
-    code, out, err = await fi("check-proof", tmp_path / "forged.json", "--public-key", signed.key)
+    code, out, err = await run_fictl("check-proof", tmp_path / "forged.json", "--public-key", signed.key)
     assert (code, out) == (4, "")
     assert "the event, its number or the path was changed" in err
-    code, _, err = await fi("check-proof", tmp_path / "first.json", "--public-key", "ab" * 32)
+    code, _, err = await run_fictl("check-proof", tmp_path / "first.json", "--public-key", "ab" * 32)
     assert code == 4
     assert "not the one given" in err
 
@@ -111,8 +95,8 @@ async def test_a_sealed_event_is_proved_from_the_store_alone(signed: Signed, tmp
     store = tmp_path / "shards"
     await copy_store(signed.pipeline, store)
     file = tmp_path / "proof.json"
-    assert (await fi("prove", event_id(signed.events[0]), "--store", store, "--output", file))[0] == 0
-    assert (await fi("check-proof", file, "--public-key", signed.key))[0] == 0
+    assert (await run_fictl("prove", event_id(signed.events[0]), "--store", store, "--output", file))[0] == 0
+    assert (await run_fictl("check-proof", file, "--public-key", signed.key))[0] == 0
 
 
 async def test_two_receipts_of_a_running_pipeline_are_shown_to_be_consistent(signed: Signed, tmp_path: Path) -> None:
@@ -120,16 +104,16 @@ async def test_two_receipts_of_a_running_pipeline_are_shown_to_be_consistent(sig
     sizes = sorted({receipt.persisted for receipt in records.receipts[0]})
     first, last = sizes[len(sizes) // 3], sizes[-1]
     file = tmp_path / "consistency.json"
-    code, _, err = await fi(
+    code, _, err = await run_fictl(
         "consistency", "0", "--from", str(first), "--to", str(last), "--dir", signed.directory, "--output", file
     )
     assert (code, err) == (0, "")
-    code, out, _ = await fi("check-proof", file, "--public-key", signed.key)
+    code, out, _ = await run_fictl("check-proof", file, "--public-key", signed.key)
     assert (code, f"the first {first} events" in out) == (0, True)
 
 
 async def verified(signed: Signed, store: Path | str, *more: str) -> tuple[int, dict[str, Any]]:
-    code, out, err = await fi(
+    code, out, err = await run_fictl(
         *("verify", store, "--receipts", "--dir", signed.directory, "--public-key", signed.key, "--json", *more)
     )
     assert out, err
@@ -151,7 +135,7 @@ async def test_a_lowered_watermark_and_a_changed_file_are_found_and_named(signed
     await copy_store(pipeline, store)
     lowered = [_lower(path) for path in store.glob("*.live.h5")]
     assert any(lowered)
-    assert (await fi("verify", store))[0] == 0
+    assert (await run_fictl("verify", store))[0] == 0
     sealed = min(store.glob("p000-00000001-*.h5"))
     data = bytearray(sealed.read_bytes())
     data[len(data) // 2] ^= 1
@@ -176,13 +160,13 @@ async def test_a_store_without_its_last_shards_is_told_what_is_missing(signed: S
     for path in store.glob("p001-*.h5"):
         if "-00000001-" not in path.name:
             path.unlink()
-    assert (await fi("verify", store))[0] == 0
+    assert (await run_fictl("verify", store))[0] == 0
     code, report = await verified(signed, store)
     assert code == 4
     assert any("commits were removed from the end" in one["what"] for one in report["store"]["problems"])
 
 
 async def test_where_no_cluster_runs_verify_receipts_says_so(tmp_path: Path) -> None:
-    code, out, err = await fi("verify", tmp_path, "--receipts")
+    code, out, err = await run_fictl("verify", tmp_path, "--receipts")
     assert (code, out) == (3, "")
     assert "fictl up --dir" in err

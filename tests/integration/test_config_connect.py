@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import at_servers, run_fictl
 from nats.aio.client import Client
 
 from cluster.apply import apply
@@ -26,18 +24,10 @@ async def check(
     urls: tuple[str, ...], file: Path, *arguments: str | Path, **env: str
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code, and what was found by the name of the check."""
-    servers = [part for url in urls for part in ("--nats", url)]
-    command = ("-m", "cluster", "--config", file, "config", "check", "--connect", "--json", *servers, *arguments)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, *map(str, command)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")} | env,
-    )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode is not None
-    assert out, err.decode()
-    return process.returncode, {done["name"]: done for done in json.loads(out)["checks"]}
+    checking = ("--config", file, "config", "check", "--connect", "--json", *at_servers(urls), *arguments)
+    code, out, err = await run_fictl(*checking, **env)
+    assert out, err
+    return code, {done["name"]: done for done in json.loads(out)["checks"]}
 
 
 async def configs(client: Client) -> dict[str, dict[str, object]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_fictl
 from pipeline import Load, Pipeline, running, settings, until, workload
 
 from cluster.health import get, look, read_health_files
@@ -26,17 +25,6 @@ async def ask(pipeline: Pipeline, name: str, path: str) -> tuple[int, Any]:
     files = {file.name: file for file in read_health_files(pipeline.supervisor.directory)}
     status, body = await get(f"http://{files[name].host}:{files[name].port}{path}")
     return status, json.loads(body)
-
-
-async def fi(*arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
-    out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
 
 
 def pid_of(pipeline: Pipeline, name: str) -> int:
@@ -74,11 +62,11 @@ async def test_a_process_that_works_is_live_and_ready_and_its_metrics_parse(tmp_
         assert families["fi_policy_cache_hits_total"].popitem()[1] >= frames > 0
 
         assert (await get(f"http://{file.host}:{file.port}/nothing"))[0] == 404
-        code, out, _ = await fi("health", "--dir", str(tmp_path), "--json")
+        code, out, _ = await run_fictl("health", "--dir", str(tmp_path), "--json")
         told = json.loads(out)
         assert (code, told["ready"]) == (0, True), told
         assert {process["name"] for process in told["processes"]} == {"n1", "n2", "n3", *(f"{s}-0" for s in STAGES)}
-        code, out, _ = await fi("health", "--dir", str(tmp_path))
+        code, out, _ = await run_fictl("health", "--dir", str(tmp_path))
         assert code == 0
         assert "persist-0" in out
 
@@ -129,7 +117,7 @@ async def test_without_servers_a_process_is_live_but_not_ready_and_says_why(tmp_
                 return not report["checks"]["connected"]["ok"]
 
             await until(gone, "the lost connection is noticed", 30)
-            code, _, err = await fi("health", "--dir", str(tmp_path))
+            code, _, err = await run_fictl("health", "--dir", str(tmp_path))
             assert code == 3
             assert "segment-0" in err
         finally:
@@ -147,7 +135,7 @@ async def test_a_frozen_and_a_dead_process_are_told_apart_from_ready_ones(tmp_pa
         supervisor = pipeline.supervisor
         supervisor.freeze("hash-0")
         await supervisor.hold_down("segment-0")
-        code, out, _ = await fi("health", "--dir", str(tmp_path), "--json")
+        code, out, _ = await run_fictl("health", "--dir", str(tmp_path), "--json")
         assert code == 3
         found = {process["name"]: process for process in json.loads(out)["processes"]}
         assert not found["hash-0"]["ready"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from commands import Ran, run_fictl
 from pipeline import Load, Pipeline, extra_stage, flip, running, settings, until, workload
 
 from cluster.audit import audit_store
@@ -27,18 +25,9 @@ pytestmark = pytest.mark.cluster
 PARTITIONS = 2
 
 
-async def fi(pipeline: Pipeline, *arguments: str | Path) -> tuple[int, str, str]:
-    """Runs `fi … --dir` on the pipeline and gives exit code, stdout and stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", *map(str, arguments), "--dir", str(pipeline.supervisor.directory)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    assert b"Traceback" not in err, err.decode()
-    return process.returncode, out.decode(), err.decode()
+async def fictl(pipeline: Pipeline, *arguments: str | Path) -> Ran:
+    """Runs a verb on the pipeline's directory."""
+    return await run_fictl(*arguments, "--dir", pipeline.supervisor.directory)
 
 
 async def published(pipeline: Pipeline, seed: int, events: int = 200) -> Load:
@@ -72,11 +61,11 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         flip(damaged, read_live_header(damaged).index.offset + (commits // 2) * ROW_BYTES + 9)
         deleted.unlink()
         await pipeline.supervisor.bring_back("persist-0")
-        code, out, err = await fi(pipeline, "rebuild", "--dry-run", "--json")
+        code, out, err = await fictl(pipeline, "rebuild", "--dry-run", "--json")
         assert code == 0, err
         kept, begun_anew = (row["events"] for row in json.loads(out))
         assert (kept > 0, begun_anew) == (True, 0)
-        code, out, err = await fi(pipeline, "rebuild")
+        code, out, err = await fictl(pipeline, "rebuild")
         assert code == 0, err
         assert f"{kept} events stay" in out
         more = await published(pipeline, seed=32)
@@ -85,7 +74,7 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
         (aside,) = (pipeline.shards / ASIDE).glob("*.h5.*")
         assert aside.name.startswith(damaged.name)
-        assert (await fi(pipeline, "prove", str(event_id)))[0] == 0
+        assert (await fictl(pipeline, "prove", str(event_id)))[0] == 0
 
 
 @pytest.mark.slow
@@ -104,7 +93,7 @@ async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused
         whole = oldest.read_bytes()
         flip(newest, newest.stat().st_size // 2)
         flip(oldest, oldest.stat().st_size // 2)
-        code, out, err = await fi(pipeline, "rebuild", "--wait", "0")
+        code, out, err = await fictl(pipeline, "rebuild", "--wait", "0")
         assert code == 1
         assert "partition 0: " in out
         assert f"FI_EVENTS no longer has what {oldest} holds" in err
@@ -138,7 +127,7 @@ async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path)
         async with extra_stage(pipeline, "persist", "persist-there", shards=there) as successor:
             await successor.start()
             assert "take it with `fictl partitions move 0`" in successor.log_text()
-            code, _, err = await fi(pipeline, "partitions", "move", "0", "1", "--shards", there)
+            code, _, err = await fictl(pipeline, "partitions", "move", "0", "1", "--shards", there)
             assert code == 0, err
             late = Load(workload(seed=39, events=200))
             await late.publish(pipeline.client)
@@ -155,7 +144,7 @@ async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path)
                 assert verdict.stored == verdict.attempted
             assert await assert_agrees(pipeline, there) == PARTITIONS
             assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
-            code, out, _ = await fi(pipeline, "partitions", "ls", "--json")
+            code, out, _ = await fictl(pipeline, "partitions", "ls", "--json")
             assert {row["store"] for row in json.loads(out)} == {
                 json.loads((there / "store.json").read_bytes())["store_id"]
             }

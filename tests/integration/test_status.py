@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,6 +14,7 @@ from typing import Any
 import h5py
 import nats
 import pytest
+from commands import run_fictl
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy
@@ -37,18 +35,11 @@ ANSWERS_WITHIN_S = 20.0
 
 async def status(*arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON of `fictl status`."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", "status", *arguments, "--json"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if not name.startswith("FI_")},
-    )
     begun_s = time.monotonic()
-    out, err = await process.communicate()
+    code, out, err = await run_fictl("status", *arguments, "--json")
     assert time.monotonic() - begun_s < ANSWERS_WITHIN_S
-    assert process.returncode is not None
-    assert out, err.decode()
-    return process.returncode, json.loads(out)
+    assert out, err
+    return code, json.loads(out)
 
 
 def kinds(told: dict[str, Any]) -> list[str]:
@@ -159,7 +150,7 @@ async def test_every_count_equals_what_servers_and_shards_say_to_others(tmp_path
         assert {p["health"]["name"] for p in told["processes"] if p["metered"]} == {f"{stage}-0" for stage in STAGES}
 
         # A letter that was dropped leaves a message in the stream that is none.
-        await _fictl("dlq", "drop", "--all", "--yes", "--dir", str(tmp_path))
+        assert (await run_fictl("dlq", "drop", "--all", "--yes", "--dir", str(tmp_path))).code == 0
         assert (await jetstream.stream_info("FI_DLQ")).state.messages > 0
         _, told = await status("--dir", str(tmp_path))
         assert told["letters"]["by_stage"] == {}
@@ -172,7 +163,7 @@ async def test_with_persist_paused_the_lag_is_what_can_be_counted_from_outside(t
         await before.publish(pipeline.client, batch=1)
         await pipeline.settled()
         committed = {receipt.partition: receipt.origin for receipt in await pipeline.receipts()}
-        await _fictl("pause", "persist", "--dir", str(tmp_path))
+        assert (await run_fictl("pause", "persist", "--dir", str(tmp_path))).code == 0
         load = Load(workload(seed=403, events=150))
         await load.publish(pipeline.client, batch=1)
         urls = [part for url in pipeline.supervisor.urls for part in ("--nats", url)]
@@ -197,7 +188,7 @@ async def test_with_persist_paused_the_lag_is_what_can_be_counted_from_outside(t
         assert "150 messages wait" in told["problems"][0]["what"]
         assert told["processes"] is None
         assert told["durable"] is None
-        await _fictl("resume", "persist", "--dir", str(tmp_path))
+        assert (await run_fictl("resume", "persist", "--dir", str(tmp_path))).code == 0
         await pipeline.assert_whole(load)
         _, told = await status("--dir", str(tmp_path))
         assert (told["waiting"], kinds(told)) == (0, ["disk_low"])
@@ -229,11 +220,6 @@ async def test_rates_over_a_window_are_what_was_published_in_it(tmp_path: Path) 
         assert summary.durable.count == 240
         assert all(stage.latency is not None and stage.latency.count == 240 for stage in summary.stages)
         assert 0 < summary.durable.p50_s <= summary.durable.p95_s <= summary.durable.p99_s
-
-
-async def _fictl(*arguments: str) -> None:
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster", *arguments)
-    assert await process.wait() == 0
 
 
 @pytest.mark.slow

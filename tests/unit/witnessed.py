@@ -11,7 +11,7 @@ from contracts.events import Event, encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, SealRecord, StoreEnd
 from contracts.statements import Signer
-from stages.persist.records import keep_record
+from stages.persist.records import keep_record, record_of
 from stages.persist.resume import BEGINNING, resume_after
 
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -63,16 +63,8 @@ class Witnessed(PartitionMaker):
 
     def witness_seal(self, number: int) -> None:
         info = self.seal()
-        header = info.header
         self.resume = resume_after(self.resume, info.path)
-        record = SIGNER.sign(
-            SealRecord(
-                partition=3, store=self.store.store_id, shard=number, file=info.path.name, sha256=info.sha256,
-                first_origin=header.first_origin, last_origin=header.last_origin, events=header.events,
-                tree_size=header.tree_size, root=header.root, sealed_ns=NOW_NS, bytes=info.bytes, cluster=CLUSTER,
-                resume=self.resume,
-            )
-        )  # fmt: skip
+        record = SIGNER.sign(record_of(info, self.resume))
         keep_record(info.path, record)
         self.seals.append(record)
 

@@ -15,6 +15,7 @@ from contracts.receipts import Receipt, SealRecord, first_receipt
 from contracts.settings import Settings
 from stages.persist.core import Group
 from stages.persist.partition import PartitionFiles, SealJob
+from stages.persist.records import record_of
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store
 
@@ -115,7 +116,7 @@ class Lane:
     def finish_seal(self, job: SealJob, info: SealedInfo) -> None:
         """Publishes the seal record, if it was not, and lets the sealed file take the live one's place."""
         if job.shard > self._witness.sealed_shard:
-            self._record(job.shard, info)
+            self._record(info)
         self._on_step("finish")
         self.files.finish_seal(job, info)
 
@@ -123,7 +124,7 @@ class Lane:
         """Publishes the records of shards that were sealed by an owner that died before it could."""
         for shard in sorted(self.files.sealed):
             if shard > self._witness.sealed_shard:
-                self._record(shard, self.files.sealed_info(shard))
+                self._record(self.files.sealed_info(shard))
 
     def seal_all(self) -> None:
         """Seals every full shard, oldest first."""
@@ -135,9 +136,9 @@ class Lane:
         """True when the live shard holds commits, so that it may be rolled."""
         return self.files.end.commits > 0
 
-    def _record(self, shard: int, info: SealedInfo) -> None:
+    def _record(self, info: SealedInfo) -> None:
         self._on_step("record")
-        record = _seal_record(self._store, shard, info)
+        record = record_of(info)
         self._witness.accept(record)
         self.files.keep_record(record)
 
@@ -160,21 +161,3 @@ class Lane:
         return Group(
             prev, origin, list(fresh.values()), list(fresh), len(ids) - len(fresh), refused, (origin,) * 3, b""
         )
-
-
-def _seal_record(store: Store, shard: int, info: SealedInfo) -> SealRecord:
-    header = info.header
-    return SealRecord(
-        partition=PARTITION,
-        store=store.store_id,
-        shard=shard,
-        file=info.path.name,
-        sha256=info.sha256,
-        first_origin=header.first_origin,
-        last_origin=header.last_origin,
-        events=header.events,
-        tree_size=header.tree_size,
-        root=header.root,
-        sealed_ns=header.sealed_ns,
-        bytes=info.bytes,
-    )
