@@ -26,7 +26,7 @@ from stages.persist.partition import PartitionFiles, SealJob
 from stages.persist.records import record_of
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store, lock_partition, open_store
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 
 PARTITION = 0
 RECEIPT_FILE = "last-receipt.json"

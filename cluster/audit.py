@@ -18,9 +18,10 @@ from stages.persist.audit import Witnesses, audit_partition, in_force
 from stages.persist.store import EventStore, find_store
 from stages.persist.storedir import read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
+from stages.runtime.messages import StoredMessage
 
 
 class AuditReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,7 +39,8 @@ from contracts.letters import Letter, read_letter
 from contracts.subjects import DLQ, is_token, publish_subject
 from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_ORIGIN, DEAD_STAGE
 from stages.ingest.core import parse_uuid
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
+from stages.runtime.messages import StoredMessage
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter
 

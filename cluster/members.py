@@ -16,10 +16,11 @@ from contracts.membership import Member, Pause, decode_pause, shares
 from contracts.receipts import Receipt
 from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, KV_DELETED
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.facts import read_cluster
 from stages.runtime.membership import read_receipts, readable
+from stages.runtime.messages import StoredMessage
 
 _STORE_SHOWN = 8
 

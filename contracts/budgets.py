@@ -8,12 +8,9 @@ wait must end before another, `ORDERS` says so, and why.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
-
-if TYPE_CHECKING:
-    from contracts.settings import Settings
 
 Kind = Literal["limit", "pause"]
 """What is not done by then is given up or told; or: so long until the next look or try."""
@@ -233,14 +230,14 @@ class Order(NamedTuple):
 
     Attributes:
         shorter, longer: settings or budgets they are made of; the first named is a setting.
-        values: gives both, in seconds.
+        values: gives both of `contracts.settings.Settings`, in seconds.
         why: what goes wrong otherwise.
         breaks: True: settings that violate it are refused. Else it only costs time, and is told.
     """
 
     shorter: str
     longer: str
-    values: Callable[[Settings], tuple[float, float]]
+    values: Callable[[Any], tuple[float, float]]
     why: str
     breaks: bool
 
@@ -303,7 +300,7 @@ class Disorder(NamedTuple):
         return f"{order.shorter} = {self.shorter_s:g} must be below {order.longer} = {self.longer_s:g}: {order.why}"
 
 
-def disorders(settings: Settings) -> list[Disorder]:
+def disorders(settings: Any) -> list[Disorder]:
     """The orders that `settings` violate, those that break something first."""
     found = [Disorder(order, *order.values(settings)) for order in sorted(ORDERS, key=lambda o: not o.breaks)]
     return [disorder for disorder in found if disorder.shorter_s >= disorder.longer_s]

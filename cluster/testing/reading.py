@@ -25,9 +25,10 @@ from contracts.settings import Settings
 from contracts.subjects import DLQ, EVENTS, raw_filter
 from stages.persist.store import EventStore
 from stages.persist.verify import VerifyReport, verify_store
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.client import GuardedClient
+from stages.runtime.messages import StoredMessage
 
 _VISIBLE_LIMIT_S = 30.0
 

@@ -8,7 +8,7 @@ from contracts.errors import InvalidEventError
 from contracts.events import Event
 from contracts.hashing import INCREMENTAL_BYTES_MIN, audit_hash, audit_hash_incremental
 from contracts.subjects import Stage
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import Step, step_frame
 
 _decode = msgspec.json.Decoder().decode

@@ -6,7 +6,7 @@ from contracts.frames import Dead
 from contracts.subjects import Stage, split_raw_subject
 from contracts.telemetry import HEADER_FIRST_SEEN, HEADER_TRACEPARENT
 from stages.ingest.core import parse_message
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import DeadLetter, Step
 
 

@@ -32,10 +32,11 @@ from stages.persist.resume import BEGINNING
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store
 from stages.persist.trim import Trimmer
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.base import InputFeed, LaneBase
 from stages.runtime.checkpoint import Cursor, cursor_from_receipt, last_receipt, last_seal
 from stages.runtime.circuit import Circuit
+from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks, run_blocking
 from stages.runtime.writer import FencedWriter
 

@@ -9,8 +9,8 @@ from contracts.errors import StrayFrameError, WireFormatError
 from contracts.events import Event, decode_event
 from contracts.frames import decode_packed_frame
 from contracts.hashing import HASH_BYTES
-from stages.runtime.api import StoredMessage
 from stages.runtime.checkpoint import check_joined, read_frame
+from stages.runtime.messages import StoredMessage
 
 
 class Group(NamedTuple):

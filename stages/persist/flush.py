@@ -7,7 +7,7 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from contracts.flush import decode_flush
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 
 log = logging.getLogger(__name__)
 

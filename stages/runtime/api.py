@@ -29,6 +29,7 @@ from contracts.subjects import HOPS, MEMBERS
 from contracts.telemetry import CIRCUIT_TRIPS
 from stages.runtime.circuit import Circuit, Gate
 from stages.runtime.client import GuardedClient, parse_headers
+from stages.runtime.messages import StoredMessage
 from stages.runtime.telemetry import OFF, Telemetry
 
 log = logging.getLogger(__name__)
@@ -66,16 +67,6 @@ class RequestRefusedError(DefiniteError):
     def __init__(self, subject: str, error: ApiError) -> None:
         self.error = error
         super().__init__(f"{subject}: {error.description} ({error.err_code})")
-
-
-class StoredMessage(msgspec.Struct, frozen=True, gc=False):
-    """One message as a stream holds it. `time_ns` is when it was stored."""
-
-    subject: str
-    seq: int
-    time_ns: int
-    data: bytes
-    headers: dict[str, str]
 
 
 class _RawMessage(msgspec.Struct):

@@ -26,7 +26,8 @@ from contracts.subjects import (
     receipt_subject,
     seal_subject,
 )
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
+from stages.runtime.messages import StoredMessage
 
 F = TypeVar("F", bound=FrameHead)
 R = TypeVar("R", Receipt, SealRecord)

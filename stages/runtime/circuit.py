@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Final, Literal
 
-from stages.runtime.telemetry import Counter
+from stages.runtime.instruments import Counter
 
 CircuitState = Literal["closed", "half-open", "open"]
 

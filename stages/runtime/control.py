@@ -18,8 +18,9 @@ from nats.aio.subscription import Subscription
 from contracts.budgets import CONTROL_LOOK
 from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
 from contracts.subjects import CONTROL
-from stages.runtime.api import Api, RequestRefusedError, StoredMessage
+from stages.runtime.api import Api, RequestRefusedError
 from stages.runtime.health import Check
+from stages.runtime.messages import StoredMessage
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from contracts.telemetry import (
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
 )
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import DeadLetter
 from stages.runtime.writer import FencedWriter
 

@@ -19,11 +19,12 @@ from contracts.errors import FencedError
 from contracts.events import Event
 from contracts.frames import Dead, Encoded, Frame, deflate_frame
 from contracts.subjects import OUTPUT_STREAM, output_subject
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.base import InputFeed, LaneBase
 from stages.runtime.breaker import Breaker
 from stages.runtime.checkpoint import Cursor, read_checkpoint
 from stages.runtime.graveyard import Graveyard
+from stages.runtime.messages import StoredMessage
 from stages.runtime.pace import Pace
 from stages.runtime.work import DeadLetter, StageCore
 from stages.runtime.writer import FencedWriter

@@ -35,9 +35,10 @@ from contracts.subjects import (
     members_pattern,
 )
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, HEADER_TTL, KV_DELETED
-from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
+from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.lanes import LaneSet
+from stages.runtime.messages import StoredMessage
 from stages.runtime.writer import decode_pub_answer
 
 log = logging.getLogger(__name__)

@@ -52,10 +52,9 @@ from contracts.telemetry import (
     Instrument,
 )
 from stages.runtime.circuit import Circuit, CircuitState
+from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.probes import LaneMeter, ReaderMeter, WriterMeter
 from stages.runtime.telemetry import (
-    Counter,
-    Histogram,
     LaneProbe,
     ReaderProbe,
     Readings,

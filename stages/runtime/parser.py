@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from nats.errors import ProtocolError
 from nats.protocol import parser
-
-if TYPE_CHECKING:
-    from stages.runtime.client import GuardedClient
 
 Sink = Callable[[bytes, bytes, bytes, bytes], None]
 """(subject, reply, header block, payload): takes a message while it is read. Must neither raise nor take long."""
@@ -24,13 +21,23 @@ _CRLF: Final = b"\r\n"
 _H, _M = b"HM"
 
 
+class Taker(Protocol):
+    """The client that messages are for."""
+
+    sinks: dict[bytes, Sink]
+    """By subscription."""
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes, /) -> None:
+        """Takes what no sink does."""
+
+
 class SinkParser(parser.Parser):
     """A parser for `client`, whose `sinks` take their messages.
 
     A message that is not there whole stays in `buf`, without its control line, until it is.
     """
 
-    def __init__(self, client: GuardedClient) -> None:
+    def __init__(self, client: Taker) -> None:
         self._client = client
         self._words: list[bytes] = []
         self._resets = 0

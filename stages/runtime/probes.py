@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -35,19 +35,31 @@ from contracts.telemetry import (
     SEAL_DURATION,
     SENT_MESSAGES,
     STAGE_LATENCY,
+    Instrument,
     messaging_attributes,
 )
-from stages.runtime.api import StoredMessage
-from stages.runtime.telemetry import Counter, Feed, Histogram, LaneProbe, ReaderProbe, WriterProbe
-from stages.runtime.tracing import FrameTrace
-
-if TYPE_CHECKING:
-    from stages.runtime.circuit import Circuit
-    from stages.runtime.meters import Meters
+from stages.runtime.circuit import Circuit
+from stages.runtime.instruments import Counter, Histogram
+from stages.runtime.messages import StoredMessage
+from stages.runtime.telemetry import Feed, LaneProbe, ReaderProbe, WriterProbe
+from stages.runtime.tracing import FrameTrace, Tracer
 
 _NS: Final = 1e-9
 _MADE_FROM: Final[dict[Stage, str]] = {"ingest": "accepted_ns", "segment": "ingest_ns", "hash": "segment_ns"}
 """The time of an event at which a stage's latency begins."""
+
+
+class Meters(Protocol):
+    """The instruments of the process, as `stages.runtime.meters` keeps them."""
+
+    lanes: dict[tuple[Stage, int], LaneMeter]
+    tracer: Tracer | None
+
+    def counter(self, what: Instrument, attributes: Mapping[str, str]) -> Counter:
+        """See `Telemetry.counter`."""
+
+    def histogram(self, what: Instrument, attributes: Mapping[str, str]) -> Histogram:
+        """See `Telemetry.histogram`."""
 
 
 class LaneMeter(LaneProbe):

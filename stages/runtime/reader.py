@@ -21,8 +21,9 @@ from nats.errors import Error as NatsError
 
 from contracts.budgets import CONSUMER_INACTIVE
 from contracts.errors import FiError, TopologyError
-from stages.runtime.api import NO_STREAM, Api, RequestRefusedError, StoredMessage
+from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.client import parse_headers, read_headers
+from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)

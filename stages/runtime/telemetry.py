@@ -7,10 +7,8 @@ is not imported; when something does, a call touches memory only. Export happens
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from contracts.errors import SettingsError
 from contracts.frames import Frame
@@ -18,54 +16,12 @@ from contracts.receipts import Receipt
 from contracts.settings import Settings, hide_credentials
 from contracts.subjects import Stage
 from contracts.telemetry import Instrument
-
-if TYPE_CHECKING:
-    from stages.runtime.api import StoredMessage
-    from stages.runtime.circuit import Circuit
+from stages.runtime.circuit import Circuit
+from stages.runtime.instruments import Counter, Histogram
+from stages.runtime.messages import StoredMessage
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 DISABLED_VARIABLE = "OTEL_SDK_DISABLED"
-
-
-class Counter:
-    """A number that only grows. Not for concurrent use: event loop only."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: float = 0
-
-    def add(self, amount: float = 1) -> None:
-        """Counts `amount` more."""
-        self.value += amount
-
-
-class Histogram:
-    """Values, counted in buckets. Not for concurrent use: event loop only.
-
-    Attributes:
-        bounds: of the buckets, upper ones, inclusive; the last bucket has none.
-        counts: of each bucket.
-        sum, min, max: of the values; `min` is infinite while there are none.
-    """
-
-    __slots__ = ("bounds", "counts", "max", "min", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-        self.min = math.inf
-        self.max = 0.0
-
-    def record(self, value: float, times: int = 1) -> None:
-        """Counts a value that is not negative, `times` over."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.sum += value * times
-        if value < self.min:
-            self.min = value
-        if value > self.max:
-            self.max = value
 
 
 Readings = Iterable[tuple[Mapping[str, str], float]]

@@ -43,8 +43,8 @@ from contracts.telemetry import (
     messaging_attributes,
     parse_traceparent,
 )
-from stages.runtime.api import StoredMessage
 from stages.runtime.logs import current_trace
+from stages.runtime.messages import StoredMessage
 
 WAITING_MAX: Final = 2048
 """Spans that may wait for export; more are dropped and counted."""

@@ -25,9 +25,10 @@ from contracts.telemetry import LOOP_LAG, RECONNECTS
 from stages.runtime.api import Api, ApiError
 from stages.runtime.control import Control
 from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
+from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.observing import Observed
 from stages.runtime.tasks import end_tasks
-from stages.runtime.telemetry import OFF, Counter, Histogram, StreamFacts, Telemetry, otlp_endpoint
+from stages.runtime.telemetry import OFF, StreamFacts, Telemetry, otlp_endpoint
 
 if TYPE_CHECKING:
     from stages.runtime.meters import Meters

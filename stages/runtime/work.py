@@ -11,8 +11,8 @@ from contracts.errors import InvalidEventError, StrayFrameError
 from contracts.events import Event
 from contracts.frames import Dead, decode_frame
 from contracts.subjects import Stage
-from stages.runtime.api import StoredMessage
 from stages.runtime.checkpoint import check_joined, read_frame
+from stages.runtime.messages import StoredMessage
 
 
 class DeadLetter(msgspec.Struct, frozen=True):

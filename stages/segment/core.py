@@ -26,7 +26,7 @@ from contracts.policy import (
 from contracts.rules import CLOSED_REMEMBERED_MAX, DEFAULT_POLICY, Policy, Rules
 from contracts.subjects import Stage
 from contracts.wire import UNREADABLE
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import Step, step_frame
 
 _decode_payload = msgspec.json.Decoder(dict[str, Any]).decode

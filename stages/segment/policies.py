@@ -17,7 +17,8 @@ from contracts.errors import WireFormatError
 from contracts.rules import BUILT_IN, DEFAULT_POLICY, Policy, decode_policy
 from contracts.subjects import CONTROL, POLICY_PATTERN, policy_subject, policy_version
 from contracts.telemetry import POLICY_HITS, POLICY_MISSES, POLICY_VERSION
-from stages.runtime.api import Api, RequestRefusedError, StoredMessage
+from stages.runtime.api import Api, RequestRefusedError
+from stages.runtime.messages import StoredMessage
 
 log = logging.getLogger(__name__)
 

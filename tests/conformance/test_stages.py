@@ -24,9 +24,10 @@ from contracts.subjects import STAGES, Stage
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.persist.core import plan_group
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.checkpoint import Cursor
 from stages.runtime.lane import Lane
+from stages.runtime.messages import StoredMessage
 from stages.segment.core import SegmentCore
 
 CONSULTATION = UUID(int=7, version=4)

@@ -29,7 +29,7 @@ from contracts.telemetry import (
     HEADER_TRACEPARENT,
 )
 from stages.ingest.actor import IngestCore
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 from stages.runtime.writer import decode_pub_answer
 from tests.hostile.fuzz.corpus import files_of
 from tests.hostile.fuzz.mutate import mutate

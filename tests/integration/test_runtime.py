@@ -27,9 +27,10 @@ from contracts.telemetry import (
     HEADER_TRACEPARENT,
 )
 from stages.ingest.actor import IngestCore
-from stages.runtime.api import Api, StoredMessage
+from stages.runtime.api import Api
 from stages.runtime.checkpoint import Checkpoint, Cursor, locate, read_checkpoint
 from stages.runtime.lane import Lane
+from stages.runtime.messages import StoredMessage
 from stages.runtime.pace import Pace
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter

@@ -14,7 +14,8 @@ import pytest
 from cluster.testing.sim.broker import Broker
 from cluster.testing.sim.loop import Host, StuckError, VirtualLoop
 from cluster.testing.sim.network import Network
-from cluster.testing.sim.run import CLUSTER, simulate
+from cluster.testing.sim.run import simulate
+from cluster.testing.sim.world import CLUSTER
 from cluster.topology import streams
 from contracts.errors import InvalidEventError
 from contracts.settings import Settings

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stages.runtime.circuit import Circuit, Gate
+from stages.runtime.instruments import Counter
 from stages.runtime.tasks import end_tasks
-from stages.runtime.telemetry import Counter
 
 FAILURES_MAX = 3
 PAUSE_S_MIN, PAUSE_S_MAX, TRY_S_MAX = 0.125, 1.0, 2.0

@@ -14,7 +14,7 @@ from contracts.letters import FirstSeen, parse_first_seen
 from contracts.subjects import EVENTS
 from contracts.telemetry import HEADER_FIRST_SEEN
 from stages.ingest.actor import IngestCore
-from stages.runtime.api import StoredMessage
+from stages.runtime.messages import StoredMessage
 
 CONSULTATION = str(UUID(int=7, version=4))
 BARE = {

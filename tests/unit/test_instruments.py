@@ -36,9 +36,9 @@ from contracts.telemetry import (
     format_traceparent,
     parse_traceparent,
 )
-from stages.runtime.api import StoredMessage
 from stages.runtime.exposition import prometheus_text
 from stages.runtime.logs import current_trace
+from stages.runtime.messages import StoredMessage
 from stages.runtime.meters import Meters
 from stages.runtime.probes import LaneMeter, WriterMeter
 from stages.runtime.telemetry import OFF, otlp_endpoint

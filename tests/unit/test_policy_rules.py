@@ -26,8 +26,8 @@ from contracts.rules import (
 )
 from contracts.settings import Settings
 from contracts.subjects import policy_subject, policy_version
-from stages.runtime.api import StoredMessage
 from stages.runtime.breaker import Breaker
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import DeadLetter, Step
 from stages.segment.core import SegmentCore
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -47,6 +49,13 @@ def roots(path: Path) -> set[str]:
 def test_a_layer_imports_only_the_layers_below_it(package: str) -> None:
     wrong = {path.name: roots(path) & OURS - MAY_IMPORT[package] for path in modules(package)}
     assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Not for its types either."""
+    paths = [path for package in MAY_IMPORT for path in modules(package)]
+    names = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
+    TopologicalSorter({name: imports(path) & names.keys() - {name} for name, path in names.items()}).prepare()
 
 
 def test_contracts_does_no_input_or_output() -> None:

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from cluster.testing.sim.broker import Broker, Peer
-from cluster.testing.sim.consumers import Consumer, Pull
+from cluster.testing.sim.broker import Broker
+from cluster.testing.sim.consumers import Consumer, Peer, Pull
 from cluster.testing.sim.streams import NO_MESSAGE, NO_STREAM, NS, Message, Refusal, Stream
 from contracts.events import format_rfc3339
 

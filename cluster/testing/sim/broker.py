@@ -11,11 +11,11 @@ import random
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from cluster.testing.sim.consumers import Consumer, Pull
+from cluster.testing.sim.consumers import Consumer, Peer, Pull
 from cluster.testing.sim.loop import VirtualLoop
 from cluster.testing.sim.streams import NS, Message, Proposal, Refusal, Stream, View, matches
 
@@ -28,18 +28,6 @@ COMMIT_S_MIN, COMMIT_S_MAX = 0.0005, 0.004
 EXPIRY_S: Final = 0.25
 STALE_SHARE: Final = 0.5
 """Of the reads that reach a stream with a stale leader, how many go to that one."""
-
-
-class Peer(Protocol):
-    """A client's connection, as the servers see it."""
-
-    name: str
-
-    def deliver(self, to: str, subject: str, reply: str, data: bytes, headers: dict[str, str]) -> None:
-        """Sends a message to the client's subscription `to`."""
-
-    def listens(self, subject: str) -> list[str]:
-        """The client's subscriptions that `subject` goes to."""
 
 
 class _Waiting(NamedTuple):

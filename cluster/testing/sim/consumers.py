@@ -6,16 +6,40 @@ nothing else was sent, and ends a pull that is old. A start beyond the stream's 
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
+from cluster.testing.sim.loop import VirtualLoop
 from cluster.testing.sim.streams import Message, Stream
 
-if TYPE_CHECKING:
-    from cluster.testing.sim.broker import Broker, Peer
-
 _ROUNDING_S: Final = 1e-6
+
+
+class Peer(Protocol):
+    """A client's connection, as the servers see it."""
+
+    name: str
+
+    def deliver(self, to: str, subject: str, reply: str, data: bytes, headers: dict[str, str]) -> None:
+        """Sends a message to the client's subscription `to`."""
+
+    def listens(self, subject: str) -> list[str]:
+        """The client's subscriptions that `subject` goes to."""
+
+
+class Servers(Protocol):
+    """What a consumer needs of the servers it is on."""
+
+    loop: VirtualLoop
+    rng: random.Random
+    lost_deliveries: float
+    """Share of what consumers deliver that is lost on its way."""
+
+    def later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
+        """Calls it after `delay_s`."""
 
 
 @dataclass(slots=True)
@@ -41,7 +65,7 @@ class Consumer:
         muted: the server it is on is frozen: nothing is sent.
     """
 
-    def __init__(self, broker: Broker, stream: Stream, name: str, pattern: str, config: dict[str, object]) -> None:
+    def __init__(self, servers: Servers, stream: Stream, name: str, pattern: str, config: dict[str, object]) -> None:
         self.stream = stream
         self.name = name
         self.pattern = pattern
@@ -51,7 +75,7 @@ class Consumer:
         start = config.get("opt_start_seq")
         self._next_seq = start if isinstance(start, int) else 1
         self._last_seq = self._next_seq - 1
-        self._broker = broker
+        self._servers = servers
         self._pulls: deque[Pull] = deque()
         self._sent_s = 0.0
         self._beating = False
@@ -64,13 +88,13 @@ class Consumer:
     def pull(self, pull: Pull) -> None:
         """Takes a request."""
         if not self._pulls:
-            self._sent_s = self._broker.loop.time()
+            self._sent_s = self._servers.loop.time()
         self._pulls.append(pull)
-        self._broker.later(pull.until_s - self._broker.loop.time(), self._clear)
+        self._servers.later(pull.until_s - self._servers.loop.time(), self._clear)
         self.pump()
         if not self._beating and self._pulls and pull.heartbeat_s:
             self._beating = True
-            self._broker.later(pull.heartbeat_s, self._beat)
+            self._servers.later(pull.heartbeat_s, self._beat)
 
     def pump(self) -> None:
         """Sends what is there for as long as somebody asked for it."""
@@ -94,15 +118,15 @@ class Consumer:
         if not pull.left:
             self._pulls.popleft()
         place = f"{self.stream.name}.{self.name}.1.{message.seq}.{self.delivered}.{message.time_ns}.{self.pending()}"
-        if self._broker.rng.random() >= self._broker.lost_deliveries:
+        if self._servers.rng.random() >= self._servers.lost_deliveries:
             pull.peer.deliver(pull.inbox, message.subject, f"$JS.ACK.{place}", message.data, message.headers)
-        self._sent_s = self._broker.loop.time()
+        self._sent_s = self._servers.loop.time()
 
     def _stands(self, pull: Pull) -> bool:
         """False for a pull that nobody waits for any more; one that is old is told so."""
         if not pull.peer.listens(pull.inbox):
             return False
-        if self._broker.loop.time() >= pull.until_s - _ROUNDING_S:
+        if self._servers.loop.time() >= pull.until_s - _ROUNDING_S:
             self._close(pull, "408", "Request Timeout")
             return False
         return True
@@ -125,7 +149,7 @@ class Consumer:
         if not self._pulls:
             return
         pull = self._pulls[0]
-        now_s = self._broker.loop.time()
+        now_s = self._servers.loop.time()
         if not self.muted and now_s - self._sent_s >= pull.heartbeat_s - _ROUNDING_S:
             self._sent_s = now_s
             headers = {
@@ -136,7 +160,7 @@ class Consumer:
             }
             pull.peer.deliver(pull.inbox, pull.inbox, "", b"", headers)
         self._beating = True
-        self._broker.later(pull.heartbeat_s, self._beat)
+        self._servers.later(pull.heartbeat_s, self._beat)
 
     def end(self, told: str) -> None:
         """It is gone. `told`: what whoever pulls is told; empty for nothing."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
+from cluster.testing.sim.disk import MemoryDisk
+from cluster.testing.sim.world import World
 from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, Stage, input_filter
-
-if TYPE_CHECKING:
-    from cluster.testing.sim.disk import MemoryDisk
-    from cluster.testing.sim.run import World
-
 
 T = TypeVar("T")
 

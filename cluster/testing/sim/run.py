@@ -11,32 +11,18 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-from cluster.gateway import Gateway
 from cluster.testing.checker import check
-from cluster.testing.sim.broker import Broker
-from cluster.testing.sim.disk import MemoryDisk
 from cluster.testing.sim.faults import FAULTS, Fault, make_schedule
-from cluster.testing.sim.load import Site, attempts, letter_id, make_sites, send_all
-from cluster.testing.sim.loop import Host, StuckError, VirtualLoop
-from cluster.testing.sim.network import Network
-from cluster.testing.sim.processes import SimProcess
-from cluster.testing.sim.streams import Message, Stream
-from cluster.topology import streams
+from cluster.testing.sim.load import attempts, letter_id
+from cluster.testing.sim.loop import StuckError, VirtualLoop
+from cluster.testing.sim.world import World
 from contracts.events import decode_event
-from contracts.receipts import Receipt, decode_receipt
-from contracts.settings import MIB, Settings
-from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES, raw_filter, receipt_subject, split_raw_subject
-from contracts.telemetry import DEAD_HANDLED, HEADER_MSG_ID
-from stages.persist.storedir import Store
 
-CLUSTER: Final = "c" * 32
 DRAIN_S_MAX: Final = 90.0
 """Virtual seconds after healing until all that was accepted is committed. Sums of backoffs, not work."""
 POLL_S: Final = 0.1
@@ -70,134 +56,6 @@ class Outcome:
     def ok(self) -> bool:
         """Nothing is wrong."""
         return not self.problems
-
-
-class World:
-    """A cluster, its processes and its gateways."""
-
-    def __init__(self, loop: VirtualLoop, rng: random.Random, trace: list[str] | None) -> None:
-        self.rng = rng
-        self.loop = loop
-        self.settings = make_settings(rng)
-        line = None if trace is None else lambda text: trace.append(f"{loop.time():10.6f} {text}")
-        self.broker = Broker(loop, rng, streams(self.settings, CLUSTER), line)
-        self.broker.applied = self._note_applied
-        self.network = Network(self.broker, rng)
-        self.accepted: Counter[int] = Counter()
-        """Partition → events in accepted messages."""
-        self.letters: list[Message] = []
-        self.traps: list[Callable[[str, str], bool]] = []
-        """Called with every stream and writer of a message that was stored, until they give True."""
-        self.disks = [
-            MemoryDisk(Store(Path(f"/node{number}"), f"{number:032x}", CLUSTER), rng)
-            for number in range(rng.choice((1, 1, 2)))
-        ]
-        self.processes = [process for stage in STAGES for process in self._make(stage)]
-        self.sites = make_sites(rng, rng.randint(1, 2), rng.randint(2, 6), rng.randint(2, 8))
-        self._hosts = [Host(site.name) for site in self.sites]
-        self._gateways = [self._make_gateway(number) for number in range(len(self.sites))]
-
-    def _make(self, stage: Any) -> Iterator[SimProcess]:
-        every = tuple(range(self.settings.partitions))
-        for number in range(self.rng.choice((1, 1, 2))):
-            yield SimProcess(
-                stage,
-                f"{stage}-{number}",
-                broker=self.broker,
-                network=self.network,
-                rng=self.rng,
-                settings=self.settings,
-                disk=self.disks[number % len(self.disks)],
-                # Two owners for every partition, on purpose.
-                pinned=every if number and self.rng.random() < 0.5 else None,
-            )
-
-    def _make_gateway(self, number: int) -> Gateway:
-        name = f"{self.sites[number].name}.{self.rng.getrandbits(32):08x}"
-        return Gateway(self.network.connect(name, self._hosts[number]), jitter=self.rng.random)
-
-    def restart_gateway(self, number: int) -> None:
-        """A gateway dies and starts again: what it does not know to be accepted it sends once more."""
-        number %= len(self.sites)
-        before = self._gateways[number]
-        self._gateways[number] = self._make_gateway(number)
-        # Its requests under way end in their time-outs, and nothing they are answered counts.
-        self.broker.loop.create_task(before.client.close(), context=self.broker.context)
-
-    def _note_applied(self, stream: Stream, message: Message) -> None:
-        if stream.name == EVENTS:
-            self.accepted[split_raw_subject(message.subject)[0]] += message.data.count(b"\n") + 1
-        elif stream.name == DLQ and DEAD_HANDLED not in message.headers:
-            self.letters.append(message)
-        if self.traps:
-            nonce = message.headers.get(HEADER_MSG_ID, "").partition(":")[0]
-            writer = nonce.rpartition("-")[0]
-            self.traps = [trap for trap in self.traps if not trap(stream.name, writer)]
-
-    async def send(self, over_s: float) -> None:
-        """All gateways send all they have, over about so long."""
-        repeats = self.rng.random() < 0.5
-
-        def sending(number: int, site: Site) -> Any:
-            return send_all(lambda: self._gateways[number], site, self.rng, over_s, again=repeats)
-
-        await asyncio.gather(*(sending(number, site) for number, site in enumerate(self.sites)))
-
-    def heal(self) -> None:
-        """Nothing goes wrong any more."""
-        self.broker.say("heal")
-        self.traps.clear()
-        self.network.heal()
-        self.broker.heal()
-        for disk in self.disks:
-            disk.failing = False
-            disk.kill_in_commit = lambda host: False
-        for process in self.processes:
-            process.thaw()
-
-    def receipt(self, partition: int) -> Receipt | None:
-        """The last receipt, as a majority of servers has it."""
-        message = self.broker.streams[RECEIPTS].last_by_subject(receipt_subject(partition))
-        return None if message is None else decode_receipt(message.data)
-
-    def disk_of(self, receipt: Receipt) -> MemoryDisk:
-        """The disk of the store that owns the receipt's partition."""
-        return next(disk for disk in self.disks if disk.store.store_id == receipt.store)
-
-    def behind(self) -> dict[int, tuple[int, int]]:
-        """Partition → (origin committed, origin stored), where they differ or readers are not shown all of it yet."""
-        found = {}
-        for partition in range(self.settings.partitions):
-            last = self.broker.streams[EVENTS].last_by_subject(raw_filter(partition))
-            receipt = self.receipt(partition)
-            reached = 0 if receipt is None else receipt.origin
-            # After a power cut readers may be shown less, until persist is up again.
-            shown = receipt is None or len(self.disk_of(receipt).records(partition)) == receipt.persisted
-            if last is not None and (reached < last.seq or not shown):
-                found[partition] = (reached, last.seq)
-        return found
-
-
-def make_settings(rng: random.Random) -> Settings:
-    """Small batches, short shards and frequent trims, so that little traffic passes through many edges."""
-    return Settings(
-        partitions=rng.randint(1, 3),
-        frame_events_max=rng.choice((1, 2, 512)),
-        pull_batch=rng.choice((2, 8)),
-        pull_batch_hop=rng.choice((2, 4)),
-        pull_expires_s=5.0,
-        probe_s=1.0,
-        trim_s=rng.choice((0.2, 1.0)),
-        shard_events_max=rng.choice((3, 10, 1000)),
-        shard_age_s_max=rng.choice((5.0, 3600.0)),
-        sealed_kept=rng.choice((0, 1)),
-        receipts_kept=rng.choice((1, 4, 1024)),
-        hop_bytes_max=MIB,
-        dead_share_max=1.0,
-        member_ttl_s=5,
-        member_renew_s=2.0,
-        frame_deflate_bytes_min=1,
-    )
 
 
 def simulate(seed: int, *, trace: list[str] | None = None) -> Outcome:

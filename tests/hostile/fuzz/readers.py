@@ -28,8 +28,9 @@ from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.persist.core import plan_group
 from stages.persist.header import decode_header
-from stages.runtime.api import StoredMessage, parse_headers
+from stages.runtime.api import parse_headers
 from stages.runtime.checkpoint import cursor_from_receipt, read_frame
+from stages.runtime.messages import StoredMessage
 from stages.segment.core import SegmentCore
 
 CONSULTATION = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"
