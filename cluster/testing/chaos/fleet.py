@@ -123,7 +123,10 @@ class EdgeGateway:
                 await end_tasks(self._life, killed)
 
     def kill(self) -> None:
-        """Everything under way is forgotten, outcomes unknown; the next life begins with what is not acknowledged."""
+        """Everything under way is forgotten, outcomes unknown; the next life begins with what is not acknowledged.
+
+        Servers see what they see of a process that is killed: perhaps the beginning of a message, and the end.
+        """
         self._killed.set()
 
     def repeat(self) -> None:
@@ -143,6 +146,8 @@ class EdgeGateway:
                     tasks.create_task(self._drain(gateway, consultation))
                 await self._make(gateway, tasks)
         finally:
+            if self._killed.is_set():
+                _cut_off(client)
             await _close(client)
 
     async def _make(self, gateway: Gateway, tasks: asyncio.TaskGroup) -> None:
@@ -202,6 +207,15 @@ class EdgeGateway:
         partition = partition_of(first.site, first.consultation, self._partitions, self._by)
         if accepted.origin > book.newest.get(partition, (0, 0.0))[0]:
             book.newest[partition] = (accepted.origin, time.monotonic())
+
+
+def _cut_off(client: GuardedClient) -> None:
+    """Closes the socket; what the kernel was not handed yet is never sent."""
+    client._pending = []
+    client._pending_data_size = 0
+    writer = getattr(client._transport, "_io_writer", None)
+    if writer is not None:
+        writer.transport.abort()
 
 
 async def _close(client: GuardedClient) -> None:
