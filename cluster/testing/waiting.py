@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,10 +13,10 @@ _POLL_S: Final = 0.05
 
 
 async def until(condition: Callable[[], Any], what: str, limit_s: float = SETTLED_LIMIT_S) -> Any:
-    """Polls an async condition until it is true, and gives what it gave.
+    """Polls a condition until it is true, and gives what it gave.
 
     Args:
-        condition: gives an awaitable.
+        condition: gives a value, or an awaitable of one.
         what: is awaited; for the message.
         limit_s: seconds.
 
@@ -25,7 +26,10 @@ async def until(condition: Callable[[], Any], what: str, limit_s: float = SETTLE
     try:
         async with asyncio.timeout(limit_s):
             while True:
-                if value := await condition():
+                value = condition()
+                if inspect.isawaitable(value):
+                    value = await value
+                if value:
                     return value
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:

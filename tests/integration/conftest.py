@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from nats.aio.client import Client
-from waiting import Condition, Eventually
 
 from cluster.nodes import EmbeddedCluster
 from stages.runtime.connection import connect
@@ -21,21 +18,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__ == "test_gateway_example":
         docker = pytest.param("docker", marks=pytest.mark.docker)
         metafunc.parametrize("fi_backend", ["embedded", docker], indirect=True, scope="session")
-
-
-@pytest.fixture
-def eventually() -> Eventually:
-    """``await eventually(condition)`` returns once it holds, and fails the test after a minute."""
-
-    async def wait(condition: Condition) -> None:
-        async with asyncio.timeout(60):
-            while True:
-                holds = condition()
-                if await holds if inspect.isawaitable(holds) else holds:
-                    return
-                await asyncio.sleep(0.02)
-
-    return wait
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

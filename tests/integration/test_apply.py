@@ -7,10 +7,10 @@ import asyncio
 import msgspec
 import pytest
 from nats.aio.client import Client
-from waiting import Eventually
 
 from cluster.apply import apply, plan
 from cluster.status import ClusterStatus, status
+from cluster.testing.waiting import until
 from cluster.topology import Drift
 from contracts import subjects
 from contracts.errors import ClusterUnavailableError, TopologyError
@@ -222,9 +222,7 @@ async def test_more_replicas_than_servers_is_reported_as_unavailable(client: Cli
         await apply(client, changed(replicas=5), wait_s=0.5)
 
 
-async def test_status_shows_streams_servers_and_what_is_missing(
-    client: Client, cluster_urls: tuple[str, ...], eventually: Eventually
-) -> None:
+async def test_status_shows_streams_servers_and_what_is_missing(client: Client, cluster_urls: tuple[str, ...]) -> None:
     async def healthy() -> bool:
         return (await status(client, cluster_urls)).healthy
 
@@ -242,5 +240,5 @@ async def test_status_shows_streams_servers_and_what_is_missing(
     assert {events.leader, *(replica.name for replica in events.replicas)} == {"n1", "n2", "n3"}
     assert seen.facts is not None
     assert (seen.facts.cluster_id, seen.facts.partitions) == (made.cluster_id, 4)
-    await eventually(healthy)  # a replica may be a message behind for a moment
+    await until(healthy, "every replica is current")  # a replica may be a message behind for a moment
     assert msgspec.json.decode(msgspec.json.encode(seen), type=ClusterStatus) == seen

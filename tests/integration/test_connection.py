@@ -10,9 +10,9 @@ from urllib.request import urlopen
 
 import pytest
 from nats.js.api import StreamConfig
-from waiting import Eventually
 
 from cluster.nodes import EmbeddedCluster
+from cluster.testing.waiting import until
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect, connect_beside, connect_near
 
@@ -25,9 +25,7 @@ def server_of(client: GuardedClient) -> str:
     return str(client._server_info["server_name"])
 
 
-async def test_near_the_leader_or_beside_it_and_elsewhere_once_that_server_is_gone(
-    tmp_path: Path, eventually: Eventually
-) -> None:
+async def test_near_the_leader_or_beside_it_and_elsewhere_once_that_server_is_gone(tmp_path: Path) -> None:
     async with EmbeddedCluster(tmp_path) as cluster:
         observer = await connect(cluster.urls, "observer")
         jetstream = observer.jetstream(timeout=10)
@@ -45,7 +43,7 @@ async def test_near_the_leader_or_beside_it_and_elsewhere_once_that_server_is_go
         assert (server_of(beside), server_of(beside_too)) == (others[0], others[0])
 
         await cluster.node(others[0]).kill()
-        await eventually(lambda: beside.is_connected and server_of(beside) != others[0])
+        await until(lambda: beside.is_connected and server_of(beside) != others[0], "it is connected elsewhere")
         next_one = await connect_beside(cluster.urls, STREAM, "next")
         assert server_of(next_one) == others[1]
         for client in (observer, near, beside, beside_too, next_one):
@@ -59,7 +57,7 @@ async def test_where_no_leader_is_known_any_server_serves(cluster_urls: tuple[st
         await client.close()
 
 
-async def test_a_connection_that_is_cancelled_at_any_moment_is_not_made(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_connection_that_is_cancelled_at_any_moment_is_not_made(tmp_path: Path) -> None:
     async with EmbeddedCluster(tmp_path, 1) as cluster:
         [node] = cluster.nodes
 
@@ -87,4 +85,4 @@ async def test_a_connection_that_is_cancelled_at_any_moment_is_not_made(tmp_path
                 await connecting
         else:
             pytest.fail("never connected")
-        await eventually(alone)
+        await until(alone, "no connection is left")

@@ -17,11 +17,11 @@ from nats.aio.msg import Msg
 from nats.errors import TimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import StorageType, StreamConfig
-from waiting import Eventually
 
 from cluster.gateway import Gateway, RefusedError, batch_id
 from cluster.nodes import EmbeddedCluster
 from cluster.publish import LinePublisher, PublishReport, publish_lines
+from cluster.testing.waiting import until
 from cluster.workload import consultations
 from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.subjects import EVENTS
@@ -118,7 +118,7 @@ async def test_the_same_file_twice_adds_nothing_also_where_events_have_no_ids(cl
 
 
 async def test_an_answer_lost_with_the_server_makes_a_retry_not_a_second_event(
-    server: EmbeddedCluster, client: Client, eventually: Eventually
+    server: EmbeddedCluster, client: Client
 ) -> None:
     jetstream = await make_stream(client)
     events = made_up(3000)
@@ -126,7 +126,7 @@ async def test_an_answer_lost_with_the_server_makes_a_retry_not_a_second_event(
     publisher = LinePublisher(gateway, rate_per_s=1500)
     running = asyncio.create_task(publisher.run(lines_of(events)))
     for count in (400, 1200):
-        await eventually(lambda target=count: publisher.report.accepted >= target)  # type: ignore[misc]
+        await until(lambda target=count: publisher.report.accepted >= target, "so many messages are accepted")
         await server.nodes[0].kill()
         await server.nodes[0].start()
     report = await running
@@ -165,13 +165,13 @@ async def test_a_lost_answer_is_no_second_event_and_no_duplicate(client: Client)
     assert (again.origin, again.duplicate) == (1, True)
 
 
-async def test_a_full_stream_holds_the_gateway_until_there_is_room(client: Client, eventually: Eventually) -> None:
+async def test_a_full_stream_holds_the_gateway_until_there_is_room(client: Client) -> None:
     jetstream = await make_stream(client, max_bytes=64 * 1024)
     events = made_up(300)
     gateway = Gateway(client, in_flight=4)
     publisher = LinePublisher(gateway)
     running = asyncio.create_task(publisher.run(lines_of(events)))
-    await eventually(lambda: gateway.held_s > 0)
+    await until(lambda: gateway.held_s > 0, "the gateway holds a message")
     held_at = publisher.report.accepted
     assert held_at < 300
     early = await stored(jetstream)

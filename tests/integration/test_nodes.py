@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from waiting import Eventually
 
 from cluster import nodes
 from cluster.lock import DirectoryBusyError
 from cluster.nodes import EmbeddedCluster, NodePorts, ServerMissingError, Wiring, find_nats_server, server_config
 from cluster.ports import is_free
 from cluster.process import ProcessError
+from cluster.testing.waiting import until
 from contracts.budgets import DIRECTORY_LOCK
 from stages.runtime.connection import connect
 
@@ -66,7 +66,7 @@ async def test_stopping_leaves_nothing_running_and_the_next_run_reuses_ports(tmp
         assert again.urls == urls
 
 
-async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: Path) -> None:
     async with EmbeddedCluster(tmp_path, servers=1) as cluster:
         node = cluster.nodes[0]
         node.freeze()
@@ -74,9 +74,9 @@ async def test_a_server_survives_being_frozen_and_stops_while_frozen(tmp_path: P
         async def silent() -> bool:
             return not await node.healthy("js-enabled-only")
 
-        await eventually(silent)
+        await until(silent, "it answers no more")
         node.thaw()
-        await eventually(lambda: node.healthy("js-enabled-only"))
+        await until(lambda: node.healthy("js-enabled-only"), "it answers again")
         node.freeze()
         assert await node.stop(), "a frozen server must be thawed to see that it shall stop"
 
@@ -109,15 +109,15 @@ async def test_a_failed_start_shows_the_servers_log_and_leaves_nothing(
     assert [node.pid for node in cluster.nodes] == [None, None, None]
 
 
-async def test_a_cancelled_start_leaves_nothing(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
     cluster = EmbeddedCluster(tmp_path)
     start = asyncio.create_task(cluster.start())
-    await eventually(lambda: any(node.pid for node in cluster.nodes))
+    await until(lambda: any(node.pid for node in cluster.nodes), "a server runs")
     pids = [node.pid for node in cluster.nodes if node.pid]
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
-    await eventually(lambda: not any(alive(pid) for pid in pids))
+    await until(lambda: not any(alive(pid) for pid in pids), "all servers are gone")
     assert [node.pid for node in cluster.nodes] == [None, None, None]
 
 
@@ -137,9 +137,7 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
-async def test_killing_the_starting_process_leaves_no_server_and_frees_the_directory(
-    tmp_path: Path, eventually: Eventually
-) -> None:
+async def test_killing_the_starting_process_leaves_no_server_and_frees_the_directory(tmp_path: Path) -> None:
     parent = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", SUPERVISING, str(tmp_path)), stdout=asyncio.subprocess.PIPE
     )
@@ -149,7 +147,7 @@ async def test_killing_the_starting_process_leaves_no_server_and_frees_the_direc
     assert all(alive(pid) for pid in pids)
     os.kill(parent.pid, signal.SIGKILL)
     await parent.communicate()
-    await eventually(lambda: not any(alive(pid) for pid in pids))
+    await until(lambda: not any(alive(pid) for pid in pids), "all servers are gone")
     cluster = EmbeddedCluster(tmp_path)
     await cluster._lock.acquire(60)  # a dying thread may hold its files a moment longer
     cluster._lock.release()

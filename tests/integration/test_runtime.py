@@ -11,9 +11,9 @@ from uuid import UUID
 import msgspec
 import pytest
 from nats.aio.client import Client
-from waiting import Eventually
 
 from cluster.apply import apply
+from cluster.testing.waiting import until
 from contracts.errors import DefiniteError, FencedError
 from contracts.frames import FRAME_BYTES_MAX, Frame, decode_frame, decode_frame_head, encode_frame, held_bytes
 from contracts.hashing import EMPTY_ROOT
@@ -129,16 +129,14 @@ async def test_a_frame_made_again_after_a_purge_is_stored_and_not_taken_for_the_
     assert await count(api) == 1
 
 
-async def test_a_full_stream_holds_the_writer_and_lets_it_go_on_when_there_is_room(
-    client: Client, eventually: Eventually
-) -> None:
+async def test_a_full_stream_holds_the_writer_and_lets_it_go_on_when_there_is_room(client: Client) -> None:
     api = await ready(client, hop_bytes_max=MIB)
     writer = FencedWriter(api, SEGMENT, SUBJECT, "nonce")
     body = b"x" * (300 * 1024)
     for number in range(3):
         await writer.publish(body, str(number))
     held = asyncio.create_task(writer.publish(body, "held"))
-    await eventually(lambda: writer.full_since is not None)  # type: ignore[misc]
+    await until(lambda: writer.full_since is not None, "the stream is full")
     assert not held.done()
     assert await count(api) == 3
     await api.purge(SEGMENT, SUBJECT, below_seq=3)
@@ -229,9 +227,7 @@ async def test_a_reader_goes_on_where_its_lane_stands_after_reopening(client: Cl
         assert [int(message.data) for message in follower.taken] == list(range(200))
 
 
-async def test_what_would_make_too_large_a_frame_is_published_as_several(
-    client: Client, eventually: Eventually
-) -> None:
+async def test_what_would_make_too_large_a_frame_is_published_as_several(client: Client) -> None:
     api = await ready(client, partitions=1, frame_bytes_max=2 * MIB)
     consultation = str(UUID(int=1, version=4))
     head = f'{{"consultation_id":"{consultation}","event_type":"CONTEXT_UPDATED","payload":{{}},'
@@ -250,7 +246,7 @@ async def test_what_would_make_too_large_a_frame_is_published_as_several(
             return running.done() or (last is not None and decode_frame_head(last.data).last == 6)
 
         try:
-            await eventually(reached)  # type: ignore[misc]
+            await until(reached, "the lane has seen all")
         finally:
             lane.stop()
             await running
@@ -262,7 +258,7 @@ async def test_what_would_make_too_large_a_frame_is_published_as_several(
         assert all(len(message.data) < held_bytes(message.data) <= FRAME_BYTES_MAX for message in messages)
 
 
-async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Client, eventually: Eventually) -> None:
+async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Client) -> None:
     gap_s, messages = 0.3, 300
     await apply(client, Settings(partitions=1))
     api = Api(client, Settings(partitions=1, frame_gap_s=gap_s))
@@ -281,7 +277,7 @@ async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Cli
             last = await api.last_message(SEGMENT, SUBJECT)
             return running.done() or (last is not None and decode_frame_head(last.data).last == messages)
 
-        await eventually(reached)  # type: ignore[misc]
+        await until(reached, "the lane has seen all")
     finally:
         lane.stop()
         await running
@@ -295,14 +291,14 @@ async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Cli
         pace.begin(made_s, head.last - head.prev)
 
 
-async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client, eventually: Eventually) -> None:
+async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client) -> None:
     api = await ready(client)
     jetstream = client.jetstream(timeout=5)
     for size in (10, 10, 10, 5000, 10, 10):
         await jetstream.publish(SUBJECT, b"x" * size)
     async with following(api) as follower:
         reader = follower.reader
-        await eventually(lambda: reader.buffered == 6)  # type: ignore[misc]
+        await until(lambda: reader.buffered == 6, "six messages are there")
         assert [len(m.data) for m in reader.take(2, MIB)] == [10, 10]
         assert [len(m.data) for m in reader.take(9, 100)] == [10, 5000]
         assert [len(m.data) for m in reader.take(9, 1)] == [10]
@@ -310,23 +306,23 @@ async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client, e
         assert reader.take(9, MIB) == []
 
 
-async def test_take_counts_what_messages_weigh(client: Client, eventually: Eventually) -> None:
+async def test_take_counts_what_messages_weigh(client: Client) -> None:
     api = await ready(client)
     await fill(api, 10, 15)
     async with following(api, weigh=lambda data: 1000 * len(data)) as follower:
         reader = follower.reader
-        await eventually(lambda: reader.buffered == 5)  # type: ignore[misc]
+        await until(lambda: reader.buffered == 5, "five messages are there")
         assert [int(message.data) for message in reader.take(9, 2001)] == [10, 11]
         assert [int(message.data) for message in reader.take(9, 2000)] == [12]
         assert [int(message.data) for message in reader.take(9, MIB)] == [13, 14]
 
 
-async def test_what_is_put_back_comes_first(client: Client, eventually: Eventually) -> None:
+async def test_what_is_put_back_comes_first(client: Client) -> None:
     api = await ready(client)
     await fill(api, 0, 6)
     async with following(api) as follower:
         reader = follower.reader
-        await eventually(lambda: reader.buffered == 6)  # type: ignore[misc]
+        await until(lambda: reader.buffered == 6, "six messages are there")
         reader.put_back(reader.take(4, MIB)[1:])
         assert [int(message.data) for message in reader.take(9, MIB)] == [1, 2, 3, 4, 5]
 

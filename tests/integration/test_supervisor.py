@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from waiting import Eventually
 
 from cluster import keeper
 from cluster import supervisor as supervisor_module
@@ -20,6 +19,7 @@ from cluster.process import ProcessError
 from cluster.stageprocess import settings_environment
 from cluster.state import NotRunningError, State, process_started, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
+from cluster.testing.waiting import until
 from contracts.budgets import DIRECTORY_LOCK, RESTART_HEALTHY
 from contracts.errors import SettingsError
 from contracts.settings import Settings, load_settings
@@ -106,48 +106,51 @@ async def test_every_process_gets_the_settings_and_stages_stop_in_flow_order(tmp
         read_state(tmp_path)
 
 
-async def test_a_killed_stage_and_a_killed_server_come_back_and_the_reason_is_told(
-    tmp_path: Path, eventually: Eventually
-) -> None:
+async def test_a_killed_stage_and_a_killed_server_come_back_and_the_reason_is_told(tmp_path: Path) -> None:
     events: list[ProcessEvent] = []
     async with make(tmp_path, events) as supervisor:
         for name in ("hash-0", "n1"):
             before = pid_of(supervisor, name)
             assert before is not None
             await supervisor.kill(name)
-            await eventually(lambda name=name, before=before: pid_of(supervisor, name) not in (None, before))
-            await eventually(lambda name=name: [e.kind for e in events if e.name == name][-1] == "started")
+            await until(
+                lambda name=name, before=before: pid_of(supervisor, name) not in (None, before),
+                "the process runs again",
+            )
+            await until(lambda name=name: [e.kind for e in events if e.name == name][-1] == "started", "that is told")
             (death,) = [event for event in events if event.name == name and event.kind == "died"]
             assert "SIGKILL" in death.detail
         assert journal(tmp_path, "start").count("hash-0") == 2
         assert {p.name: p.pid for p in read_state(tmp_path).processes}["n1"] == pid_of(supervisor, "n1")
 
 
-async def test_a_stage_that_keeps_dying_is_started_again_ever_later(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_stage_that_keeps_dying_is_started_again_ever_later(tmp_path: Path) -> None:
     events: list[ProcessEvent] = []
     async with make(tmp_path, events) as supervisor:
         (tmp_path / "broken-segment-0").touch()
         await supervisor.kill("segment-0")
-        await eventually(lambda: sum(event.kind == "died" for event in events) >= 4)
+        await until(lambda: sum(event.kind == "died" for event in events) >= 4, "it has died four times")
         deaths = [event for event in events if event.kind == "died"]
         assert [death.restart_in_s for death in deaths[:4]] == [0.1, 0.2, 0.4, 0.8]
         assert "exited with code 3" in deaths[1].detail
         assert "the disk is on fire" in deaths[1].detail
         (tmp_path / "broken-segment-0").unlink()
-        await eventually(lambda: events[-1].kind == "started")
+        await until(lambda: events[-1].kind == "started", "it is started again")
         assert pid_of(supervisor, "segment-0") is not None
 
 
 async def test_after_a_healthy_life_a_stage_starts_again_at_once(
-    tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper, "RESTART_HEALTHY", msgspec.structs.replace(RESTART_HEALTHY, s=0.0))
     events: list[ProcessEvent] = []
     async with make(tmp_path, events) as supervisor:
         for deaths in (1, 2, 3):
             await supervisor.kill("hash-0")
-            await eventually(lambda deaths=deaths: sum(event.kind == "died" for event in events) == deaths)
-            await eventually(lambda: events[-1].kind == "started")
+            await until(
+                lambda deaths=deaths: sum(event.kind == "died" for event in events) == deaths, "it has died once more"
+            )
+            await until(lambda: events[-1].kind == "started", "it is started again")
         assert [event.restart_in_s for event in events if event.kind == "died"] == [0.1, 0.1, 0.1]
 
 
@@ -179,7 +182,7 @@ async def test_a_frozen_process_is_still_stopped(tmp_path: Path) -> None:
     assert "hash-0" in journal(tmp_path, "stop")
 
 
-async def test_a_second_stop_request_kills_what_will_not_stop(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_second_stop_request_kills_what_will_not_stop(tmp_path: Path) -> None:
     supervisor = make(tmp_path)
     await supervisor.start()
     pids = [process.pid for process in supervisor.processes if process.pid is not None]
@@ -187,7 +190,7 @@ async def test_a_second_stop_request_kills_what_will_not_stop(tmp_path: Path, ev
     supervisor.request_stop()
     await supervisor.wait_stop_requested()
     stopping = asyncio.create_task(supervisor.stop())
-    await eventually(lambda: journal(tmp_path, "ignored"))
+    await until(lambda: journal(tmp_path, "ignored"), "it has been told to stop")
     assert not stopping.done()
     supervisor.request_stop()
     async with asyncio.timeout(SETTINGS.drain_s - 5):
@@ -230,9 +233,7 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
-async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over(
-    tmp_path: Path, eventually: Eventually
-) -> None:
+async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over(tmp_path: Path) -> None:
     parent = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", SUPERVISING, str(tmp_path), str(Path(__file__).parent)), stdout=asyncio.subprocess.PIPE
     )
@@ -244,7 +245,7 @@ async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over
     finally:
         parent.kill()
         await parent.communicate()
-    await eventually(lambda: all(map(is_gone, pids)))
+    await until(lambda: all(map(is_gone, pids)), "all processes are gone")
     with pytest.raises(NotRunningError, match="without stopping"):
         read_state(tmp_path)
     async with make(tmp_path):
