@@ -31,6 +31,8 @@ _RUN: Final = secrets.token_hex(8)
 _CACHES: Final = {".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache", "__pycache__"}
 _STANDARD_FD_MAX: Final = 2
 _POLL_S: Final = 0.02
+_EXEC_S: Final = 0.5
+"""How long a process may take to become another program."""
 _before: Final = pytest.StashKey["Snapshot"]()
 _pending: Final[list[str]] = []
 """Tasks that were pending when their loop was closed, since the last look."""
@@ -176,24 +178,40 @@ def _processes() -> Iterator[int]:
     if sys.platform != "linux":
         return
     own = os.getpid()
-    mark = f"{_MARK}={_RUN}".encode()
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) == own:
             continue
         try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                state, parent = file.read().rpartition(b")")[2].split()[:2]
-            if state in (b"Z", b"X"):
+            state, parent, started = _state(name)
+            # What ran before us is nobody's leak.
+            if state in "ZX" or started < _BEGUN:
                 continue
-            if int(parent) == own:
+            if parent == own or _is_marked(name):
                 yield int(name)
-                continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if mark in file.read():
-                    yield int(name)
         except OSError:
             # It ended while we looked, or is somebody else's.
             continue
+
+
+def _state(name: str) -> tuple[str, int, int]:
+    """A process's state, its parent, and its start in ticks since boot. Raises `OSError`."""
+    fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return fields[0], int(fields[1]), int(fields[19])
+
+
+_BEGUN: Final = _state("self")[2] if sys.platform == "linux" else 0
+
+
+def _is_marked(name: str) -> bool:
+    """True when the process got our word from whoever started it. Raises `OSError`."""
+    mark = f"{_MARK}={_RUN}".encode()
+    deadline = time.monotonic() + _EXEC_S
+    while True:
+        environment = Path(f"/proc/{name}/environ").read_bytes()
+        if environment or time.monotonic() > deadline:
+            return mark in environment
+        # While it becomes another program it has none.
+        time.sleep(_POLL_S)
 
 
 def _command(pid: int) -> str:

@@ -35,6 +35,11 @@ async def run_fictl(*arguments: str | Path, **environment: str) -> Ran:
     return Ran(process.returncode, out.decode(), err.decode())
 
 
+async def fictl_at(urls: tuple[str, ...], *arguments: str) -> Ran:
+    """Runs a verb on the servers at `urls`."""
+    return await run_fictl(*arguments, *at_servers(urls))
+
+
 def at_servers(urls: tuple[str, ...]) -> list[str]:
     """The options that name servers."""
     return [part for url in urls for part in ("--nats", url)]

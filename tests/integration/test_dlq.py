@@ -12,8 +12,8 @@ from uuid import UUID
 import msgspec
 import pytest
 import pytest_asyncio
+from commands import fictl_at
 from pipeline import Pipeline, running, settings, until
-from test_cli_cluster import fi
 from test_pipeline import TRACE, event
 
 from cluster.dlq import DeadLetters
@@ -59,7 +59,7 @@ def parsed(out: str) -> list[dict[str, Any]]:
 
 
 async def listed(pipeline: Pipeline, *filters: str) -> list[dict[str, Any]]:
-    code, out, err = await fi(pipeline.supervisor.urls, "dlq", "ls", "--json", *filters)
+    code, out, err = await fictl_at(pipeline.supervisor.urls, "dlq", "ls", "--json", *filters)
     assert code == 0, err
     return parsed(out)
 
@@ -120,7 +120,7 @@ async def test_letters_are_listed_counted_shown_and_dropped(pipeline: Pipeline, 
         ["json.malformed", "json.malformed", "event_type.unknown", "payload.type", "field.missing", "json.malformed"]
     )
     assert totals.dead_lettered == len(rows)
-    code, out, _ = await fi(urls, "dlq", "ls", "--summary", "--json")
+    code, out, _ = await fictl_at(urls, "dlq", "ls", "--summary", "--json")
     summary = json.loads(out)
     assert (code, summary["letters"]) == (0, 6)
     assert summary["by_reason"][0] == {"stage": "ingest", "reason": "json.malformed", "letters": 3}
@@ -135,36 +135,36 @@ async def test_letters_are_listed_counted_shown_and_dropped(pipeline: Pipeline, 
     assert await listed(pipeline, "--since", rows[3]["time"]) == rows[3:]
     assert await listed(pipeline, "--until", rows[3]["time"]) == rows[:4]
     assert await listed(pipeline, "--limit", "2") == rows[-2:]
-    code, out, err = await fi(urls, "dlq", "ls", "--limit", "2")
+    code, out, err = await fictl_at(urls, "dlq", "ls", "--limit", "2")
     assert code == 0
     assert "newest 2 of 6" in err
     assert "3 ingest   json.malformed" in out
     assert "\x1b" not in out
 
-    code, out, _ = await fi(urls, "dlq", "ls")
+    code, out, _ = await fictl_at(urls, "dlq", "ls")
     assert code == 0
     assert "\x1b" not in out
     (line,) = await listed(pipeline, "--site", "clinic-b", "--reason", "json")
     assert (line["origin"], line["index"]) == (origin, 1)
-    code, out, _ = await fi(urls, "dlq", "show", str(line["seq"]), "--raw")
+    code, out, _ = await fictl_at(urls, "dlq", "show", str(line["seq"]), "--raw")
     assert (code, out) == (0, '{"broken"')
     (bad,) = await listed(pipeline, "--stage", "segment")
-    code, out, _ = await fi(urls, "dlq", "show", str(bad["seq"]))
+    code, out, _ = await fictl_at(urls, "dlq", "show", str(bad["seq"]))
     assert code == 0
     for text in ("segment partition", "payload.type", TRACE.split("-")[1], '"message_content": 1', "next: "):
         assert text in out
-    shown = json.loads((await fi(urls, "dlq", "show", str(bad["seq"]), "--json"))[1])
+    shown = json.loads((await fictl_at(urls, "dlq", "show", str(bad["seq"]), "--json"))[1])
     assert json.loads(shown["body"]) == event(consultation, 3, payload={"message_content": 1})
-    assert (await fi(urls, "dlq", "show", "999"))[0] == 1
+    assert (await fictl_at(urls, "dlq", "show", "999"))[0] == 1
 
-    code, _, err = await fi(urls, "dlq", "drop", "--yes")
+    code, _, err = await fictl_at(urls, "dlq", "drop", "--yes")
     assert code == 2
     assert "--all" in err
-    assert (await fi(urls, "dlq", "drop", "--all"))[0] == 2, "nobody is there to be asked"
+    assert (await fictl_at(urls, "dlq", "drop", "--all"))[0] == 2, "nobody is there to be asked"
     before = [await held(pipeline, stream) for stream in (DLQ, EVENTS)]
-    code, out, _ = await fi(urls, "dlq", "drop", "--reason", "json", "--dry-run", "--json")
+    code, out, _ = await fictl_at(urls, "dlq", "drop", "--reason", "json", "--dry-run", "--json")
     assert (code, json.loads(out)) == (0, {"matched": 3, "dropped": 0, "missing": [], "dry_run": True})
-    code, out, _ = await fi(urls, "dlq", "replay", "--all", "--dry-run", "--json")
+    code, out, _ = await fictl_at(urls, "dlq", "replay", "--all", "--dry-run", "--json")
     report = json.loads(out)
     assert code == 1
     assert (report["matched"], report["replayed"], len(report["refused"])) == (6, 5, 1)
@@ -173,16 +173,16 @@ async def test_letters_are_listed_counted_shown_and_dropped(pipeline: Pipeline, 
 
     output = tmp_path / "dropped.ndjson"
     drop = ("dlq", "drop", "--reason", "json", "--yes", "--output", str(output), "--why", "noise", "--erase")
-    code, out, _ = await fi(urls, *drop)
+    code, out, _ = await fictl_at(urls, *drop)
     assert (code, out) == (0, "3 letters dropped\n")
     kept = parsed(output.read_text())
     # The last one may be of another partition, and of another moment.
     assert sorted(row["body"] for row in kept) == ["nor \x1b[31mthis", "this is no JSON", '{"broken"']
     assert {row["why"] for row in kept} == {"noise"}
     await left(pipeline, 3)
-    code, out, _ = await fi(urls, "dlq", "drop", str(kept[0]["seq"]), "--yes", "--json")
+    code, out, _ = await fictl_at(urls, "dlq", "drop", str(kept[0]["seq"]), "--yes", "--json")
     assert (code, json.loads(out)["missing"]) == (1, [kept[0]["seq"]])
-    assert (await fi(urls, "dlq", "drop", "--all", "--yes"))[0] == 0
+    assert (await fictl_at(urls, "dlq", "drop", "--all", "--yes"))[0] == 0
     await left(pipeline, 0)
     assert await pipeline.settled() == totals
 
@@ -197,7 +197,7 @@ async def test_what_is_replayed_after_its_cause_is_gone_is_stored_once_though_it
     assert {with_id["reason"], without["reason"]} == {"lifecycle.closed"}
     urls = pipeline.supervisor.urls
 
-    code, out, err = await fi(urls, "dlq", "replay", str(with_id["seq"]), "--yes", "--json")
+    code, out, err = await fictl_at(urls, "dlq", "replay", str(with_id["seq"]), "--yes", "--json")
     assert (code, json.loads(out)["replayed"]) == (0, 1), err
     totals = await pipeline.settled()
     assert (totals.persisted, totals.dead_lettered) == (before.persisted, before.dead_lettered + 1)
@@ -211,7 +211,7 @@ async def test_what_is_replayed_after_its_cause_is_gone_is_stored_once_though_it
     assert ack.duplicate, "under its own id it would be swallowed"
 
     await reopen(pipeline, "clinic-c", consultation)
-    code, out, err = await fi(urls, "dlq", "replay", "--site", "clinic-c", "--yes", "--json")
+    code, out, err = await fictl_at(urls, "dlq", "replay", "--site", "clinic-c", "--yes", "--json")
     assert (code, json.loads(out)["replayed"]) == (0, 2), err
     totals = await pipeline.settled()
     assert totals.persisted == before.persisted + 3
@@ -260,17 +260,17 @@ async def test_a_letter_is_replayed_with_a_mended_body(pipeline: Pipeline, tmp_p
     (letter,) = await listed(pipeline, "--site", "clinic-e", "--stage", "segment")
     file = tmp_path / "event.json"
     file.write_text(json.dumps(event(consultation, 1)) + "\n" + json.dumps(event(consultation, 2)))
-    code, _, err = await fi(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
+    code, _, err = await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
     assert code == 2
     assert "give one event" in err
     file.write_text(json.dumps(event(consultation, 1), indent=2))
-    assert (await fi(urls, "dlq", "replay", "--all", "--yes", "--body", str(file)))[0] == 2
-    code, _, err = await fi(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
+    assert (await fictl_at(urls, "dlq", "replay", "--all", "--yes", "--body", str(file)))[0] == 2
+    code, _, err = await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
     assert code == 0, err
     totals = await pipeline.settled()
     assert (totals.persisted, totals.dead_lettered) == (before.persisted + 1, before.dead_lettered)
     await left(pipeline, 1, "--site", "clinic-e")
-    assert (await fi(urls, "dlq", "replay", str(letter["seq"]), "--yes"))[0] == 1, "it is gone"
+    assert (await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes"))[0] == 1, "it is gone"
 
 
 async def test_an_event_without_an_id_is_stored_once_though_the_servers_have_forgotten_its_replay(
