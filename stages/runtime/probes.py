@@ -49,7 +49,7 @@ _MADE_FROM: Final[dict[Stage, str]] = {"ingest": "accepted_ns", "segment": "inge
 """The time of an event at which a stage's latency begins."""
 
 
-class Meters(Protocol):
+class Instruments(Protocol):
     """The instruments of the process, as `stages.runtime.meters` keeps them."""
 
     lanes: dict[tuple[Stage, int], LaneMeter]
@@ -75,7 +75,7 @@ class LaneMeter(LaneProbe):
         disk: the circuit before its disk (persist).
     """
 
-    def __init__(self, meters: Meters, stage: Stage, partition: int) -> None:
+    def __init__(self, meters: Instruments, stage: Stage, partition: int) -> None:
         self.stage: Stage = stage
         self.partition = partition
         self.stream = INPUT_STREAM[stage]
@@ -262,7 +262,7 @@ _decode_stored = msgspec.msgpack.Decoder(_Stored).decode
 class WriterMeter(WriterProbe):
     """See `WriterProbe`. `full_since_s` is monotonic; None while the stream takes what comes."""
 
-    def __init__(self, meters: Meters, stream: str, subject: str) -> None:
+    def __init__(self, meters: Instruments, stream: str, subject: str) -> None:
         self.full_since_s: float | None = None
         partition = subject.rpartition(".")[2]
         self.place = {"stream": stream, "partition": partition if partition.isdecimal() else ""}
@@ -301,7 +301,7 @@ class WriterMeter(WriterProbe):
 class ReaderMeter(ReaderProbe):
     """See `ReaderProbe`."""
 
-    def __init__(self, meters: Meters, stream: str, filter_subject: str) -> None:
+    def __init__(self, meters: Instruments, stream: str, filter_subject: str) -> None:
         self._opened = meters.counter(READERS_OPENED, {"stream": stream})
         self._delivered = meters.counter(CONSUMED_MESSAGES, messaging_attributes("fetch", filter_subject))
 
