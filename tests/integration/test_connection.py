@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-import time
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -57,32 +59,34 @@ async def test_where_no_leader_is_known_any_server_serves(cluster_urls: tuple[st
         await client.close()
 
 
-async def test_a_connection_that_is_cancelled_at_any_moment_is_not_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", range(3))
+async def test_a_cancellation_that_comes_together_with_an_answer_is_not_lost(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`which` of the waits of a connection: for the socket, the server's greeting, or its answer to ours."""
+    wait_for, waits = asyncio.wait_for, itertools.count()
+
+    async def cancelled_meanwhile(what: Awaitable[Any], timeout: float | None) -> Any:
+        answer = asyncio.ensure_future(what)
+        if next(waits) == which:
+            # Called before `wait_for` is told: what it waits for is there, and it has not run since.
+            answer.add_done_callback(lambda _: connecting.cancel())
+        return await wait_for(answer, timeout)
+
     async with EmbeddedCluster(tmp_path, 1) as cluster:
         [node] = cluster.nodes
 
-        async def connections() -> int:
-            def ask() -> int:
-                with urlopen(f"{node.monitor_url}/connz", timeout=10) as answer:
-                    return int(json.load(answer)["num_connections"])
-
-            return await asyncio.to_thread(ask)
+        def connections() -> int:
+            with urlopen(f"{node.monitor_url}/connz", timeout=10) as answer:
+                return int(json.load(answer)["num_connections"])
 
         async def alone() -> bool:
-            return await connections() == 0
+            return await asyncio.to_thread(connections) == 0
 
-        for turns in range(200):
-            connecting = asyncio.create_task(connect(cluster.urls, "cancelled"))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-                # The loop stands still, so that an answer and the cancellation can come in one turn of it.
-                time.sleep(0.002)  # noqa: ASYNC251
-            if connecting.done():
-                await (await connecting).close()
-                break
-            connecting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await connecting
-        else:
-            pytest.fail("never connected")
+        monkeypatch.setattr(asyncio, "wait_for", cancelled_meanwhile)
+        connecting = asyncio.create_task(connect(cluster.urls, "cancelled"))
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        monkeypatch.undo()
+        assert next(waits) > which
         await until(alone, "no connection is left")
