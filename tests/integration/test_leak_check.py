@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.testing import leaks
+
 LEAKS = {
     "task": "asyncio.create_task(asyncio.sleep(60), name='the leak')",
     "process": "kept.append(await asyncio.create_subprocess_exec('sleep', '5', stdin=-3))",
@@ -55,6 +57,13 @@ def test_each_kind_of_leak_fails_its_own_test_and_no_other(tmp_path: Path) -> No
     for name, words in WORDS.items():
         told = output.partition(f"ERROR at teardown of test_{name} ")[2].partition("ERROR at")[0]
         assert words in told, (name, told)
+
+
+def test_a_process_that_is_just_becoming_another_program_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has for an environment at that moment cannot be had at will: none."""
+    environments = iter([b"", b"", f"A=b\0{leaks._MARK}={leaks._RUN}\0".encode()])
+    monkeypatch.setattr(Path, "read_bytes", lambda path: next(environments))
+    assert leaks._is_marked("1")
 
 
 def test_what_a_wider_fixture_holds_open_is_no_leak_of_the_test(tmp_path: Path) -> None:
