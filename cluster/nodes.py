@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from cluster.lock import DirectoryLock
-from cluster.ports import LOOPBACK, free_ports, is_free
+from cluster.ports import LOOPBACK, HeldPorts
 from cluster.process import ManagedProcess, ProcessError
 from contracts.budgets import DIRECTORY_LOCK, SERVER_ANSWER, SERVER_POLL, SERVER_START, SERVER_STOP
 from contracts.errors import ClusterUnavailableError, DefiniteError
@@ -202,7 +201,7 @@ class EmbeddedCluster:
         self._servers = servers
         self._wire = wire
         self._lock = DirectoryLock(self._home / "lock")
-        self._rng = random.Random()
+        self._held = HeldPorts()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -244,6 +243,7 @@ class EmbeddedCluster:
                     return
                 except PortTakenError:
                     await self._stop_nodes()
+                    self._held.release()
                     ports = None
             raise PortTakenError(f"other processes took the servers' ports {_PORT_ATTEMPTS} times; try again")
         except BaseException:
@@ -252,8 +252,11 @@ class EmbeddedCluster:
 
     async def stop(self) -> None:
         """Stops all servers (SIGTERM, then SIGKILL after `SERVER_STOP`). Does nothing when none runs."""
-        await self._stop_nodes()
-        self._lock.release()
+        try:
+            await self._stop_nodes()
+        finally:
+            self._held.release()
+            self._lock.release()
 
     async def _start_nodes(self) -> None:
         try:
@@ -276,17 +279,17 @@ class EmbeddedCluster:
             raise
 
     def _new_ports(self) -> list[NodePorts]:
-        free = free_ports(3 * self._servers, self._rng)
+        free = self._held.take(3 * self._servers)
         return [NodePorts(*free[3 * i : 3 * i + 3]) for i in range(self._servers)]
 
     def _remembered_ports(self) -> list[NodePorts] | None:
-        """The ports of the previous run, if all of them are free: clients that were told them find us again."""
+        """The ports of the previous run, if all can be had: clients that were told them find us again."""
         try:
             ports = msgspec.json.decode((self._home / "ports.json").read_bytes(), type=list[NodePorts])
         except (OSError, *UNREADABLE):
             return None
         every = [port for node in ports for port in msgspec.structs.astuple(node)]
-        return ports if len(ports) == self._servers and all(map(is_free, every)) else None
+        return ports if len(ports) == self._servers and self._held.take_again(every) else None
 
     def _prepare(self, binary: Path, ports: list[NodePorts]) -> tuple[Node, ...]:
         self._home.mkdir(parents=True, exist_ok=True)

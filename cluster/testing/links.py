@@ -8,12 +8,11 @@ All of it lives in a thread and an event loop of its own, so that a test that is
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
-from cluster.ports import LOOPBACK, free_ports
+from cluster.ports import LOOPBACK, HeldPorts
 from stages.runtime.tasks import end_tasks
 
 T = TypeVar("T")
@@ -111,7 +110,7 @@ class Links:
 
     def __init__(self) -> None:
         self._links: dict[tuple[str, str], _Link] = {}
-        self._rng = random.Random()
+        self._held = HeldPorts()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fi-links", daemon=True)
         self._thread.start()
@@ -140,6 +139,7 @@ class Links:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CALL_LIMIT_S)
         self._loop.close()
+        self._held.release()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_LIMIT_S)
@@ -150,7 +150,7 @@ class Links:
             link.target = port
             return link.port
         for tries_left in reversed(range(_TRIES)):
-            made = _Link(free_ports(1, self._rng)[0], port)
+            made = _Link(self._held.take(1)[0], port)
             try:
                 await made.listen()
                 break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -22,7 +21,7 @@ from pipeline import Load, Pipeline, running, settings, until, workload
 
 from cluster.apply import apply
 from cluster.overview import Looker
-from cluster.ports import free_ports
+from cluster.ports import HeldPorts
 from cluster.summary import summarize
 from contracts.subjects import EVENTS, STAGES, STREAMS, publish_subject
 
@@ -265,8 +264,9 @@ async def test_an_empty_cluster_and_one_without_processes_are_told_apart(
 
 
 async def test_a_password_in_a_url_is_not_shown() -> None:
-    (port,) = free_ports(1, random.Random())
-    url = f"nats://eve:hidden-word@127.0.0.1:{port}"
-    code, told = await status("--nats", url)
+    with HeldPorts() as ports:
+        (port,) = ports.take(1)
+        url = f"nats://eve:hidden-word@127.0.0.1:{port}"
+        code, told = await status("--nats", url)
     assert (code, kinds(told)) == (3, ["no_server"])
     assert "hidden-word" not in json.dumps(told)
