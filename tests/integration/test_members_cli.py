@@ -118,6 +118,12 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
         }
     assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
 
+    async def forgotten() -> bool:
+        _, answer, _ = await fictl(pipeline, "members")
+        return "elsewhere" not in names(answer, "persist")
+
+    await until(forgotten, "the announcement of the process that was killed expires", 60)
+
 
 @pytest.mark.parametrize(
     "stage", [pytest.param(stage, marks=[] if stage == "persist" else [pytest.mark.slow]) for stage in STAGES]
