@@ -22,6 +22,7 @@ from stages.runtime.api import Api
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
 from stages.runtime.messages import StoredMessage
+from stages.runtime.tasks import side_by_side
 
 
 class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +82,7 @@ async def read_records(
         api = Api(client, Settings())
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
-        found = await asyncio.gather(*(read_partition(api, lane, start) for lane, start in starts.items()))
+        found = await side_by_side(*(read_partition(api, lane, start) for lane, start in starts.items()))
     finally:
         await client.close()
     records = ClusterRecords(facts.cluster_id, {}, {}, {}, {})

@@ -34,6 +34,7 @@ from contracts.subjects import (
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt, last_seal
 from stages.runtime.facts import ClusterFacts
+from stages.runtime.tasks import side_by_side
 from stages.runtime.writer import FencedWriter
 
 T = TypeVar("T")
@@ -330,4 +331,4 @@ async def _each(calls: Iterable[Awaitable[T]]) -> list[T]:
         async with limit:
             return await call
 
-    return await asyncio.gather(*map(one, calls))
+    return await side_by_side(*map(one, calls))

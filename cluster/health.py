@@ -13,6 +13,7 @@ from contracts.budgets import HEALTH_ANSWER
 from contracts.wire import UNREADABLE
 from stages.runtime.connection import server_name
 from stages.runtime.health import Check, Report
+from stages.runtime.tasks import side_by_side
 from stages.runtime.watch import HEALTH_DIRECTORY, HealthFile
 
 ANSWER_BYTES_MAX = 1024 * 1024
@@ -60,7 +61,7 @@ async def look(directory: Path, limit_s: float = HEALTH_ANSWER.s) -> list[Proces
         for file in files.values()
         if file.name not in known and process_exists(file.pid)
     ]
-    return list(await asyncio.gather(*asked))
+    return await side_by_side(*asked)
 
 
 def read_health_files(directory: Path) -> list[HealthFile]:

@@ -39,7 +39,7 @@ from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.facts import ClusterFacts
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import end_tasks, side_by_side
 
 T = TypeVar("T")
 
@@ -256,7 +256,7 @@ class Looker:
             except (OSError, ValueError) as error:
                 return ProcessLook(health=health, problem=f"shows no metrics: {error}")
 
-        looks = await asyncio.gather(*map(metered, found))
+        looks = await side_by_side(*map(metered, found))
         return time.monotonic(), tuple(looks)
 
 

@@ -16,6 +16,7 @@ from contracts.errors import TopologyError
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import server_name
 from stages.runtime.facts import ClusterFacts, facts_from_metadata
+from stages.runtime.tasks import side_by_side
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,13 +92,13 @@ async def status(client: GuardedClient, urls: Sequence[str]) -> ClusterStatus:
 
 async def look_at_servers(urls: Sequence[str]) -> tuple[ServerStatus, ...]:
     """Looks at every server once, for about two seconds at most. Args as `status`."""
-    return tuple(await asyncio.gather(*(_server(url) for url in urls)))
+    return tuple(await side_by_side(*(_server(url) for url in urls)))
 
 
 async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ...], ClusterFacts | None, str]:
     """One request for each stream, for about two seconds at most: `ClusterStatus` without its servers."""
     jetstream = client.jetstream(timeout=STATUS_ANSWER.s)
-    found = await asyncio.gather(*(_info(jetstream, name) for name in subjects.STREAMS))
+    found = await side_by_side(*(_info(jetstream, name) for name in subjects.STREAMS))
     infos = dict(zip(subjects.STREAMS, found, strict=True))
     facts, problem = None, ""
     events = infos[subjects.EVENTS]

@@ -134,7 +134,7 @@ class Supervisor:
             self._set_status("starting")
             await self.cluster.start()
             self._servers = [Keeper(node, self._told) for node in self.cluster.nodes]
-            await asyncio.gather(*(keeper.start() for keeper in self._servers))
+            await side_by_side(*(keeper.start() for keeper in self._servers))
             client = await connect(self.urls, "fi-supervisor")
             try:
                 await apply(client, self.settings)

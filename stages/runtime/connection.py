@@ -14,7 +14,7 @@ from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
 from stages.runtime.client import GuardedClient
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: 
     except NatsError as error:
         log.debug("the leader of %s is not known: %r", stream, error)
         return "", {}
-    names = await asyncio.gather(*map(server_name, urls))
+    names = await side_by_side(*map(server_name, urls))
     leader = info.cluster.leader if info.cluster is not None else None
     return leader or "", {found: url for url, found in zip(urls, names, strict=True) if found is not None}
 

@@ -39,6 +39,7 @@ from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.lanes import LaneSet
 from stages.runtime.messages import StoredMessage
+from stages.runtime.tasks import side_by_side
 from stages.runtime.writer import decode_pub_answer
 
 log = logging.getLogger(__name__)
@@ -333,7 +334,7 @@ async def read_receipts(api: Api, partitions: int) -> dict[int, Receipt]:
 
     try:
         async with asyncio.timeout(api.settings.api_timeout_s):
-            found = await asyncio.gather(*map(last, range(partitions)))
+            found = await side_by_side(*map(last, range(partitions)))
     except TimeoutError:
         raise ClusterUnavailableError(f"{RECEIPTS} has no leader now; see `fictl cluster status`") from None
     return {partition: receipt for partition, receipt in enumerate(found) if receipt is not None}

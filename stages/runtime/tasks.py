@@ -12,14 +12,17 @@ from contracts.budgets import CANCEL_REPEAT
 T = TypeVar("T")
 
 
-async def side_by_side(*jobs: Coroutine[Any, Any, None]) -> None:
-    """Runs `jobs` until all have ended; the first failure cancels the others and is raised."""
+async def side_by_side(*jobs: Coroutine[Any, Any, T]) -> list[T]:
+    """What `jobs` give, in their order, once all have ended; the first failure cancels the others and is raised.
+
+    `asyncio.gather` would leave the others running, owned by nobody.
+    """
     try:
         async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
+            tasks = [group.create_task(job) for job in jobs]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

@@ -20,6 +20,7 @@ from cluster.apply import apply
 from cluster.testing.chaos.ground import Ground
 from cluster.testing.chaos.schedule import PROCESSES, SERVERS, Planned
 from contracts.errors import FiError
+from stages.runtime.tasks import side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +113,11 @@ async def _second_owner(ground: Ground, stage: str) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _kill_all(ground: Ground, _: str) -> AsyncIterator[None]:
-    await asyncio.gather(*map(ground.cluster.kill, SERVERS))
+    await side_by_side(*map(ground.cluster.kill, SERVERS))
     try:
         yield
     finally:
-        await asyncio.gather(*map(ground.cluster.start, SERVERS))
+        await side_by_side(*map(ground.cluster.start, SERVERS))
 
 
 @asynccontextmanager
@@ -193,11 +194,11 @@ async def _backlog(ground: Ground, stream: str) -> AsyncIterator[None]:
     """Every process that reads the stream is down, so that the hop fills."""
     stage = stream.removeprefix("FI_").lower()
     names = [name for name in PROCESSES if name.startswith(stage)]
-    await asyncio.gather(*map(ground.cluster.stop, names))
+    await side_by_side(*map(ground.cluster.stop, names))
     try:
         yield
     finally:
-        await asyncio.gather(*map(ground.cluster.start, names))
+        await side_by_side(*map(ground.cluster.start, names))
 
 
 FAULTS: Final[dict[str, Fault]] = {

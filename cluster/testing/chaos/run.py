@@ -21,7 +21,7 @@ from cluster.testing.chaos.ground import Ground
 from cluster.testing.chaos.schedule import KINDS, Planned, Step, schedule
 from cluster.testing.checker import FAULTS, check
 from contracts.errors import FiError
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Chaos:
         if not self._ground.disk_is_small and any(KINDS[kind].needs_small_disk for kind in kinds):
             why = "filling the disk needs a file system of its own, so root"
             return Played(step.number, round(at_s, 1), words, kinds, None, why)
-        healed = await asyncio.gather(*map(self._fault, step.faults))
+        healed = await side_by_side(*map(self._fault, step.faults))
         healed_s = max(healed)
         whole_s = await self._whole(healed_s)
         return Played(step.number, round(at_s, 1), words, kinds, round(whole_s - healed_s, 2))
