@@ -11,7 +11,8 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence, Set
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -23,6 +24,9 @@ from cluster.testing.checker import Attempt, defined_hash
 from cluster.testing.waiting import SETTLED_LIMIT_S
 from cluster.workload import consultations
 from stages.runtime.client import GuardedClient
+
+LINES_AFTER: Final = 100
+"""What still comes once a block under load is over, so that what it did last meets events too."""
 
 
 def workload(seed: int, events: int, padding_bytes: int = 0) -> list[bytes]:
@@ -57,6 +61,7 @@ class Load:
         self._sent: dict[bytes, tuple[bytes, int, bytes]] = {}
         self._acknowledged: set[bytes] = set()
         self._news = asyncio.Event()
+        self._begun = 0
         places: Counter[str] = Counter()
         for line in self.lines:
             event = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
@@ -77,8 +82,9 @@ class Load:
 
     @property
     def attempts(self) -> list[Attempt]:
-        """For the checker."""
-        return [Attempt(key, *sent, acknowledged=key in self._acknowledged) for key, sent in self._sent.items()]
+        """For the checker: the lines that `publish` began, or all if it began none."""
+        begun = islice(self._sent.items(), self._begun or None)
+        return [Attempt(key, *sent, acknowledged=key in self._acknowledged) for key, sent in begun]
 
     def acknowledge(self, event_ids: Iterable[bytes]) -> None:
         """Notes events (ids of 16 bytes) as accepted: for a gateway of your own that publishes `lines` itself."""
@@ -92,32 +98,53 @@ class Load:
                 self._news.clear()
                 await self._news.wait()
 
-    async def publish(self, client: GuardedClient, *, rate_per_s: float | None = None, batch: int = 4) -> PublishReport:
-        """Publishes all lines, as our gateway does. See `LinePublisher` for the arguments and errors."""
+    async def publish(
+        self,
+        client: GuardedClient,
+        *,
+        rate_per_s: float | None = None,
+        batch: int = 4,
+        enough: asyncio.Event | None = None,
+    ) -> PublishReport:
+        """Publishes the lines, as our gateway does: all, or `LINES_AFTER` more at most once `enough` is set.
+
+        See `LinePublisher` for the other arguments and errors.
+        """
 
         def note(_: Accepted, lines: Sequence[Line]) -> None:
             self.acknowledge(UUID(line.event_id).bytes for line in lines)
 
         self.gateway = Gateway(client, in_flight=64)
         publisher = LinePublisher(self.gateway, rate_per_s=rate_per_s, batch=batch, on_accepted=note)
-        return await publisher.run(_stream(self.lines))
+        return await publisher.run(self._until(enough or asyncio.Event()))
+
+    async def _until(self, enough: asyncio.Event) -> AsyncIterator[bytes]:
+        left = LINES_AFTER
+        for number, line in enumerate(self.lines, 1):
+            if enough.is_set():
+                if not left:
+                    return
+                left -= 1
+            self._begun = max(self._begun, number)
+            yield line
 
 
 @contextlib.asynccontextmanager
 async def under_load(
     load: Load, client: GuardedClient, rate_per_s: float | None = None
 ) -> AsyncIterator[asyncio.Task[Any]]:
-    """Publishes `load` beside the block, and ends with it: awaited to the end, or cancelled when the block failed."""
-    task = asyncio.create_task(load.publish(client, rate_per_s=rate_per_s))
+    """Publishes `load` beside the block, and ends `LINES_AFTER` lines after it; cancelled when the block failed.
+
+    For a block that may take long, give it more lines than can be needed: those not begun cost nothing, and the checker
+    does not ask for them. The task that publishes is for blocks that wait for all of them.
+    """
+    enough = asyncio.Event()
+    task = asyncio.create_task(load.publish(client, rate_per_s=rate_per_s, enough=enough))
     try:
         yield task
+        enough.set()
         async with asyncio.timeout(SETTLED_LIMIT_S):
             await task
     finally:
         task.cancel()
         await asyncio.wait((task,))
-
-
-async def _stream(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for line in lines:
-        yield line

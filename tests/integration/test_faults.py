@@ -187,7 +187,7 @@ async def test_full_streams_hold_the_gateway_until_persist_returns(tmp_path: Pat
             await pipeline.supervisor.start_stage("persist")
             await load.reached(load.accepted + 40)
             await pipeline.supervisor.kill("persist-0")
-        report = await publishing
+            report = await publishing
         assert (report.accepted, report.refused_count) == (300, 0)
         totals = await pipeline.assert_whole(load)
         assert totals.persisted == 300
@@ -217,6 +217,7 @@ async def test_persist_killed_while_shards_are_sealed(tmp_path: Path) -> None:
 
                 await until(changed, "persist works on its shards", 60)
                 await pipeline.supervisor.kill("persist-0")
+            await publishing
         await pipeline.assert_whole(load)
 
         async def all_sealed() -> bool:

@@ -118,8 +118,9 @@ async def test_thousands_of_hostile_messages_are_dead_lettered_and_every_good_on
     resident = {name: resident_kib(pid) for name, pid in running_before.items() if pid and not name.startswith("n")}
 
     load = Load(workload(seed=21, events=1500))
-    async with under_load(load, pipeline.client, rate_per_s=400):
+    async with under_load(load, pipeline.client, rate_per_s=400) as publishing:
         sent = await send(pipeline, hostile_bodies(rng))
+        await publishing
     totals = await pipeline.settled()
 
     assert pids(pipeline) == running_before, await pipeline.logs()
