@@ -7,11 +7,13 @@ everything that speaks of them, show against the receipts in the cluster alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 
-from contracts.budgets import SHARD_CHECK
+from contracts.budgets import SHARD_CHECK, SHARD_READER
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
@@ -35,7 +37,7 @@ from stages.persist.storedir import Store, read_store
 READER_COMMAND = [sys.executable, "-m", "stages.persist.check"]
 """The process that reads shards: paths in, results out, one JSON value a line."""
 
-_WORKERS = 2
+_WORKERS_MAX = 2
 _READ_BYTES = 1024 * 1024
 _PREPARED_SUFFIX = ".next.h5"
 
@@ -233,15 +235,17 @@ class _Chain:
 
 
 class _Pool:
-    """A few checking processes, each replaced when it hangs or dies."""
+    """A few checking processes, each replaced when it hangs or dies.
+
+    Another one is started when a shard has waited for those at work: a small store is read sooner than that takes.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers = [_Worker() for _ in range(_WORKERS)]
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="verify")
+        self._workers: list[_Worker] = []
+        self._choosing = threading.Lock()
+        self._threads = ThreadPoolExecutor(_WORKERS_MAX, thread_name_prefix="verify")
 
     def __enter__(self) -> _Pool:
         return self
@@ -256,7 +260,7 @@ class _Pool:
         return self._threads.map(lambda shard: self._check(directory, shard), shards)
 
     def _check(self, directory: Path, shard: ShardFile) -> tuple[ShardFile, ShardCheck]:
-        worker = self._idle.get()
+        worker = self._worker()
         try:
             check = worker.ask(shard.path, self._timeout_s)
             if check.missing and not shard.sealed:
@@ -269,6 +273,15 @@ class _Pool:
             return shard, check
         finally:
             self._idle.put(worker)
+
+    def _worker(self) -> _Worker:
+        with self._choosing:
+            if self._workers:
+                more = len(self._workers) < _WORKERS_MAX
+                with contextlib.suppress(queue.Empty):
+                    return self._idle.get(timeout=SHARD_READER.s if more else None)
+            self._workers.append(_Worker())
+            return self._workers[-1]
 
 
 class _Worker:

@@ -22,8 +22,6 @@ from contracts.errors import ShardError, StoreFailedError
 from stages.persist import files
 from stages.persist.storedir import lock_partition, open_store
 
-STEP = 2
-"""Every so many disk operations one run has its first fault there."""
 OPERATIONS_MIN = 30
 
 
@@ -80,16 +78,18 @@ def work(lane: Lane) -> None:
     lane.commit(3)
 
 
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_whichever_disk_operation_is_refused_first_nothing_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
+    """One run for every `step`-th disk operation, which is the first that fails; the two kinds of error in turn."""
     failed = True
     first = 0
     while failed:
         stand = Stand(tmp_path / str(first))
         stand.fill(sealed=1, full=1, commits=2)
         lane = stand.lane()
-        disk = FailingDisk(monkeypatch, (errno.ENOSPC, errno.EIO)[first // STEP % 2], first)
+        disk = FailingDisk(monkeypatch, (errno.ENOSPC, errno.EIO)[first // step % 2], first)
         try:
             work(lane)
         except StoreFailedError:
@@ -99,7 +99,7 @@ def test_whichever_disk_operation_is_refused_first_nothing_is_lost(
         assert stand.judge().notes == []
         assert stand.recover().notes == []
         failed = disk.failed
-        first += STEP
+        first += step
     assert first > OPERATIONS_MIN
 
 
