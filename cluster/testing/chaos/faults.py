@@ -179,13 +179,13 @@ async def _failing_fsync(ground: Ground, name: str) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _new_gateway(ground: Ground, name: str) -> AsyncIterator[None]:
-    ground.gateways[name].kill()
+    await ground.gateways[name].kill()
     yield
 
 
 @asynccontextmanager
 async def _repeating_gateway(ground: Ground, name: str) -> AsyncIterator[None]:
-    ground.gateways[name].repeat()
+    await ground.gateways[name].repeat()
     yield
 
 

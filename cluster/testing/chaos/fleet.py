@@ -1,47 +1,42 @@
 """Edge gateways that never stop: each publishes its consultations, keeps what is not acknowledged, and may be killed.
 
-What was sent and what was acknowledged is kept here, for the checker. Of one consultation at most one message is under
-way, also across a gateway's death: its successor begins with what was not acknowledged.
+What publishes is a process (`edge`). What was made and what was acknowledged is kept here, for its successor and for
+the checker. Of one consultation at most one message is under way, also across a gateway's death: its successor begins
+with what was not acknowledged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import random
+import socket
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
-from cluster.gateway import Accepted, Gateway, batch_id
+from cluster.process import ManagedProcess
+from cluster.testing.chaos import edge
+from cluster.testing.chaos.edge import Order, Told
 from cluster.testing.checker import Attempt, defined_hash
 from cluster.workload import consultations
 from contracts.subjects import PartitionBy, partition_of
-from stages.runtime.client import GuardedClient
-from stages.runtime.connection import connect
-from stages.runtime.tasks import end_tasks
+from stages.runtime.tasks import side_by_side
 
-BATCH_MAX: Final = 8
 WAITING_MAX: Final = 2000
 """Events that a gateway holds unacknowledged before it stops making new ones."""
 REPEATED: Final = 300
 """How many of its last acknowledged events a gateway publishes again when it repeats."""
 BAD_SHARE: Final = 0.005
-CONNECT_S: Final = 60.0
-
-
-class Sent(msgspec.Struct, frozen=True):
-    """One event as a gateway has it. `bad`: the pipeline must refuse it."""
-
-    event_id: str
-    site: str
-    consultation: str
-    data: bytes
-    bad: bool
 
 
 @dataclass
@@ -67,15 +62,58 @@ class Book:
     def judged(self) -> list[Attempt]:
         """For `cluster.testing.checker.check`."""
         return [
-            replace(attempt, acknowledged=event_id in self.acknowledged) for event_id, attempt in self.attempts.items()
+            dataclasses.replace(attempt, acknowledged=event_id in self.acknowledged)
+            for event_id, attempt in self.attempts.items()
         ]
 
 
+class _EdgeProcess(ManagedProcess):
+    """The process that publishes for a gateway now. It serves from its start: what it is told waits until it connects.
+
+    Attributes:
+        reader, writer: what it tells, and what it is told.
+    """
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def __init__(self, name: str, log: Path, urls: Sequence[str]) -> None:
+        super().__init__(name, log)
+        self._urls = urls
+
+    def command(self) -> list[str]:
+        """See `cluster.testing.chaos.edge`."""
+        (descriptor,) = self._inherited_fds
+        return [sys.executable, "-m", edge.__name__, str(descriptor), self.name, *self._urls]
+
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._inherited_fds = (theirs.fileno(),)
+        with theirs:
+            self.reader, self.writer = await asyncio.open_connection(sock=ours)
+            try:
+                await super()._spawn()
+            except BaseException:
+                self.writer.close()
+                raise
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """What it tells, until it ends. What it was about to tell when it was killed may be lost."""
+        # It is a reset where the process had not read all it was told.
+        with contextlib.suppress(ConnectionError):
+            while (line := await self.reader.readline()).endswith(b"\n"):
+                yield line
+
+    async def _wait_serving(self) -> None:
+        return
+
+
 class EdgeGateway:
-    """One gateway, over all its lives.
+    """One gateway, over all its lives: its events, its notes of what is not acknowledged, and a process that publishes.
 
     Args:
         name: of its connections.
+        log: what its processes say is appended to this file.
         urls: servers.
         seed: of its events.
         rate_per_s: events it makes.
@@ -86,6 +124,7 @@ class EdgeGateway:
     def __init__(
         self,
         name: str,
+        log: Path,
         urls: Sequence[str],
         seed: int,
         rate_per_s: float,
@@ -93,148 +132,125 @@ class EdgeGateway:
         by: PartitionBy,
         book: Book,
     ) -> None:
-        self.name = name
-        self._urls = urls
         self._rate_per_s = rate_per_s
         self._partitions = partitions
         self._by: PartitionBy = by
         self._book = book
         self._events = _events(seed)
-        self._lanes: dict[str, deque[Sent]] = {}
         self._places: dict[str, int] = {}
-        self._waiting = 0
-        self._last: deque[Sent] = deque(maxlen=REPEATED)
+        self._waiting: dict[str, Order] = {}
+        """What is not acknowledged, by id, in the order in which it was made."""
+        self._last: deque[Order] = deque(maxlen=REPEATED)
         self._making = True
-        self._killed = asyncio.Event()
-        self._repeat = asyncio.Event()
-        self._life: asyncio.Task[None] | None = None
+        self._made = False
+        self._process = _EdgeProcess(name, log, urls)
+        self._alive = asyncio.Event()
+        self._killed = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that publishes now."""
+        return self._process.pid
 
     async def run(self) -> None:
-        """Publishes until `finish`; returns when everything is acknowledged."""
-        while True:
-            self._killed.clear()
-            self._life = asyncio.create_task(self._live(), name=self.name)
-            killed = asyncio.create_task(self._killed.wait())
-            try:
-                await asyncio.wait((self._life, killed), return_when=asyncio.FIRST_COMPLETED)
-                if self._life.done():
-                    return self._life.result()
-            finally:
-                await end_tasks(self._life, killed)
+        """Publishes until `finish`; returns when everything is acknowledged.
 
-    def kill(self) -> None:
-        """Everything under way is forgotten, outcomes unknown; the next life begins with what is not acknowledged.
-
-        Servers see what they see of a process that is killed: perhaps the beginning of a message, and the end.
+        Raises:
+            ProcessError: its process ended and nobody had killed it.
         """
-        self._killed.set()
+        await side_by_side(self._make(), self._lives())
 
-    def repeat(self) -> None:
+    async def kill(self) -> None:
+        """SIGKILL: outcomes of what is under way stay unknown; the next life begins with what is not acknowledged."""
+        await self._alive.wait()
+        self._killed = True
+        await self._process.kill()
+
+    async def repeat(self) -> None:
         """It publishes its last events once more, as one does that has lost its notes."""
-        self._repeat.set()
+        await self._alive.wait()
+        for order in self._last:
+            self._tell(replace(order, again=True))
 
     def finish(self) -> None:
         """It makes no more events."""
         self._making = False
 
-    async def _live(self) -> None:
-        client = await connect(self._urls, self.name, wait_s=CONNECT_S)
-        gateway = Gateway(client, in_flight=64)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for consultation in self._lanes:
-                    tasks.create_task(self._drain(gateway, consultation))
-                await self._make(gateway, tasks)
-        finally:
-            if self._killed.is_set():
-                _cut_off(client)
-            await _close(client)
+    async def _lives(self) -> None:
+        while not await self._live():
+            continue
 
-    async def _make(self, gateway: Gateway, tasks: asyncio.TaskGroup) -> None:
+    async def _live(self) -> bool:
+        """One process, until it has published everything (True) or is killed (False)."""
+        self._killed = False
+        await self._process.start()
+        try:
+            for order in self._waiting.values():
+                self._tell(order)
+            if self._made:
+                self._process.writer.write_eof()
+            self._alive.set()
+            async for line in self._process.lines():
+                self._note_accepted(msgspec.json.decode(line, type=Told))
+            code = await self._process.wait()
+        finally:
+            self._alive.clear()
+            await self._process.kill()
+            self._process.writer.close()
+        if code and not self._killed:
+            raise self._process.died(code)
+        return code == 0
+
+    def _tell(self, order: Order) -> None:
+        self._process.writer.write(msgspec.json.encode(order) + b"\n")
+
+    async def _make(self) -> None:
         due_s = time.monotonic()
         while self._making:
             due_s = max(due_s + 1 / self._rate_per_s, time.monotonic() - 1)
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            if self._repeat.is_set():
-                self._repeat.clear()
-                tasks.create_task(self._publish_again(gateway, list(self._last)))
-            if self._waiting >= WAITING_MAX:
+            if len(self._waiting) >= WAITING_MAX:
                 continue
-            sent = next(self._events)
-            self._note(sent)
-            lane = self._lanes.get(sent.consultation)
-            if lane is None:
-                lane = self._lanes[sent.consultation] = deque()
-                tasks.create_task(self._drain(gateway, sent.consultation))
-            lane.append(sent)
+            order, bad = next(self._events)
+            self._note_made(order, bad)
+            if self._alive.is_set():
+                self._tell(order)
+        self._made = True
+        if self._alive.is_set():
+            self._process.writer.write_eof()
 
-    def _note(self, sent: Sent) -> None:
-        key = UUID(sent.event_id).bytes
-        self._waiting += 1
-        if sent.bad:
+    def _note_made(self, order: Order, bad: bool) -> None:
+        key = UUID(order.event_id).bytes
+        self._waiting[order.event_id] = order
+        if bad:
             self._book.bad.add(key)
-        place = self._places.get(sent.consultation, 0)
-        self._places[sent.consultation] = place + 1
-        payload = bytes(msgspec.json.decode(sent.data, type=dict[str, msgspec.Raw])["payload"])
-        self._book.attempts[key] = Attempt(key, UUID(sent.consultation).bytes, place, defined_hash(payload))
+        place = self._places.get(order.consultation, 0)
+        self._places[order.consultation] = place + 1
+        payload = bytes(msgspec.json.decode(order.data, type=dict[str, msgspec.Raw])["payload"])
+        self._book.attempts[key] = Attempt(key, UUID(order.consultation).bytes, place, defined_hash(payload))
 
-    async def _drain(self, gateway: Gateway, consultation: str) -> None:
-        """Publishes what waits of a consultation, a few events a message, until nothing does."""
-        lane = self._lanes[consultation]
-        while lane:
-            group = [lane[i] for i in range(min(BATCH_MAX, len(lane)))]
-            await self._publish(gateway, group)
-            for sent in group:
-                lane.popleft()
-                self._waiting -= 1
-                self._last.append(sent)
-        del self._lanes[consultation]
-
-    async def _publish_again(self, gateway: Gateway, events: Sequence[Sent]) -> None:
-        for sent in events:
-            await self._publish(gateway, [sent])
-            self._book.repeats += 1
-
-    async def _publish(self, gateway: Gateway, group: Sequence[Sent]) -> None:
-        body = b"\n".join(sent.data for sent in group)
-        first = group[0]
-        accepted: Accepted = await gateway.publish(
-            body, first.site, first.consultation, batch_id([sent.event_id for sent in group])
-        )
+    def _note_accepted(self, told: Told) -> None:
         book = self._book
-        book.events_of[accepted.origin] = len(group)
-        book.acknowledged.update(UUID(sent.event_id).bytes for sent in group)
-        partition = partition_of(first.site, first.consultation, self._partitions, self._by)
-        if accepted.origin > book.newest.get(partition, (0, 0.0))[0]:
-            book.newest[partition] = (accepted.origin, time.monotonic())
+        book.events_of[told.origin] = len(told.event_ids)
+        book.acknowledged.update(UUID(event_id).bytes for event_id in told.event_ids)
+        book.repeats += told.again
+        for event_id in told.event_ids:
+            if (order := self._waiting.pop(event_id, None)) is not None:
+                self._last.append(order)
+        partition = partition_of(told.site, told.consultation, self._partitions, self._by)
+        if told.origin > book.newest.get(partition, (0, 0.0))[0]:
+            book.newest[partition] = (told.origin, time.monotonic())
 
 
-def _cut_off(client: GuardedClient) -> None:
-    """Closes the socket; what the kernel was not handed yet is never sent."""
-    client._pending = []
-    client._pending_data_size = 0
-    writer = getattr(client._transport, "_io_writer", None)
-    if writer is not None:
-        writer.transport.abort()
-
-
-async def _close(client: GuardedClient) -> None:
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            await client.close()
-    except TimeoutError:
-        return
-
-
-def _events(seed: int) -> Iterator[Sent]:
-    """Valid events, and among them a few that have to be refused."""
+def _events(seed: int) -> Iterator[tuple[Order, bool]]:
+    """Valid events, and among them a few that have to be refused (True)."""
     rng = random.Random(seed)
     for event in consultations(seed, 1 << 40):
         bad = rng.random() < BAD_SHARE
         if bad:
             _spoil(rng, event)
         site: str = event["metadata"]["site_id"]
-        yield Sent(event["event_id"], site, event["consultation_id"], msgspec.json.encode(event), bad)
+        yield Order(event["event_id"], site, event["consultation_id"], msgspec.json.encode(event)), bad
 
 
 def _spoil(rng: random.Random, event: dict[str, Any]) -> None:

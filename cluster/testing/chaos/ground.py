@@ -14,7 +14,8 @@ import msgspec
 
 from cluster.dlq import DeadLetters, Selection
 from cluster.stageprocess import settings_environment
-from cluster.testing.chaos.fleet import BATCH_MAX, EdgeGateway
+from cluster.testing.chaos.edge import BATCH_MAX
+from cluster.testing.chaos.fleet import EdgeGateway
 from cluster.testing.ficluster import FiCluster
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import Settings

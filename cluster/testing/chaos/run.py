@@ -113,6 +113,7 @@ class Chaos:
         ground.gateways = {
             name: EdgeGateway(
                 name,
+                ground.cluster.directory / "logs" / f"{name}.log",
                 ground.cluster.urls,
                 1000 * seed + number,
                 rate_per_s / gateways,
