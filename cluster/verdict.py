@@ -17,7 +17,7 @@ from cluster.overview import RECENT_S, ProcessLook
 from cluster.scrape import Held, Percentiles
 from cluster.summary import StageSummary, StreamSummary, Summary, Waiting
 from cluster.words import duration, partitions, size
-from contracts.subjects import DLQ, EVENTS, HOPS, INPUT_STREAM, OUTPUT_STREAM, RECEIPTS, STAGES, Stage
+from contracts.subjects import DLQ, EVENTS, HOPS, READER, RECEIPTS, WRITER, Stage
 
 FULL_SHARE: Final = 0.98
 """A stream that is so full counts as full even where no process says that it refuses."""
@@ -56,13 +56,13 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
         return tuple(sorted(found, key=lambda problem: problem.urgency))
     chains = _chains(summary)
     blamed = {stage for chain in chains if (stage := _behind_with(summary, chain[0])) is not None}
-    held_up = {writer for chain in chains for name in chain if (writer := _writer(name)) is not None}
+    held_up = {writer for chain in chains for name in chain if (writer := WRITER.get(name)) is not None}
     found = [
         *_streams(summary),
         *_disk(summary),
         *_breakers(summary),
         *_full(summary, chains, blamed),
-        *_unheld(summary, blamed),
+        *([] if _lacks_majority(summary) else _unheld(summary, blamed)),
         *_late(summary, blamed | held_up),
         *_latencies(summary),
         *_letters(summary),
@@ -112,6 +112,13 @@ def _streams(summary: Summary) -> Iterator[Problem]:
                 what=f"{status.name} is {status.used:.0%} full",
                 next=_make_room(status.name),
             )
+
+
+def _lacks_majority(summary: Summary) -> bool:
+    """Too few servers answer; for some seconds each stream may still name a leader, while announcements expire."""
+    copies = max((1 + len(stream.status.replicas) for stream in summary.streams), default=1)
+    answering = sum(server.reachable for server in summary.servers)
+    return len(summary.servers) >= copies and answering < copies // 2 + 1
 
 
 def _is_silent(stream: StreamSummary) -> bool:
@@ -168,7 +175,7 @@ def _full(summary: Summary, chains: Sequence[Sequence[str]], told: Collection[St
 
 def _behind_with(summary: Summary, stream: str) -> Stage | None:
     """The stage that keeps `stream` from being emptied; None for a stream that no stage reads."""
-    reader = _reader(stream)
+    reader = READER.get(stream)
     return reader if reader is None or stream == EVENTS else summary.behind_from(reader)
 
 
@@ -176,7 +183,7 @@ def _follows(summary: Summary, upstream: str, chain: Sequence[str]) -> bool:
     """True when `upstream` is full because of what `chain` tells: its reader waits for that, or the same stage."""
     stage = _behind_with(summary, upstream)
     same = upstream in HOPS and stage == _behind_with(summary, chain[0])
-    return stage is not None and (same or stage == _writer(chain[-1]))
+    return stage is not None and (same or stage == WRITER.get(chain[-1]))
 
 
 def _full_problem(summary: Summary, stream: str, led_to: Sequence[str], held: dict[str, list[Held]]) -> Problem:
@@ -204,16 +211,8 @@ def _full_problem(summary: Summary, stream: str, led_to: Sequence[str], held: di
 
 def _who_waits(stream: str, held: dict[str, list[Held]]) -> str:
     numbers = sorted({int(one.partition) for one in held[stream] if one.partition.isdecimal()})
-    writer = _writer(stream)
+    writer = WRITER.get(stream)
     return f"{'publishing' if writer is None else writer} waits in {partitions(numbers)}"
-
-
-def _reader(stream: str) -> Stage | None:
-    return next((stage for stage in STAGES if INPUT_STREAM[stage] == stream), None)
-
-
-def _writer(stream: str) -> Stage | None:
-    return next((stage for stage in STAGES if OUTPUT_STREAM[stage] == stream), None)
 
 
 def _reason(summary: Summary, stage: Stage) -> tuple[str, str]:
@@ -377,7 +376,11 @@ def _servers(summary: Summary) -> Iterator[Problem]:
     if silent:
         answering = len(summary.servers) - len(silent)
         what = f"{answering} servers answer of {len(summary.servers)}: not {', '.join(silent)}"
-        yield Problem(urgency=5, kind="server_down", what=what, next="start it: one more may stop everything")
+        if _lacks_majority(summary):
+            what += ", which is no majority: nothing is accepted"
+            yield Problem(urgency=1, kind="server_down", what=what, next="bring back a majority of the servers")
+        else:
+            yield Problem(urgency=5, kind="server_down", what=what, next="start it: one more may stop everything")
         return
     lagging: dict[str, list[str]] = {}
     for stream in summary.streams:

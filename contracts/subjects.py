@@ -32,6 +32,8 @@ STAGES: tuple[Stage, ...] = ("ingest", "segment", "hash", "persist")
 
 INPUT_STREAM: dict[Stage, str] = {"ingest": EVENTS, "segment": SEGMENT, "hash": HASH, "persist": PERSIST}
 OUTPUT_STREAM: dict[Stage, str] = {"ingest": SEGMENT, "segment": HASH, "hash": PERSIST, "persist": RECEIPTS}
+READER: dict[str, Stage] = {stream: stage for stage, stream in INPUT_STREAM.items()}
+WRITER: dict[str, Stage] = {stream: stage for stage, stream in OUTPUT_STREAM.items()}
 
 PartitionBy = Literal["consultation", "site"]
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from pipeline import Load, Pipeline, extra_stage, running, settings, under_load, until, workload
 
 from contracts.frames import decode_frame_head
-from contracts.subjects import HOPS, INPUT_STREAM, OUTPUT_STREAM, STAGES, Stage, input_filter, output_subject
+from contracts.subjects import HOPS, OUTPUT_STREAM, READER, STAGES, WRITER, Stage, input_filter, output_subject
 from stages.runtime.checkpoint import last_receipt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -58,8 +58,7 @@ async def test_a_later_wire_version_stops_its_readers_loudly_and_nothing_is_skip
     pipeline: Pipeline, hop: str
 ) -> None:
     """Both neighbours: the stage that reads it, and the one whose checkpoint it has become."""
-    reader = next(stage for stage, stream in INPUT_STREAM.items() if stream == hop)
-    writer = next(stage for stage, stream in OUTPUT_STREAM.items() if stream == hop)
+    reader, writer = READER[hop], WRITER[hop]
     before = {stage: log_of(pipeline, stage).count("may be of a later version") for stage in (reader, writer)}
     receipts = [await last_receipt(pipeline.api, partition) for partition in range(PARTITIONS)]
     pids = {process.name: process.pid for process in pipeline.supervisor.processes}

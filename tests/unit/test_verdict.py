@@ -179,6 +179,33 @@ def test_servers_that_are_gone_are_counted_and_named() -> None:
     assert problem.what == "2 servers answer of 3: not nats://n2:4222"
 
 
+def test_servers_that_are_no_majority_are_the_cause_though_every_stream_still_names_a_leader() -> None:
+    """A leader notices ten seconds after it lost the others; announcements expire after three."""
+    servers = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n == 1, name=f"n{n}") for n in (1, 2, 3))
+    replicas = tuple(ReplicaStatus(name=f"n{n}", current=False, offline=True, lag=0) for n in (2, 3))
+    nobody = tuple(
+        Unheld(stage=stage, partition=p, why="no process runs") for stage in STAGES for p in range(PARTITIONS)
+    )
+    problem = only(
+        overview(
+            servers=servers,
+            streams=with_streams(**{name: {"replicas": replicas} for name in STREAMS}),
+            members=MembersReport(members=(), unheld=nobody, moving=(), paused={}),
+        )
+    )
+    assert (problem.urgency, problem.kind) == (1, "server_down")
+    assert problem.what == (
+        "1 servers answer of 3: not nats://n2:4222, nats://n3:4222, which is no majority: nothing is accepted"
+    )
+
+
+def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:
+    replicas = tuple(ReplicaStatus(name=f"n{n}", current=True, offline=False, lag=0) for n in (2, 3))
+    servers = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n == 1, name=f"n{n}") for n in (1, 2))
+    problem = only(overview(servers=servers, streams=with_streams(FI_EVENTS={"replicas": replicas})))
+    assert (problem.urgency, problem.what) == (5, "1 servers answer of 2: not nats://n2:4222")
+
+
 def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> None:
     replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4),)
     problem = only(overview(streams=with_streams(FI_HASH={"replicas": replicas})))
