@@ -46,7 +46,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         bytes_max: its limit; a stream that reaches it refuses.
         used: bytes / bytes_max, 0 to 1.
         leader: name of the server that leads it; empty when none does, or without replication.
-        replicas: the followers.
+        replicas: the followers; without a leader all replicas.
     """
 
     name: str

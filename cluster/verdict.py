@@ -116,7 +116,7 @@ def _streams(summary: Summary) -> Iterator[Problem]:
 
 def _lacks_majority(summary: Summary) -> bool:
     """Too few servers answer; for some seconds each stream may still name a leader, while announcements expire."""
-    copies = max((1 + len(stream.status.replicas) for stream in summary.streams), default=1)
+    copies = max((bool(s.status.leader) + len(s.status.replicas) for s in summary.streams), default=1)
     answering = sum(server.reachable for server in summary.servers)
     return len(summary.servers) >= copies and answering < copies // 2 + 1
 

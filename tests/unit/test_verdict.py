@@ -179,24 +179,35 @@ def test_servers_that_are_gone_are_counted_and_named() -> None:
     assert problem.what == "2 servers answer of 3: not nats://n2:4222"
 
 
-def test_servers_that_are_no_majority_are_the_cause_though_every_stream_still_names_a_leader() -> None:
-    """A leader notices ten seconds after it lost the others; announcements expire after three."""
-    servers = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n == 1, name=f"n{n}") for n in (1, 2, 3))
-    replicas = tuple(ReplicaStatus(name=f"n{n}", current=False, offline=True, lag=0) for n in (2, 3))
-    nobody = tuple(
-        Unheld(stage=stage, partition=p, why="no process runs") for stage in STAGES for p in range(PARTITIONS)
-    )
-    problem = only(
-        overview(
-            servers=servers,
-            streams=with_streams(**{name: {"replicas": replicas} for name in STREAMS}),
-            members=MembersReport(members=(), unheld=nobody, moving=(), paused={}),
-        )
-    )
+ONE_OF_THREE = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n == 1, name=f"n{n}") for n in (1, 2, 3))
+NOBODY = MembersReport(
+    members=(),
+    unheld=tuple(
+        Unheld(stage=s, partition=p, why=f"no process of {s} runs") for s in STAGES for p in range(PARTITIONS)
+    ),
+    moving=(),
+    paused={},
+)
+"""Announcements expire after three seconds; a leader notices ten seconds after it lost the others."""
+
+
+def test_servers_that_are_no_majority_are_the_cause_while_streams_still_name_a_leader() -> None:
+    problem = only(overview(servers=ONE_OF_THREE, members=NOBODY))
     assert (problem.urgency, problem.kind) == (1, "server_down")
     assert problem.what == (
         "1 servers answer of 3: not nats://n2:4222, nats://n3:4222, which is no majority: nothing is accepted"
     )
+
+
+def test_servers_that_are_no_majority_are_the_cause_when_only_some_streams_have_noticed() -> None:
+    every = tuple(ReplicaStatus(name=f"n{n}", current=False, offline=False, lag=0) for n in (1, 2, 3))
+    noticed = with_streams(FI_EVENTS={"leader": "", "replicas": every}, FI_HASH={"problem": "nats: timeout"})
+    found = verdict(overview(servers=ONE_OF_THREE, members=NOBODY, streams=noticed))
+    assert [(problem.urgency, problem.kind) for problem in found] == [
+        (1, "no_leader"),
+        (1, "server_down"),
+        (2, "no_leader"),
+    ]
 
 
 def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:
