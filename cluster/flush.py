@@ -210,7 +210,7 @@ class Flusher:
         holdups: tuple[Holdup, ...] = ()
         try:
             async with asyncio.timeout(limit_s):
-                await _each(one.begin() for one in self._all)
+                await _each(one.begin for one in self._all)
                 await self._until_committed()
                 if seal:
                     await self._until_sealed()
@@ -218,7 +218,7 @@ class Flusher:
             holdups = await self._explain()
         try:
             async with asyncio.timeout(FLUSH_EXPLAIN.s):
-                await _each(one.count() for one in self._all)
+                await _each(one.count for one in self._all)
         except TimeoutError:
             # What is known is said; the cluster does not answer.
             holdups = holdups or ()
@@ -234,7 +234,7 @@ class Flusher:
     async def _until_committed(self) -> None:
         total = sum(one.report.waiting for one in self._all)
         while True:
-            await _each(one.look_at_commits() for one in self._all if not one.report.committed)
+            await _each(one.look_at_commits for one in self._all if not one.report.committed)
             self._tell(sum(one.share * one.report.waiting for one in self._all), total)
             if all(one.report.committed for one in self._all):
                 return
@@ -243,7 +243,7 @@ class Flusher:
     async def _until_sealed(self) -> None:
         asked = False
         while True:
-            await _each(one.look_at_seals() for one in self._all if not one.report.done)
+            await _each(one.look_at_seals for one in self._all if not one.report.done)
             left = [one.report for one in self._all if not one.report.done]
             if not left:
                 return
@@ -323,12 +323,12 @@ def _why(stage: Stage, partition: int, members: MembersReport, full: Collection[
     return f"{name} is still at work, or its partition stopped: see `fictl health` and its log"
 
 
-async def _each(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Awaits all, some at a time."""
+async def _each(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """What all of them give; some at a time."""
     limit = asyncio.Semaphore(READS_AT_ONCE)
 
-    async def one(call: Awaitable[T]) -> T:
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
         async with limit:
-            return await call
+            return await call()
 
     return await side_by_side(*map(one, calls))

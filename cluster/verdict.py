@@ -62,11 +62,11 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
         *_disk(summary),
         *_breakers(summary),
         *_full(summary, chains, blamed),
-        *([] if _lacks_majority(summary) else _unheld(summary, blamed)),
+        *_servers(summary),
+        *_unheld(summary, blamed),
         *_late(summary, blamed | held_up),
         *_latencies(summary),
         *_letters(summary),
-        *_servers(summary),
         *_processes(summary, blamed),
         *_unread(summary),
     ]
@@ -115,10 +115,11 @@ def _streams(summary: Summary) -> Iterator[Problem]:
 
 
 def _lacks_majority(summary: Summary) -> bool:
-    """Too few servers answer; for some seconds each stream may still name a leader, while announcements expire."""
+    """Too few servers answer, and no process could announce itself; streams may still name a leader for seconds."""
+    alive = summary.members is not None and bool(summary.members.members)
     copies = max((bool(s.status.leader) + len(s.status.replicas) for s in summary.streams), default=1)
-    answering = sum(server.reachable for server in summary.servers)
-    return len(summary.servers) >= copies and answering < copies // 2 + 1
+    too_few = 0 < sum(server.reachable for server in summary.servers) < copies // 2 + 1
+    return not alive and len(summary.servers) >= copies and too_few
 
 
 def _is_silent(stream: StreamSummary) -> bool:
@@ -375,12 +376,11 @@ def _servers(summary: Summary) -> Iterator[Problem]:
     silent = [server.url for server in summary.servers if not server.reachable]
     if silent:
         answering = len(summary.servers) - len(silent)
-        what = f"{answering} servers answer of {len(summary.servers)}: not {', '.join(silent)}"
-        if _lacks_majority(summary):
-            what += ", which is no majority: nothing is accepted"
-            yield Problem(urgency=1, kind="server_down", what=what, next="bring back a majority of the servers")
-        else:
-            yield Problem(urgency=5, kind="server_down", what=what, next="start it: one more may stop everything")
+        lost = _lacks_majority(summary)
+        tail = ", which is no majority" if lost else ""
+        what = f"{answering} servers answer of {len(summary.servers)}: not {', '.join(silent)}{tail}"
+        step = "bring back a majority of the servers" if lost else "start it: one more may stop everything"
+        yield Problem(urgency=1 if lost else 5, kind="server_down", what=what, next=step)
         return
     lagging: dict[str, list[str]] = {}
     for stream in summary.streams:

@@ -135,8 +135,8 @@ async def under_load(
 ) -> AsyncIterator[asyncio.Task[Any]]:
     """Publishes `load` beside the block, and ends `LINES_AFTER` lines after it; cancelled when the block failed.
 
-    For a block that may take long, give it more lines than can be needed: those not begun cost nothing, and the checker
-    does not ask for them. The task that publishes is for blocks that wait for all of them.
+    For a block that may take long, give it more lines than can be needed: those not begun are not published, and the
+    checker does not ask for them. The task that publishes is for blocks that wait for all of them.
     """
     enough = asyncio.Event()
     task = asyncio.create_task(load.publish(client, rate_per_s=rate_per_s, enough=enough))

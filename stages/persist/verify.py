@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from contracts.budgets import SHARD_CHECK, SHARD_READER
+from contracts.errors import ShardError
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
@@ -237,7 +238,7 @@ class _Chain:
 class _Pool:
     """A few checking processes, each replaced when it hangs or dies.
 
-    Another one is started when a shard has waited for those at work: a small store is read sooner than that takes.
+    A second one is started when the first is not soon done with all: a small store is read sooner than that takes.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -245,15 +246,20 @@ class _Pool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         self._choosing = threading.Lock()
+        self._second_from = time.monotonic() + SHARD_READER.s
+        self._closed = False
         self._threads = ThreadPoolExecutor(_WORKERS_MAX, thread_name_prefix="verify")
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.stop()
-        self._threads.shutdown(cancel_futures=True)
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._stop_workers()
+        self._threads.shutdown()
+        # One may have been started for a shard that was about to be asked for.
+        self._stop_workers()
 
     def check_all(self, directory: Path, shards: list[ShardFile]) -> Iterator[tuple[ShardFile, ShardCheck]]:
         """Every shard with its result, in order, as they come."""
@@ -274,14 +280,25 @@ class _Pool:
         finally:
             self._idle.put(worker)
 
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+
     def _worker(self) -> _Worker:
+        """One that nobody uses. Raises `ShardError` once the pool is closed: nobody wants to know any more."""
         with self._choosing:
+            worker = None
             if self._workers:
                 more = len(self._workers) < _WORKERS_MAX
+                wait_s = max(0.0, self._second_from - time.monotonic()) if more else None
                 with contextlib.suppress(queue.Empty):
-                    return self._idle.get(timeout=SHARD_READER.s if more else None)
-            self._workers.append(_Worker())
-            return self._workers[-1]
+                    worker = self._idle.get(timeout=wait_s)
+            if self._closed:
+                raise ShardError("the verification was ended")
+            if worker is None:
+                worker = _Worker()
+                self._workers.append(worker)
+            return worker
 
 
 class _Worker:

@@ -50,6 +50,8 @@ async def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path: Pat
                     return len(book.acknowledged) >= goal or task.done()
 
                 await until(goes_on, "the gateway publishes", 60)
+                if task.done():
+                    task.result()
                 pids.add(gateway.pid)
                 await gateway.kill()
                 await gateway.repeat()
@@ -71,6 +73,8 @@ async def test_one_that_ends_without_having_been_killed_is_an_error(tmp_path: Pa
         book = Book()
         async with publishing(cluster, tmp_path, book) as (gateway, task):
             await until(lambda: book.acknowledged or task.done(), "the gateway publishes", 60)
-            os.kill(gateway.pid or 0, signal.SIGTERM)
+            pid = gateway.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGTERM)
             with pytest.raises(ProcessError, match="gateway-0 was ended by SIGTERM"):
                 await asyncio.wait_for(task, 60)

@@ -192,11 +192,10 @@ NOBODY = MembersReport(
 
 
 def test_servers_that_are_no_majority_are_the_cause_while_streams_still_name_a_leader() -> None:
-    problem = only(overview(servers=ONE_OF_THREE, members=NOBODY))
-    assert (problem.urgency, problem.kind) == (1, "server_down")
-    assert problem.what == (
-        "1 servers answer of 3: not nats://n2:4222, nats://n3:4222, which is no majority: nothing is accepted"
-    )
+    first, *others = verdict(overview(servers=ONE_OF_THREE, members=NOBODY))
+    assert (first.urgency, first.kind) == (1, "server_down")
+    assert first.what == "1 servers answer of 3: not nats://n2:4222, nats://n3:4222, which is no majority"
+    assert {problem.kind for problem in others} == {"unheld"}
 
 
 def test_servers_that_are_no_majority_are_the_cause_when_only_some_streams_have_noticed() -> None:
@@ -206,8 +205,17 @@ def test_servers_that_are_no_majority_are_the_cause_when_only_some_streams_have_
     assert [(problem.urgency, problem.kind) for problem in found] == [
         (1, "no_leader"),
         (1, "server_down"),
+        *[(1, "unheld")] * len(STAGES),
         (2, "no_leader"),
     ]
+
+
+@pytest.mark.parametrize("answering", [0, 1])
+def test_servers_that_only_we_cannot_reach_stop_nothing(answering: int) -> None:
+    """Processes have announced themselves within seconds, so a majority is there."""
+    servers = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n <= answering, name=f"n{n}") for n in (1, 2, 3))
+    problem = only(overview(servers=servers))
+    assert (problem.urgency, problem.kind) == (5, "server_down")
 
 
 def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:

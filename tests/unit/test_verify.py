@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 from shard_maker import PartitionMaker, filled_store, id_text, new_store
 
+from contracts.budgets import SHARD_READER
 from contracts.events import decode_event, encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist import verify as verify_module
@@ -279,3 +281,43 @@ def test_a_reader_that_hangs_or_dies_is_a_problem(
     report = verify_store(filled[0], shard_timeout_s=0.3 if "sleep" in reader else 20)
     assert len(report.problems) >= 4
     assert expected in told(report)
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every reading process that is started."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = verify_module._Worker._start
+
+    def noted(worker: verify_module._Worker) -> subprocess.Popen[bytes]:
+        started.append(start(worker))
+        return started[-1]
+
+    monkeypatch.setattr(verify_module._Worker, "_start", noted)
+    return started
+
+
+@pytest.mark.parametrize(("pays_after_s", "count"), [(0.0, 2), (3600.0, 1)])
+def test_a_second_reader_is_started_where_one_is_not_soon_done(
+    filled: tuple[Path, PartitionMaker],
+    monkeypatch: pytest.MonkeyPatch,
+    readers: list[subprocess.Popen[bytes]],
+    pays_after_s: float,
+    count: int,
+) -> None:
+    path, _ = filled
+    monkeypatch.setattr(verify_module, "SHARD_READER", msgspec.structs.replace(SHARD_READER, s=pays_after_s))
+    assert verify_store(path).ok
+    assert len(readers) == count
+
+
+def test_a_verification_that_is_broken_off_leaves_no_reader(
+    filled: tuple[Path, PartitionMaker], readers: list[subprocess.Popen[bytes]]
+) -> None:
+    def enough(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_store(filled[0], on_progress=enough)
+    assert readers
+    assert all(reader.poll() is not None for reader in readers)

@@ -7,6 +7,7 @@ accepted, one JSON value a line. Exits with 0 once nothing more comes and everyt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 from collections import deque
@@ -21,6 +22,7 @@ from stages.runtime.connection import connect
 BATCH_MAX: Final = 8
 CONNECT_S: Final = 60.0
 _IN_FLIGHT: Final = 64
+_CLOSE_S: Final = 10.0
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -86,8 +88,11 @@ async def main(descriptor: int, name: str, urls: Sequence[str]) -> None:
     try:
         await Edge(Gateway(client, in_flight=_IN_FLIGHT), reader, writer).run()
     finally:
-        await client.close()
         writer.close()
+        # A server that is frozen answers no farewell.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await client.close()
         await writer.wait_closed()
 
 

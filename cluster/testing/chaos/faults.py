@@ -28,6 +28,7 @@ Fault = Callable[[Ground, str], AbstractAsyncContextManager[None]]
 """(ground, target) → the fault while the context lasts."""
 
 ANSWER_S: Final = 2.0
+REPEAT_S_MAX: Final = 120.0
 CLOCK_SHIFTS_S: Final = {"ingest": -3600.0, "segment": 3600.0, "hash": -30.0, "persist": 7200.0}
 
 
@@ -249,11 +250,12 @@ async def _ask(ground: Ground, subject: str) -> None:
 
 
 async def _repeat(job: Callable[[], Awaitable[object]], what: str) -> None:
-    """Until it succeeds."""
-    while True:
-        try:
-            await job()
-            return
-        except (TimeoutError, FiError, NatsError) as error:
-            log.info("%s: to be repeated: %r", what, error)
-            await asyncio.sleep(0.2)
+    """Until it succeeds. Raises `TimeoutError` after `REPEAT_S_MAX`."""
+    async with asyncio.timeout(REPEAT_S_MAX):
+        while True:
+            try:
+                await job()
+                return
+            except (TimeoutError, FiError, NatsError) as error:
+                log.info("%s: to be repeated: %r", what, error)
+                await asyncio.sleep(0.2)

@@ -1,8 +1,8 @@
 """Edge gateways that never stop: each publishes its consultations, keeps what is not acknowledged, and may be killed.
 
 What publishes is a process (`edge`). What was made and what was acknowledged is kept here, for its successor and for
-the checker. Of one consultation at most one message is under way, also across a gateway's death: its successor begins
-with what was not acknowledged.
+the checker. Of one consultation at most one message is under way; a successor begins with what was not acknowledged, in
+the same order, for what a dead one had sent may still arrive.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ WAITING_MAX: Final = 2000
 REPEATED: Final = 300
 """How many of its last acknowledged events a gateway publishes again when it repeats."""
 BAD_SHARE: Final = 0.005
+ALIVE_S_MAX: Final = 60.0
 
 
 @dataclass
@@ -161,16 +162,25 @@ class EdgeGateway:
         await side_by_side(self._make(), self._lives())
 
     async def kill(self) -> None:
-        """SIGKILL: outcomes of what is under way stay unknown; the next life begins with what is not acknowledged."""
-        await self._alive.wait()
+        """SIGKILL: outcomes of what is under way stay unknown; the next life begins with what is not acknowledged.
+
+        Raises:
+            TimeoutError: it does not live, for `ALIVE_S_MAX`; `run` tells why.
+        """
+        await self._until_alive()
         self._killed = True
+        self._alive.clear()
         await self._process.kill()
 
     async def repeat(self) -> None:
-        """It publishes its last events once more, as one does that has lost its notes."""
-        await self._alive.wait()
+        """It publishes its last events once more, as one does that has lost its notes. Raises as `kill`."""
+        await self._until_alive()
         for order in self._last:
             self._tell(replace(order, again=True))
+
+    async def _until_alive(self) -> None:
+        async with asyncio.timeout(ALIVE_S_MAX):
+            await self._alive.wait()
 
     def finish(self) -> None:
         """It makes no more events."""
@@ -195,8 +205,8 @@ class EdgeGateway:
             code = await self._process.wait()
         finally:
             self._alive.clear()
-            await self._process.kill()
             self._process.writer.close()
+            await self._process.kill()
         if code and not self._killed:
             raise self._process.died(code)
         return code == 0
