@@ -33,10 +33,10 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, about eleven minutes (JOBS=3 test processes)
+test: check ## everything that must hold, seven to twelve minutes (JOBS=3 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist loadfile
 
-test-slow: setup ## what `make test` leaves out, about half an hour
+test-slow: setup ## what `make test` leaves out, ten to thirty minutes
 	$(BIN)/pytest -m slow
 
 image: setup ## the container image fi-pipeline:latest, from the wheel and nats-server; needs a Docker engine, no registry

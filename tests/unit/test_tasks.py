@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from turns import turns
 
 from stages.runtime.tasks import side_by_side
 
@@ -34,7 +35,7 @@ async def test_when_one_fails_the_others_have_ended_before_it_is_told() -> None:
             await asyncio.Event().wait()
         finally:
             # An end that takes its time is waited for as well.
-            await asyncio.sleep(0)
+            await turns()
             ended.append(True)
 
     with pytest.raises(ValueError, match="the first"):
