@@ -36,8 +36,8 @@ check: setup ## style, types, layers
 test: check ## everything that must hold, seven to twelve minutes (JOBS=3 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist loadfile
 
-test-slow: setup ## what `make test` leaves out, ten to thirty minutes
-	$(BIN)/pytest -m slow
+test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
+	$(BIN)/pytest -m slow --numprocesses $(or $(JOBS),2) --dist loadfile
 
 image: setup ## the container image fi-pipeline:latest, from the wheel and nats-server; needs a Docker engine, no registry
 	rm -rf build/wheel
