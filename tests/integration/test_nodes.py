@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from streams import publish_first
 
 from cluster import nodes
 from cluster.lock import DirectoryBusyError
@@ -38,7 +39,7 @@ async def test_a_killed_server_returns_with_its_ports_and_data(tmp_path: Path) -
         client = await connect(cluster.urls, "test")
         jetstream = client.jetstream(timeout=10)
         await jetstream.add_stream(name="KEPT", subjects=["kept"], num_replicas=3)
-        await jetstream.publish("kept", b"1", timeout=10)
+        await publish_first(client, "kept", b"1")
         before = (first.ports, first.pid)
         await first.kill()
         assert await first.wait() == -signal.SIGKILL

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.client import Client
 from nats.js.api import StorageType, StreamConfig, SubjectTransform
+from streams import publish_first
 
 from contracts.subjects import TOKEN_PATTERN, PartitionBy, partition_of, partition_transform, split_raw_subject
 
@@ -47,6 +48,7 @@ async def stored_partitions(
             subject_transform=SubjectTransform(src=source, dest=destination),
         )
     )
+    await publish_first(client, "fi.events.{}.{}".format(*pairs[0]))
     for start in range(0, len(pairs), 256):
         acks = (jetstream.publish(f"fi.events.{a}.{b}", b"", timeout=30) for a, b in pairs[start : start + 256])
         await asyncio.gather(*acks)
