@@ -87,11 +87,12 @@ class Script:
         until: int,
         *,
         during: Any = None,
+        after: int = 0,
         stream: str = "FI_SEGMENT",
         beats: bool = True,
         **request: int,
     ) -> None:
-        """Pulls, and notes the first `until` messages and statuses that come. `during`: awaited meanwhile.
+        """Pulls, and notes the first `until` messages and statuses. `during`: awaited once `after` of them have come.
 
         Without `beats` heartbeats are passed over: how many come before a time is over depends on the machine.
         """
@@ -100,11 +101,12 @@ class Script:
         subscription = await self.client.subscribe(inbox, cb=arrived.put)
         asking = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", msgspec.json.encode(request), inbox
         await self.client.publish(*asking)
-        if during is not None:
-            await during
-        wanted = len(self.notes) + until
+        came = 0
         async with asyncio.timeout(30):
-            while len(self.notes) < wanted:
+            while came < until:
+                if during is not None and came == after:
+                    await during
+                    during = None
                 message = await arrived.get()
                 headers = message.headers or {}
                 status = headers.get("Status")
@@ -115,6 +117,7 @@ class Script:
                     await self.client.publish(*asking)
                     continue
                 self.unheard.discard(name)
+                came += 1
                 if message.subject == inbox:
                     # nats-py takes the header after a bare status for its description.
                     kept = STATUS_HEADERS[:1] if status == "503" else STATUS_HEADERS
@@ -207,6 +210,7 @@ async def reading(ask: Script) -> None:
         "r1",
         2,
         during=ask.ask("CONSUMER.DELETE.FI_SEGMENT.r1"),
+        after=1,
         batch=5,
         expires=5 * SECOND_NS,
         idle_heartbeat=SECOND_NS,
