@@ -1,7 +1,7 @@
 """Makes the cluster's streams what `cluster.topology` says, without ever losing data or counting origins anew.
 
 Always true: applying twice changes nothing the second time; a refused change changes nothing at all; and a
-`FI_EVENTS` that has to be made again goes on counting above every origin that has been committed or framed.
+`FI_EVENTS` that has to be made again goes on counting above every origin that has been committed, framed or refused.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from contracts.settings import Settings
 from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.facts import META_CLUSTER_ID
+from stages.runtime.graveyard import place_of
+from stages.runtime.messages import StoredMessage
 
 T = TypeVar("T")
 
 _NAME_TAKEN: Final = 10058
 _NO_PEERS: Final = 10005
 _NO_ROOM: Final = frozenset({10023, 10028, 10047})
+_ORIGIN_MAX: Final = 2**53
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,21 +214,24 @@ class _Applier:
             raise _refusal(name, error) from error
 
     async def _receipts_id(self, found: dict[str, StreamInfo]) -> str | None:
-        for data in await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*"):
-            return decode_receipt(data).cluster
+        for message in await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*"):
+            return decode_receipt(message.data).cluster
         return None
 
     async def _origin_next(self, found: dict[str, StreamInfo]) -> int:
         """The first sequence of a new `FI_EVENTS`: above all origins that the other streams speak of."""
         receipts = await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*")
-        origins = [decode_receipt(data).origin for data in receipts]
+        origins = [decode_receipt(message.data).origin for message in receipts]
+        # A stage takes what comes before the last letter for buried. Anybody may publish there: no stream is that long.
+        letters = [place_of(message)[0] for message in await self._last_messages(found, subjects.DLQ, "fi.dlq.*.*")]
+        origins += [origin for origin in letters if origin <= _ORIGIN_MAX]
         for stage, hop in subjects.INPUT_STREAM.items():
             if hop in subjects.HOPS:
                 frames = await self._last_messages(found, hop, f"fi.{stage}.*")
-                origins += [decode_frame_head(data).last for data in frames]
+                origins += [decode_frame_head(message.data).last for message in frames]
         return max(origins, default=0) + 1
 
-    async def _last_messages(self, found: dict[str, StreamInfo], stream: str, pattern: str) -> list[bytes]:
+    async def _last_messages(self, found: dict[str, StreamInfo], stream: str, pattern: str) -> list[StoredMessage]:
         """The last message of every subject that matches `pattern`."""
         info = await self._info(stream, pattern) if stream in found else None
         if info is None:
@@ -238,7 +244,7 @@ class _Applier:
             except TimeoutError:
                 raise ClusterUnavailableError(f"{stream} has no leader; see `fictl cluster status`") from None
             if message is not None:
-                messages.append(message.data)
+                messages.append(message)
         return messages
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:

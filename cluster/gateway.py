@@ -35,7 +35,7 @@ from contracts.telemetry import (
 from stages.runtime.api import ApiError
 from stages.runtime.client import GuardedClient
 from stages.runtime.telemetry import OFF, Telemetry
-from stages.runtime.writer import NEVER, STREAM_FULL, PubAnswer, decode_pub_answer, error_type
+from stages.runtime.writer import BAD_REQUEST, NEVER, STREAM_FULL, PubAnswer, decode_pub_answer, error_type
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ FULL_DOUBLINGS_MAX = 3
 
 _BATCH_NAMESPACE = UUID("0d7a3d9e-5a0f-5c1b-8a55-6d2a2f6d7c10")
 _WRONG_STREAM = 10060
-_BAD_REQUEST = 400
 _HEADER_BYTES = 512
 
 
@@ -241,7 +240,7 @@ class Gateway:
             return _Failure.FULL
         if error.err_code == _WRONG_STREAM:
             raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fictl cluster plan`")
-        if error.err_code in NEVER or error.code == _BAD_REQUEST:
+        if error.err_code in NEVER or error.code == BAD_REQUEST:
             raise RefusedError(f"{error.description} ({error.err_code})")
         log.debug("%s: to be published again: %s (%d)", subject, error.description, error.err_code)
         return _Failure.UNKNOWN

@@ -30,6 +30,7 @@ from contracts.telemetry import (
     DEAD_SUBJECT,
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
+    parse_traceparent,
 )
 from stages.runtime.api import Api
 from stages.runtime.messages import StoredMessage
@@ -53,8 +54,9 @@ class Graveyard:
         self._writer: FencedWriter | None = None
         self._buried = _NOTHING
         self._found: set[tuple[int, int]] = set()
-        self._found_from: int | None = None
-        """`_found` has every letter of an event from this origin on; None: it was not looked yet."""
+        """The letters that were there when it was looked: of events from the origin `_found_from` to `_found_to`."""
+        self._found_from = 0
+        self._found_to = _NOTHING
         self._origin = 0
         self._original: StoredMessage | None = None
         self._lines: list[bytes] = []
@@ -78,7 +80,8 @@ class Graveyard:
                     self._writer = None
                     continue
                 self._buried = max(self._buried, (letter.origin, letter.index))
-                self._found.add((letter.origin, letter.index))
+                if (letter.origin, letter.index) <= self._found_to:
+                    self._found.add((letter.origin, letter.index))
                 self._api.telemetry.dead_letter(self._stage, letter.error.reason)
                 log.warning("dead letter: %s", letter.error, extra={"origin": letter.origin, "stage": self._stage})
                 break
@@ -87,9 +90,9 @@ class Graveyard:
         key = (letter.origin, letter.index)
         if key > self._buried or not letter.policy:
             return key <= self._buried
-        if self._found_from is None or letter.origin < self._found_from:
+        if letter.origin < self._found_from or key > self._found_to:
             self._found = await self._find_from(letter.origin)
-            self._found_from = letter.origin
+            self._found_from, self._found_to = letter.origin, self._buried
         return key in self._found
 
     async def _find_from(self, origin: int) -> set[tuple[int, int]]:
@@ -102,13 +105,13 @@ class Graveyard:
         while low < high:
             middle = (low + high) // 2
             message = await self._api.first_message(DLQ, self._subject, from_seq=middle)
-            if message is None or _place(message)[0] >= origin:
+            if message is None or place_of(message)[0] >= origin:
                 high = middle
             else:
                 low = message.seq + 1
         found: set[tuple[int, int]] = set()
         while (message := await self._api.first_message(DLQ, self._subject, from_seq=low)) is not None:
-            found.add(_place(message))
+            found.add(place_of(message))
             low = message.seq + 1
         return found
 
@@ -116,10 +119,10 @@ class Graveyard:
         last = await self._api.last_message(DLQ, self._subject)
         self._openings += 1
         writer = FencedWriter(self._api, DLQ, self._subject, f"{self._nonce}_{self._openings}")
-        self._buried, self._found_from = _NOTHING, None
+        self._buried = self._found_to = _NOTHING
         if last is not None:
             writer.expected_seq = last.seq
-            self._buried = _place(last)
+            self._buried = place_of(last)
         self._writer = writer
         return writer
 
@@ -144,8 +147,9 @@ class Graveyard:
             before = parse_first_seen(original.headers.get(HEADER_FIRST_SEEN, ""))
             first = before or FirstSeen(letter.origin, original.time_ns, 0)
             headers[HEADER_FIRST_SEEN] = str(first.at(letter.index))
-            if trace := original.headers.get(HEADER_TRACEPARENT):
-                headers[HEADER_TRACEPARENT] = _one_line(trace)
+            # A gateway's header may be as long as all of a message's may be; with ours the letter's would be longer.
+            if parse_traceparent(trace := original.headers.get(HEADER_TRACEPARENT, "")) is not None:
+                headers[HEADER_TRACEPARENT] = trace
             if data is None:
                 data = self._lines[letter.index] if letter.index < len(self._lines) else original.data
         return headers, data or b""
@@ -170,8 +174,8 @@ class Graveyard:
             self._origin = origin
 
 
-def _place(message: StoredMessage) -> tuple[int, int]:
-    """Which event a letter is of: origin and index. Anybody may publish there: what says neither is of none."""
+def place_of(message: StoredMessage) -> tuple[int, int]:
+    """Which event a letter is of: origin and index; (0, -1), none, for what says neither. Anybody may publish there."""
     letter = read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers)
     return (letter.origin, letter.index) if letter.origin >= 0 else _NOTHING
 

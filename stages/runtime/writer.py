@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 WRONG_LAST_SEQUENCE: Final = 10071
 STILL_IN_PROCESS: Final = frozenset({10158, 10164})
 STREAM_FULL: Final = frozenset({10077, 10023, 10028, 10047})
-NEVER: Final = frozenset({10054, 10060, 10052})
-"""Message too large; another stream's subject; stream sealed: no retry can help."""
+NEVER: Final = frozenset({10054, 10097, 10060, 10052})
+"""Message too large; its headers too large; another stream's subject; stream sealed: no retry can help."""
+BAD_REQUEST: Final = 400
 
 _LAST_SEQ = re.compile(r"wrong last sequence: (\d+)")
 
@@ -158,7 +159,8 @@ class FencedWriter:
                 self._probe.holding(self.full_since)
                 log.warning("%s: stream %s is full; holding (%s)", self._subject, self._stream, error.description)
         elif error.err_code not in STILL_IN_PROCESS:
-            log.info("%s: publish to be retried: %s (%d)", self._subject, error.description, error.err_code)
+            level = logging.WARNING if error.code == BAD_REQUEST else logging.INFO
+            log.log(level, "%s: publish to be retried: %s (%d)", self._subject, error.description, error.err_code)
 
     def _note_room(self) -> None:
         if self.full_since is not None:

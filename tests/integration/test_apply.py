@@ -17,6 +17,7 @@ from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.frames import Frame, encode_frame
 from contracts.receipts import Receipt, encode_receipt
 from contracts.settings import MIB, Settings
+from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
@@ -186,6 +187,19 @@ async def test_origins_that_are_framed_but_not_committed_are_not_given_out_again
     await client.jetstream(timeout=10).delete_stream(subjects.EVENTS)
     await apply(client, SETTINGS)
     assert await put(client, "fi.events.site.consultation") == 24
+
+
+async def test_origins_that_were_refused_are_not_given_out_again(client: Client) -> None:
+    """What comes before a lane's last letter is taken for buried: an event counted from 1 anew would be nowhere."""
+    await apply(client, SETTINGS)
+    for partition, origin in enumerate(("7", str(2**60), "no number")):
+        headers = {DEAD_ORIGIN: origin, DEAD_INDEX: "0"}
+        await client.jetstream(timeout=10).publish(f"fi.dlq.ingest.{partition}", b"x", timeout=10, headers=headers)
+    for name in subjects.STREAMS:
+        if name != subjects.DLQ:
+            await client.jetstream(timeout=10).delete_stream(name)
+    await apply(client, SETTINGS)
+    assert await put(client, "fi.events.site-1.c") == 8
 
 
 async def test_events_made_again_must_be_partitioned_as_before(client: Client) -> None:

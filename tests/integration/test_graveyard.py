@@ -14,6 +14,7 @@ from pipeline import until
 from cluster.apply import apply
 from cluster.dlq import DeadLetters, Selection, Span
 from contracts.errors import InvalidEventError
+from contracts.frames import decode_frame_head
 from contracts.letters import Letter, read_letter
 from contracts.settings import MIB, Settings
 from contracts.subjects import DLQ, EVENTS, SEGMENT
@@ -258,3 +259,41 @@ async def test_a_letter_that_a_policy_decides_is_buried_though_later_ones_are_an
     await graveyard.bury([msgspec.structs.replace(refused(61), policy=3), *judged])
     await graveyard.bury(judged)
     assert sorted(await buried(DeadLetters(api, "c"))) == [(n, 0) for n in range(1, 62)]
+
+
+@pytest.mark.parametrize("trace", ["x" * 65_400, "\N{LATIN SMALL LETTER Y WITH DIAERESIS}" * 22_000])
+async def test_a_refused_message_with_the_longest_headers_gets_its_letter_and_nothing_waits_behind_it(
+    client: Client, trace: str
+) -> None:
+    """A letter that repeated them would be larger than the servers take, and its partition would stand for good."""
+    api = await ready(client)
+    jetstream = client.jetstream(timeout=5)
+    subject = f"fi.events.clinic-1.{UUID(int=1, version=4)}"
+    await jetstream.publish(subject, b"\n".join([b"{}", b"[]"]), headers={"traceparent": trace})
+    await jetstream.publish(subject, b"not JSON")
+    lane = Lane(api, IngestCore(), 0, "nonce", lambda _: None)
+    running_lane = asyncio.create_task(lane.run())
+
+    async def framed() -> bool:
+        last = await api.last_message(SEGMENT, "fi.segment.0")
+        return last is not None and decode_frame_head(last.data).last == 2
+
+    try:
+        await until(framed, "both messages are taken", 60)
+    finally:
+        lane.stop()
+        await running_lane
+    letters = await everything(DeadLetters(api, "c"))
+    assert [(letter.origin, letter.index, letter.traceparent) for letter in letters] == [
+        (1, 0, ""),
+        (1, 1, ""),
+        (2, 0, ""),
+    ]
+
+
+async def test_burying_remembers_no_letter_that_it_need_not_look_for(client: Client) -> None:
+    api = await without_originals(client)
+    graveyard = Graveyard(api, "segment", 0, "first")
+    await graveyard.bury([refused(n) for n in range(1, 21)])
+    await graveyard.bury([msgspec.structs.replace(refused(n), policy=2) for n in range(15, 41)])
+    assert len(graveyard._found) == 6
