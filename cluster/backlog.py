@@ -26,7 +26,7 @@ from contracts.subjects import (
     seal_subject,
 )
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import checkpoint_from, last_seal
+from stages.runtime.checkpoint import checkpoint_from, last_seal, told_before
 
 _NS = 1_000_000_000
 
@@ -108,10 +108,11 @@ async def _read_receipts(api: Api, partition: int) -> tuple[Receipt | None, Seal
     if sealed is None:
         return receipt, None
     record = decode_seal(sealed.data)
-    if record.tree_size > receipt.persisted:
-        # The partition went back behind it.
+    holds = told_before(record.shard + 1, receipt)
+    if record.tree_size > receipt.persisted or not holds(record):
+        # The partition went back behind it, or to another store.
         end = receipt.ends.get(receipt.store)
-        return receipt, None if end is None else (await last_seal(api, partition, before_shard=end.shard))[0]
+        return receipt, None if end is None else (await last_seal(api, partition, told_before(end.shard, receipt)))[0]
     return receipt, record
 
 

@@ -32,7 +32,7 @@ from contracts.subjects import (
     seal_subject,
 )
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import last_receipt, last_seal
+from stages.runtime.checkpoint import last_receipt, last_seal, told_before
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.tasks import side_by_side
 from stages.runtime.writer import FencedWriter
@@ -146,10 +146,10 @@ class _Partition:
         if receipt is None:
             return None
         live = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).shard
-        record, _ = await last_seal(self._api, receipt.partition, before_shard=live + 1)
+        record, _ = await last_seal(self._api, receipt.partition, told_before(live + 1, receipt))
         whole = (receipt.persisted, receipt.origin)
         if record is not None and record.shard == live and (record.tree_size, record.last_origin) != whole:
-            record, _ = await last_seal(self._api, receipt.partition, before_shard=live)
+            record, _ = await last_seal(self._api, receipt.partition, told_before(live, receipt))
         return record
 
     @property

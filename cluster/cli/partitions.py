@@ -109,7 +109,7 @@ def list_partitions(
     async def read() -> list[dict[str, Any]]:
         from contracts.settings import Settings
         from stages.runtime.api import Api
-        from stages.runtime.checkpoint import last_receipt, last_seal
+        from stages.runtime.checkpoint import last_receipt, last_seal, told_before
         from stages.runtime.facts import read_cluster
 
         rows = []
@@ -121,7 +121,7 @@ def list_partitions(
                 row: dict[str, Any] = {"partition": partition, "store": None, "node": None}
                 if receipt is not None:
                     end = receipt.ends.get(receipt.store)
-                    seal, _ = await last_seal(api, partition, before_shard=end.shard if end is not None else 1)
+                    seal, _ = await last_seal(api, partition, told_before(end.shard if end is not None else 1, receipt))
                     row |= {
                         "store": receipt.store,
                         "node": receipt.node,

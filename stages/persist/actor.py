@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from operator import methodcaller
 from typing import TypeVar
 
 import msgspec
@@ -88,6 +89,8 @@ class PersistLane(LaneBase):
         """Held while a thread changes the partition's state in memory."""
         self._prepare_lock = asyncio.Lock()
         """Held while a thread makes the next shard's file."""
+        self._sealed_origin = 0
+        """What is before it is sealed and recorded, and waits for a receipt after that; see `_may_trim`."""
         self._seal_work = asyncio.Event()
         self._all_sealed = asyncio.Event()
         self._standing_by = False
@@ -104,7 +107,7 @@ class PersistLane(LaneBase):
 
     async def _session(self, nonce: str) -> None:
         try:
-            lock = await run_blocking(self._disk.lock, self._store, self._partition)
+            lock = await run_blocking(self._disk.lock, self._store, self._partition, undo=methodcaller("close"))
             try:
                 await self._own(nonce)
             finally:
@@ -164,13 +167,20 @@ class PersistLane(LaneBase):
         await self._take_over(nonce)
         self._standing_by = False
         files = await run_blocking(
-            self._disk.open, self._store, self._partition, self._receipt, self._api.settings, self._clock_ns
+            self._disk.open,
+            self._store,
+            self._partition,
+            self._receipt,
+            self._api.settings,
+            self._clock_ns,
+            undo=methodcaller("close"),
         )
         if files.cut_commits:
             log.warning("partition %d: an unaccepted tail was cut", self._partition)
         self._files = files
         # The owner before may have died between a commit and its trim: a full stream would then stay full.
         self._trimmer.committed(self._receipt)
+        self._sealed_origin = 0
         self._background = [
             asyncio.create_task(self._trimmer.run(), name=f"trim {self._partition}"),
             asyncio.create_task(self._keep_sealing(nonce), name=f"seal {self._partition}"),
@@ -221,10 +231,11 @@ class PersistLane(LaneBase):
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
         base = last or first_receipt(self._partition, store.cluster_id, store.store_id, nonce)
-        claim = msgspec.structs.replace(
-            base, writer=nonce, node=self._node, committed_ns=self._clock_ns(), takeover=True
-        )
-        claim = self._signed(claim)
+        await self._claim(msgspec.structs.replace(base, writer=nonce, node=self._node))
+
+    async def _claim(self, receipt: Receipt) -> None:
+        """Repeats `receipt` as a takeover. Accepted, it shows that nobody else claimed the partition before."""
+        claim = self._signed(msgspec.structs.replace(receipt, committed_ns=self._clock_ns(), takeover=True))
         await self._writer.publish(encode_receipt(claim), f"takeover/{claim.origin}")
         self._receipt = claim
 
@@ -235,6 +246,10 @@ class PersistLane(LaneBase):
         _, seq = await last_receipt(self._api, self._partition)
         if seq != self._writer.expected_seq:
             raise FencedError(self._subject, seq)
+        if origin := self._sealed_origin:
+            self._sealed_origin = 0
+            await self._claim(self._receipt)
+            self._trimmer.sealed(origin)
         async with self._files_lock:
             if self._files.is_old() or self._flush_is_due():
                 await self._roll()
@@ -309,28 +324,29 @@ class PersistLane(LaneBase):
         Not when the partition is handed over: its next owner appends to the same shard.
         """
         if self._api.settings.seal_on_drain and not self._handing_over and self._files.holds_events():
-            self._all_sealed.clear()
             await self._roll()
             sealing = self._background[-1]
-            done = asyncio.create_task(self._all_sealed.wait())
-            try:
-                await asyncio.wait((done, sealing), return_when=asyncio.FIRST_COMPLETED)
-                if sealing.done():
-                    sealing.result()
-            finally:
-                await end_tasks(done)
+            while self._files.to_seal and not sealing.done():
+                self._all_sealed.clear()
+                done = asyncio.create_task(self._all_sealed.wait())
+                try:
+                    await asyncio.wait((done, sealing), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    await end_tasks(done)
+            if sealing.done():
+                sealing.result()
 
     async def _keep_sealing(self, nonce: str) -> None:
         """Prepares shards ahead, seals full ones, and publishes their records, until cancelled."""
         files, kept = self._files, self._api.settings.sealed_kept
         writer = FencedWriter(self._api, RECEIPTS, seal_subject(self._partition), nonce)
-        record, writer.expected_seq = await last_seal(self._api, self._partition, before_shard=files.end.shard)
+        record, writer.expected_seq = await last_seal(self._api, self._partition, self._is_ours)
         if record is not None and record.store == self._store.store_id:
             await run_blocking(files.keep_record, record)
         for shard in sorted(files.sealed):
             if record is None or shard > record.shard:
                 record = await self._record(writer, record, await run_blocking(files.sealed_info, shard))
-        self._trimmer.sealed(files.settled_origin(kept))
+        self._may_trim(files.settled_origin(kept))
         while True:
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
@@ -344,7 +360,7 @@ class PersistLane(LaneBase):
                     record = await self._record(writer, record, info)
                 async with self._files_lock:
                     await run_blocking(files.finish_seal, job, info)
-                self._trimmer.sealed(files.settled_origin(kept))
+                self._may_trim(files.settled_origin(kept))
             if files.wants_next():
                 async with self._prepare_lock:
                     await run_blocking(files.prepare_next)
@@ -353,6 +369,24 @@ class PersistLane(LaneBase):
                 self._all_sealed.set()
                 if not await self._summarize_next():
                     await self._seal_work.wait()
+
+    def _is_ours(self, record: SealRecord) -> bool:
+        """True when `record` is of a full shard as it is here, or of the one that the store's part begins after.
+
+        One of the same number may be of a shard that was given up, or of an owner that was fenced off while it sealed.
+        """
+        whose = record.store == self._store.store_id or record.shard < self._files.end.first
+        return whose and self._files.trees.get(record.shard) == (record.tree_size, record.root)
+
+    def _may_trim(self, origin: int) -> None:
+        """What is before `origin` (0: nothing) may leave `FI_EVENTS`, once a claim was accepted after its seal records.
+
+        Records are not fenced by receipts: who was fenced off while it sealed records on, and what its successor was
+        just told to make again from `FI_EVENTS` must stay there.
+        """
+        if origin:
+            self._sealed_origin = origin
+            self.look_again()
 
     async def _summarize_next(self) -> bool:
         """Gives the next full group of sealed shards its summary of ids; False when all have theirs."""

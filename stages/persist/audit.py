@@ -90,7 +90,8 @@ def in_force(records: Sequence[Receipt | SealRecord]) -> tuple[list[Receipt], li
     """Splits one partition's records, in stream order, by what still holds.
 
     A takeover before the origin of the receipt it follows goes back: what was committed after it was given up, and the
-    receipts and seal records of that are void. Of several records of one shard the last holds.
+    receipts and seal records of that are void. So are the seal records of an owner that was fenced off while it sealed.
+    Of several records of one shard the last holds.
 
     Returns:
         receipts, seal records, and the takeovers that went back; each in stream order.
@@ -100,6 +101,8 @@ def in_force(records: Sequence[Receipt | SealRecord]) -> tuple[list[Receipt], li
     rewinds: list[Receipt] = []
     for record in records:
         if isinstance(record, SealRecord):
+            if receipts and record.store != receipts[-1].store:
+                continue
             seals.pop(record.shard, None)
             seals[record.shard] = record
             continue

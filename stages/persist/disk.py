@@ -71,6 +71,10 @@ class Files(Protocol):
         """The store's own sealed shards, by number."""
 
     @property
+    def trees(self) -> Mapping[int, tuple[int, str]]:
+        """As `PartitionFiles.trees`."""
+
+    @property
     def end(self) -> StoreEnd:
         """How far the files reach."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from operator import methodcaller
 
 import msgspec
 from msgspec import UNSET
@@ -42,7 +43,7 @@ async def let_go_of_moved(
         writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
         writer.expected_seq = seq
         try:
-            lock = await run_blocking(lock_partition, store, partition)
+            lock = await run_blocking(lock_partition, store, partition, undo=methodcaller("close"))
             try:
                 await let_go(store, last, writer, nonce, signer, clock_ns)
             finally:

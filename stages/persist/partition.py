@@ -53,6 +53,7 @@ class PartitionFiles:
         frontier: the Merkle tree over everything stored.
         to_seal: full shards found or made and not sealed yet, oldest first.
         sealed: the store's own sealed shards, by number.
+        trees: size and root of the tree after each full shard of the store's own part, and after the one before it.
     """
 
     def __init__(self, store: Store, partition: int, settings: Settings, clock_ns: Callable[[], int]) -> None:
@@ -72,6 +73,7 @@ class PartitionFiles:
         self.seen = SeenIds()
         self.to_seal: list[SealJob] = []
         self.sealed: dict[int, Path] = {}
+        self.trees: dict[int, tuple[int, str]] = {}
         self.cut_commits = False
 
     @classmethod
@@ -106,6 +108,7 @@ class PartitionFiles:
         self._take_earlier([found.pop(number) for number in sorted(found) if number < end.first])
         if end.first > FIRST_SHARD:
             self.frontier = self._frontier_at_begin(found.get(end.first), end.first)
+            self._note_tree(end.first - 1)
         for number in range(end.first, end.shard):
             self._load_finished(number, found.pop(number, None))
         self._open_current(found.pop(end.shard, None), end)
@@ -171,6 +174,7 @@ class PartitionFiles:
             self._replay(live)
             # A power cut may have taken it back.
             live.set_watermark(live.commits)
+            self._note_tree(number)
             self.to_seal.append(SealJob(file.path, number, live.commits, before))
 
     def _load_sealed(self, number: int, path: Path) -> None:
@@ -179,8 +183,12 @@ class PartitionFiles:
         if header.tree_size_before != self.frontier.size or header.frontier_before != self.frontier.to_bytes():
             raise ShardCorruptError(f"{path}: does not go on from the shard before it; run `fictl verify`")
         self.frontier = MerkleFrontier.from_bytes(header.tree_size, header.frontier)
+        self._note_tree(number)
         self.seen.add_sealed(path)
         self.sealed[number] = path
+
+    def _note_tree(self, shard: int) -> None:
+        self.trees[shard] = (self.frontier.size, self.frontier.root().hex())
 
     def _check_belongs(self, path: Path, header: LiveHeader | SealedHeader, number: int) -> None:
         store = self._store
@@ -355,6 +363,7 @@ class PartitionFiles:
         """Ends the live shard, of which every commit must be accepted, and begins the next."""
         full = self._live
         job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
+        self._note_tree(job.shard)
         with disk_of(self._store):
             self._begin(job.shard + 1)
         full.close()

@@ -14,7 +14,7 @@ import msgspec
 
 from contracts.errors import HoleError, StrayFrameError, WireFormatError
 from contracts.frames import FrameHead, decode_frame_head, is_newer_frame
-from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
+from contracts.receipts import Receipt, SealRecord, StoreEnd, decode_receipt, decode_seal
 from contracts.subjects import (
     INPUT_STREAM,
     OUTPUT_STREAM,
@@ -76,10 +76,11 @@ def _read_record(message: StoredMessage, decode: Callable[[bytes], R]) -> R:
         ) from error
 
 
-async def last_seal(api: Api, partition: int, *, before_shard: int) -> tuple[SealRecord | None, int]:
-    """The record of the last sealed shard with a number below `before_shard`, and the sequence of the last record.
+async def last_seal(api: Api, partition: int, holds: Callable[[SealRecord], bool]) -> tuple[SealRecord | None, int]:
+    """The last seal record that `holds`, and the sequence of the last record; (None, 0) before the first one.
 
-    Records of later shards were given up when the partition went back. (None, 0) before the first record.
+    Not every record does: the shards of some were given up when the partition went back, and an owner that was fenced
+    off may have been sealing.
 
     Raises:
         WireFormatError: a record cannot be read by this build.
@@ -90,15 +91,21 @@ async def last_seal(api: Api, partition: int, *, before_shard: int) -> tuple[Sea
     if last is None:
         return None, 0
     record = _read_record(last, decode_seal)
-    if record.shard < before_shard:
+    if holds(record):
         return record, last.seq
     found: SealRecord | None = None
     message = await api.first_message(RECEIPTS, subject)
     while message is not None and message.seq < last.seq:
         record = _read_record(message, decode_seal)
-        found = record if record.shard < before_shard else found
+        found = record if holds(record) else found
         message = await api.first_message(RECEIPTS, subject, from_seq=message.seq + 1)
     return found, last.seq
+
+
+def told_before(shard: int, receipt: Receipt) -> Callable[[SealRecord], bool]:
+    """For `last_seal`: of a shard below that number, by the owner that `receipt` names or from before its part."""
+    first = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).first
+    return lambda record: record.shard < shard and (record.store == receipt.store or record.shard < first)
 
 
 async def read_checkpoint(api: Api, stage: Stage, partition: int) -> Checkpoint:

@@ -38,8 +38,13 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run_blocking(call: Callable[..., T], *arguments: object) -> T:
-    """Runs `call` in a thread. Cancelled, it still waits for the thread: files must not be closed under it."""
+async def run_blocking(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:
+    """Runs `call` in a thread. Cancelled, it still waits for the thread: files must not be closed under it.
+
+    Args:
+        call, arguments: what to run.
+        undo: lets go of what `call` gave, when a cancellation keeps it from the caller.
+    """
     future = asyncio.get_running_loop().run_in_executor(None, lambda: call(*arguments))
     try:
         return await asyncio.shield(future)
@@ -47,4 +52,6 @@ async def run_blocking(call: Callable[..., T], *arguments: object) -> T:
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait((future,))
+        if future.exception() is None and undo is not None:
+            undo(future.result())
         raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 
 import pytest
 from turns import turns
 
-from stages.runtime.tasks import side_by_side
+from stages.runtime.tasks import run_blocking, side_by_side
 
 
 async def test_what_jobs_give_comes_in_their_order() -> None:
@@ -60,3 +62,46 @@ async def test_a_cancellation_reaches_every_job() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cancelled == [True, True]
+
+
+@pytest.mark.parametrize("cancelled_times", [1, 3])
+async def test_what_a_thread_gives_to_nobody_is_undone(cancelled_times: int) -> None:
+    began, go_on, undone = threading.Event(), threading.Event(), []
+
+    def call(what: str) -> str:
+        began.set()
+        assert go_on.wait(60)
+        return what
+
+    task = asyncio.create_task(run_blocking(call, "a lock", undo=undone.append))
+    await asyncio.to_thread(began.wait, 60)
+    for _ in range(cancelled_times):
+        task.cancel()
+        await turns()
+    assert not task.done()
+    assert undone == []
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert undone == ["a lock"]
+
+
+async def test_what_a_thread_raises_to_nobody_is_not_reported_and_nothing_is_undone() -> None:
+    began, go_on, undone, reported = threading.Event(), threading.Event(), [], []
+
+    def call() -> None:
+        began.set()
+        assert go_on.wait(60)
+        raise OSError("no space left")
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    task = asyncio.create_task(run_blocking(call, undo=undone.append))
+    await asyncio.to_thread(began.wait, 60)
+    task.cancel()
+    await turns()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    gc.collect()
+    assert (undone, reported) == ([], [])

@@ -145,6 +145,7 @@ class MemoryFiles:
         self.seen = _Seen()
         self.to_seal: list[SealJob] = []
         self.sealed: dict[int, Path] = {}
+        self.trees: dict[int, tuple[int, str]] = {}
         self.cut_commits = False
         self._disk = disk
         self._partition = partition
@@ -201,6 +202,7 @@ class MemoryFiles:
         shard = self._shards[number]
         before = self.frontier.copy()
         self._replay(shard)
+        self.trees[number] = self.frontier.size, self.frontier.root().hex()
         shard.watermark = len(shard.groups)
         job = SealJob(self._path(number), number, len(shard.groups), before)
         if shard.sealed:
@@ -273,6 +275,7 @@ class MemoryFiles:
         """See `PartitionFiles.roll`."""
         self._disk.refuse_if_failing()
         job = SealJob(self._path(self._number), self._number, len(self._live.groups), self._frontier_before)
+        self.trees[self._number] = self.frontier.size, self.frontier.root().hex()
         self._number += 1
         self._shards[self._number] = Shard()
         self._frontier_before = self.frontier.copy()

@@ -1,0 +1,242 @@
+"""What an owner of a partition leaves behind when it is fenced off or killed while it seals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from pipeline import until
+
+from cluster.apply import apply
+from cluster.audit import read_partition
+from cluster.rewind import Rewinder
+from cluster.testing.disk import flip
+from contracts.receipts import Receipt, SealRecord
+from contracts.settings import Settings
+from contracts.subjects import EVENTS, raw_filter
+from stages.hash.core import HashCore
+from stages.ingest.actor import IngestCore
+from stages.persist.actor import PersistLane
+from stages.persist.audit import in_force
+from stages.persist.disk import LOCAL, Disk
+from stages.persist.names import list_shards
+from stages.persist.partition import PartitionFiles
+from stages.persist.seal import SealedInfo
+from stages.persist.store import EventStore
+from stages.persist.storedir import Store, open_store
+from stages.runtime.api import Api
+from stages.runtime.base import LaneBase
+from stages.runtime.checkpoint import last_receipt
+from stages.runtime.facts import read_cluster
+from stages.runtime.lane import Lane
+from stages.runtime.tasks import end_tasks
+from stages.segment.core import SegmentCore
+
+pytestmark = pytest.mark.cluster
+
+CONSULTATION = UUID(int=1, version=4)
+
+
+class Cluster:
+    """One partition: stages before persist as lanes here, and what was accepted."""
+
+    def __init__(self, client: Client, api: Api) -> None:
+        self.client = client
+        self.api = api
+        self.accepted: list[bytes] = []
+        self.last = 0
+        self._lanes = 0
+
+    def name(self) -> str:
+        self._lanes += 1
+        return f"lane-{self._lanes}"
+
+    @asynccontextmanager
+    async def upstream(self) -> AsyncIterator[None]:
+        lanes = [
+            Lane(self.api, core, 0, self.name(), lambda _: None) for core in (IngestCore(), SegmentCore(), HashCore())
+        ]
+        async with going(*lanes):
+            yield
+
+    def persist(self, store: Store, disk: Disk = LOCAL, **changes: Any) -> PersistLane:
+        api = Api(self.client, msgspec.structs.replace(self.api.settings, **changes))
+        return PersistLane(api, store, 0, self.name(), lambda _: None, disk=disk)
+
+    async def publish(self, count: int) -> None:
+        """So many events, and waits until they are committed."""
+        for _ in range(count):
+            event_id = uuid4()
+            body = {
+                "event_id": str(event_id),
+                "consultation_id": str(CONSULTATION),
+                "event_type": "CORE_STATE_CHANGED",
+                "payload": {},
+                "metadata": {"user_id": "a", "session_id": "b"},
+            }
+            subject = f"fi.events.clinic-1.{CONSULTATION}"
+            self.last = (await self.client.jetstream(timeout=10).publish(subject, json.dumps(body).encode())).seq
+            self.accepted.append(event_id.bytes)
+        await until(self.is_committed, "all is committed", 60)
+
+    async def is_committed(self) -> bool:
+        return (await self.receipt()).origin >= self.last
+
+    async def receipt(self) -> Receipt:
+        receipt, _ = await last_receipt(self.api, 0)
+        assert receipt is not None
+        return receipt
+
+    async def first_kept(self) -> int:
+        """The first sequence that `FI_EVENTS` still has."""
+        message = await self.api.first_message(EVENTS, raw_filter(0))
+        assert message is not None
+        return message.seq
+
+    async def records(self) -> list[tuple[int, str]]:
+        """Shard and store of every seal record."""
+        rows, _ = await read_partition(self.api, 0)
+        return [(row.shard, row.store) for row in rows if isinstance(row, SealRecord)]
+
+    async def seals(self) -> list[SealRecord]:
+        """Those in force."""
+        return in_force((await read_partition(self.api, 0))[0])[1]
+
+
+@asynccontextmanager
+async def going(*lanes: LaneBase) -> AsyncIterator[None]:
+    """The lanes, working until the block ends."""
+    tasks = [asyncio.create_task(lane.run()) for lane in lanes]
+    try:
+        yield
+        for lane in lanes:
+            lane.stop()
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(*tasks)
+
+
+async def ready(client: Client) -> Cluster:
+    settings = Settings(partitions=1, probe_s=0.5, trim_s=0.05)
+    await apply(client, settings)
+    return Cluster(client, Api(client, settings))
+
+
+async def new_store(client: Client, path: Path) -> Store:
+    return open_store(path, (await read_cluster(client)).cluster_id, now_ns=1)
+
+
+def stored(store: Store) -> set[bytes]:
+    with EventStore(store.directory) as events:
+        return {found.event.event_id for found in events.iterate()}
+
+
+async def test_an_owner_fenced_off_while_it_seals_takes_nothing_from_the_stream_that_the_next_one_needs(
+    client: Client, tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    seal_now = threading.Event()
+
+    class SlowDisk(PartitionFiles):
+        def seal(self, *arguments: Any) -> SealedInfo:
+            assert seal_now.wait(60)
+            return super().seal(*arguments)
+
+    async with cluster.upstream():
+        async with going(cluster.persist(first)):
+            await cluster.publish(20)
+        slow = cluster.persist(first, LOCAL._replace(open=SlowDisk.open), shard_events_max=20, probe_s=60.0)
+        sealing = asyncio.create_task(slow.run())
+        for _ in range(3):
+            await cluster.publish(20)
+    # Shard 1 is sealed, 2 and 3 are about to be, 4 is live; and ingest rests.
+    assert await cluster.records() == [(1, first.store_id)]
+    assert (await Rewinder(cluster.api, second).move(0)).origin == 20
+    seal_now.set()
+
+    async def stands_by() -> bool:
+        return slow._standing_by
+
+    try:
+        await until(stands_by, "the first owner learns that it is none any more", 60)
+        assert (2, first.store_id) in await cluster.records()
+        assert [seal.shard for seal in await cluster.seals()] == [1], "the last words of no owner"
+        assert await cluster.first_kept() <= 21
+        async with cluster.upstream(), going(cluster.persist(second)):
+            await cluster.publish(5)
+        receipt = await cluster.receipt()
+        assert (receipt.persisted, receipt.duplicates, receipt.dead_lettered) == (85, 0, 0)
+        assert stored(second) == set(cluster.accepted[20:])
+        assert [(seal.shard, seal.store) for seal in await cluster.seals()] == [
+            (1, first.store_id),
+            (2, second.store_id),
+        ]
+    finally:
+        slow.stop()
+        async with asyncio.timeout(60):
+            await sealing
+
+
+async def test_what_is_sealed_leaves_the_stream_also_when_nothing_comes_in_any_more(
+    client: Client, tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    lane = cluster.persist(store, shard_events_max=10)
+
+    async def trimmed() -> bool:
+        return await cluster.first_kept() == 10
+
+    async with cluster.upstream(), going(lane):
+        for _ in range(3):
+            await cluster.publish(10)
+        await until(trimmed, "shard 1 is sealed, shard 2 kept, shard 3 live", 60)
+
+
+async def test_a_shard_made_again_gets_a_record_of_its_own_though_its_owner_dies_before_it_is_published(
+    client: Client, tmp_path: Path
+) -> None:
+    """The record of the shard that was given up has the same number."""
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    die_now = threading.Event()
+
+    class Killed(PartitionFiles):
+        def seal(self, *arguments: Any) -> SealedInfo:
+            assert die_now.wait(60)
+            raise RuntimeError("killed")
+
+    async with cluster.upstream():
+        for _ in range(2):
+            async with going(cluster.persist(store)):
+                await cluster.publish(20)
+        newest = [file for file in list_shards(store.directory)[0] if file.sealed][-1].path
+        flip(newest, newest.stat().st_size // 2)
+        assert (await Rewinder(cluster.api, store).rebuild(0)) is not None
+        assert [seal.shard for seal in await cluster.seals()] == [1]
+        dying = asyncio.create_task(cluster.persist(store, LOCAL._replace(open=Killed.open), shard_events_max=20).run())
+        await until(cluster.is_committed, "shard 2 is made again", 60)
+        await cluster.publish(5)
+        assert not dying.done()
+        die_now.set()
+        with pytest.raises(RuntimeError, match="killed"):
+            async with asyncio.timeout(60):
+                await dying
+        assert [seal.shard for seal in await cluster.seals()] == [1]
+        async with going(cluster.persist(store)):
+            await cluster.publish(1)
+    seals = await cluster.seals()
+    assert [seal.shard for seal in seals] == [1, 2, 3]
+    for seal in seals:
+        assert (store.directory / seal.file).exists()
