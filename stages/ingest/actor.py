@@ -40,6 +40,6 @@ class IngestCore:
             now_ns=now_ns,
             first_seen=message.headers.get(HEADER_FIRST_SEEN, ""),
         )
-        dead = [Dead(message.seq, len(parsed.rejected))] if parsed.rejected else []
+        dead = [Dead(message.seq, sum(row.lines for row in parsed.rejected))] if parsed.rejected else []
         letters = [DeadLetter(message.seq, row.index, row.error, row.raw) for row in parsed.rejected]
         return Step(message.seq, message.seq, parsed.events, dead, letters, (), self._closed)

@@ -10,6 +10,8 @@ The rules are DOMAIN's event table. What it leaves open is decided here:
 * A field given twice is refused, of the event and of `metadata`: parsers disagree on which of two wins, so gateway and
   record could disagree on who said what. Inside `payload` and deeper in `metadata`, names are the application's; there
   the last one wins, as it does in the definition of the audit hash.
+* Of a message's refused lines, the first 64 are rejections of their own; after that, those that follow one another are
+  one. Each is a dead letter, stored before anything behind the message goes on: thousands would hold that up.
 * Ids are UUIDs in their canonical form of 36 characters, in either case.
 * A time must fit 64 bits of nanoseconds: years 1678 to 2261.
 * The object itself counts as depth 1, and `metadata` is held to the payload's depth.
@@ -52,6 +54,9 @@ from stages.ingest.explain import duplicate_field, explain_decoding, explain_par
 EVENTS_MAX = 32 * 1024
 """Lines one message may hold. No message within `MESSAGE_BYTES_MAX` can hold as many valid events."""
 
+REJECTIONS_APART = 64
+"""Refused lines of a message that are rejections of their own."""
+
 _TIME_NS_MIN, _TIME_NS_MAX = -(2**63), 2**63 - 1
 _REQUIRED_BYTES = len('{"consultation_id":"","event_type":"","payload":,"metadata":}')
 _OPTIONAL_BYTES = len(',"event_id":'), len(',"timestamp":')
@@ -65,14 +70,16 @@ class Rejection(msgspec.Struct, frozen=True):
     """A part of a message that is not an event.
 
     Attributes:
-        index: its position among the message's events, from 0.
+        index: its position among the message's events, from 0; of several lines that of the first.
         raw: its bytes as they were sent.
-        error: what is wrong with it.
+        error: what is wrong with it; of several lines with the first.
+        lines: how many.
     """
 
     index: int
     raw: bytes
     error: InvalidEventError
+    lines: int = 1
 
 
 class Parsed(msgspec.Struct, frozen=True):
@@ -144,7 +151,24 @@ def parse_message(
     parsed = _parse_parts(message, lines, None)
     if not parsed.events and all(part.error.reason.startswith("json.") for part in parsed.rejected):
         return _parse_parts(message, [body.strip(JSON_SPACE)], body)
+    if len(parsed.rejected) > REJECTIONS_APART:
+        return Parsed(parsed.events, _join_neighbours(parsed.rejected))
     return parsed
+
+
+def _join_neighbours(rejected: list[Rejection]) -> list[Rejection]:
+    """The first ones as they are; after them, those of lines that follow one another are one."""
+    joined = rejected[:REJECTIONS_APART]
+    neighbours: list[list[Rejection]] = []
+    for part in rejected[REJECTIONS_APART:]:
+        if neighbours and part.index == neighbours[-1][-1].index + 1:
+            neighbours[-1].append(part)
+        else:
+            neighbours.append([part])
+    return joined + [
+        Rejection(parts[0].index, b"\n".join([part.raw for part in parts]), parts[0].error, len(parts))
+        for parts in neighbours
+    ]
 
 
 def parse_uuid(text: str) -> bytes:

@@ -23,6 +23,13 @@ HOLES_BEFORE_PURGE: Final = 3
 STRAYS_MAX: Final = 5
 """Attempts at an input with something in it that is no frame, without one frame in between: the last ones purge."""
 PROBE_BACKOFF_MAX: Final = 4.0
+_LINE_BYTES: Final = 256
+"""A line takes ingest as long as so many bytes, however short it is."""
+
+
+def message_work(data: bytes) -> int:
+    """What ingest has to do with a gateway's message, in bytes."""
+    return max(len(data), _LINE_BYTES * data.count(b"\n"))
 
 
 class InputFeed:
@@ -41,7 +48,7 @@ class InputFeed:
             batch=settings.pull_batch if stage == "ingest" else settings.pull_batch_hop,
             locate=self._locate,
             nonce=nonce,
-            weigh=len if stage == "ingest" else held_bytes,
+            weigh=message_work if stage == "ingest" else held_bytes,
         )
 
     async def _locate(self) -> int:

@@ -35,6 +35,10 @@ OFFLOAD_BYTES_MIN: Final = 256 * 1024
 """Input of this size is worked on in a thread, so that the event loop keeps turning."""
 HEADERS_BYTES_MAX: Final = 4096
 """Room for a frame's headers: servers count them as payload."""
+LATER_BYTES_FRAME: Final = 8 * 1024
+"""What later stages add to a frame at most: the memory of 256 committed consultations, and sequences."""
+LATER_BYTES_EVENT: Final = 64
+"""What they add to an event at most: two times, a policy's version, a hash."""
 
 
 class Made(NamedTuple):
@@ -134,6 +138,7 @@ class Lane(LaneBase):
     async def _advance(self, feed: InputFeed) -> None:
         """One frame: work on what waits, bury what is refused, publish what passed, move the cursor."""
         settings = self._api.settings
+        frame_bytes_max = self._api.client.max_payload - HEADERS_BYTES_MAX - LATER_BYTES_FRAME
         count_max = 1 if self._breaker.is_open else settings.frame_events_max
         messages = feed.reader.take(count_max, settings.frame_bytes_max)
         self._probe.begin(messages)
@@ -143,9 +148,11 @@ class Lane(LaneBase):
             if made is None:
                 self._probe.skipped()
                 return
-            if made.encoded.held_bytes <= self._api.client.max_payload - HEADERS_BYTES_MAX or len(messages) == 1:
+            later_bytes = LATER_BYTES_EVENT * len(made.frame.events)
+            if made.encoded.held_bytes + later_bytes <= frame_bytes_max or len(messages) == 1:
                 break
-            # Stages add to small events several times their size: what was taken can be too much for one message.
+            # Stages add to small events several times their size: what was taken can be too much for one message, of
+            # this stage or of a later one, which cannot part what it gets.
             half = len(messages) // 2
             feed.reader.put_back(messages[half:])
             messages = messages[:half]

@@ -291,6 +291,28 @@ async def test_a_refused_message_with_the_longest_headers_gets_its_letter_and_no
     ]
 
 
+async def test_a_message_of_thousands_of_refused_lines_is_few_letters_and_counts_them_all(client: Client) -> None:
+    api = await ready(client)
+    await client.jetstream(timeout=30).publish(f"fi.events.clinic-1.{UUID(int=1, version=4)}", b"{}\n" * 3000)
+    lane = Lane(api, IngestCore(), 0, "nonce", lambda _: None)
+    running_lane = asyncio.create_task(lane.run())
+
+    async def framed() -> bool:
+        return await api.last_message(SEGMENT, "fi.segment.0") is not None
+
+    try:
+        await until(framed, "the message is taken", 60)
+    finally:
+        lane.stop()
+        await running_lane
+    last = await api.last_message(SEGMENT, "fi.segment.0")
+    assert last is not None
+    assert [row.count for row in decode_frame_head(last.data).dead] == [3000]
+    letters = await everything(DeadLetters(api, "c"))
+    assert [letter.index for letter in letters] == list(range(65))
+    assert letters[-1].data == b"\n".join([b"{}"] * 2936)
+
+
 async def test_burying_remembers_no_letter_that_it_need_not_look_for(client: Client) -> None:
     api = await without_originals(client)
     graveyard = Graveyard(api, "segment", 0, "first")

@@ -16,7 +16,9 @@ from contracts.errors import InvalidEventError
 from contracts.events import DEFAULT_SOURCE, DEFAULT_TIMEZONE, Event, derive_event_id, encode_event
 from contracts.hashing import audit_hash, canonical_json
 from contracts.policy import EVENT_TYPES
+from stages.ingest.actor import IngestCore
 from stages.ingest.core import EVENTS_MAX, Parsed, parse_message, parse_uuid
+from stages.runtime.messages import StoredMessage
 
 CONSULTATION = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"
 EVENT_ID = "11111111-2222-4333-8444-555555555555"
@@ -24,7 +26,9 @@ ORIGIN, ACCEPTED_NS, NOW_NS = 41, 1_700_000_000_123_456_789, 1_700_000_000_200_0
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "primock57.ndjson"
 
 
-def parse(body: bytes, *, site: str = "clinic-1", consultation: str = CONSULTATION, trace: str = "") -> Parsed:
+def parse(
+    body: bytes, *, site: str = "clinic-1", consultation: str = CONSULTATION, trace: str = "", first_seen: str = ""
+) -> Parsed:
     return parse_message(
         body,
         subject_site=site,
@@ -33,6 +37,7 @@ def parse(body: bytes, *, site: str = "clinic-1", consultation: str = CONSULTATI
         accepted_ns=ACCEPTED_NS,
         traceparent=trace,
         now_ns=NOW_NS,
+        first_seen=first_seen,
     )
 
 
@@ -131,6 +136,34 @@ def test_a_single_object_over_several_lines_is_one_event_or_one_rejection() -> N
 def test_more_lines_than_a_message_can_hold_are_one_rejection() -> None:
     assert only_error(parse(b"{}\n" * (EVENTS_MAX + 1))).reason == "message.events"
     assert len(parse(b"{}\n" * 3).rejected) == 3
+
+
+def test_beyond_64_refused_lines_those_that_follow_one_another_are_one_rejection() -> None:
+    good = body_of(event_id=None)
+    lines = [b"{}"] * 66 + [good] + [b"[]"] * 500 + [good, b"{}"]
+    parsed = parse(b"\n\n".join(lines))
+    assert [event.index for event in parsed.events] == [66, 567]
+    assert [(part.index, part.lines) for part in parsed.rejected] == [
+        *((index, 1) for index in range(64)),
+        (64, 2),
+        (67, 500),
+        (568, 1),
+    ]
+    assert [part.raw for part in parsed.rejected[64:]] == [b"{}\n{}", b"\n".join([b"[]"] * 500), b"{}"]
+    assert parsed.rejected[65].error.reason == "json.not_object"
+    subject = f"fi.raw.0.clinic-1.{CONSULTATION}"
+    step = IngestCore().step(StoredMessage(subject, ORIGIN, ACCEPTED_NS, b"\n".join(lines), {}), 0, NOW_NS)
+    assert step is not None
+    (dead,) = step.dead
+    assert dead.count == 567, "every refused line is accounted for"
+
+
+def test_lines_refused_together_keep_their_places_when_they_are_mended_and_sent_again() -> None:
+    """An event without an id gets it from its place: a mended one must not take that of another line."""
+    refused = parse(b"\n".join([b"{}"] * 70)).rejected[64]
+    again = parse(b"\n".join([body_of(event_id=None)] * 6), first_seen=f"{ORIGIN}/{ACCEPTED_NS}/{refused.index}")
+    expected = [derive_event_id(ORIGIN, ACCEPTED_NS, index) for index in range(64, 70)]
+    assert [event.event_id for event in again.events] == expected
 
 
 DEEP_64 = b'{"a":' * 63 + b"[]" + b"}" * 63
