@@ -24,6 +24,7 @@ class Group(NamedTuple):
         dead_lettered: events refused by an earlier stage.
         trail: sequences in the three hop streams of the last frame.
         closed: segment's memory at `origin`.
+        dropped_bytes: of the records that are not stored again.
     """
 
     prev_origin: int
@@ -34,6 +35,7 @@ class Group(NamedTuple):
     dead_lettered: int
     trail: tuple[int, ...]
     closed: bytes
+    dropped_bytes: int = 0
 
 
 def plan_group(
@@ -78,7 +80,8 @@ def plan_group(
         return None
     fresh_records, fresh_ids = _without_duplicates(records, ids, seen(ids))
     duplicates = len(records) - len(fresh_records)
-    return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed)
+    dropped_bytes = sum(map(len, records)) - sum(map(len, fresh_records)) if duplicates else 0
+    return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed, dropped_bytes)
 
 
 def _read_event(message: StoredMessage, record: bytes) -> Event:

@@ -65,6 +65,8 @@ class PartitionFiles:
         self._frontier_before = MerkleFrontier()
         self._first_ns: int | None = None
         self._begins_after: int | None = None
+        self._dropped_bytes = 0
+        """Of duplicates that came while the live shard was, as far as this object saw them."""
         self._first_shard = FIRST_SHARD
         self._next_ready = False
         self._damaged: dict[int, Path] = {}
@@ -276,6 +278,7 @@ class PartitionFiles:
             self._live.cut(0)
         self._frontier_before = self.frontier.copy()
         self._first_ns = self._begins_after = None
+        self._dropped_bytes = 0
         self._next_ready = False
 
     @property
@@ -287,7 +290,7 @@ class PartitionFiles:
         """True when the live shard has room for the group, and `FI_EVENTS` for what the shard keeps there.
 
         `FI_EVENTS` is purged of all but the newest sealed shards: unsealed ones may hold as much as two of those, or a
-        full stream would wait for them to grow old.
+        full stream would wait for them to grow old. It keeps duplicates too, though the shard does not.
         """
         settings, live = self._settings, self._live
         size_bytes = blob_bytes(group.records)
@@ -296,7 +299,7 @@ class PartitionFiles:
         share_bytes = settings.events_bytes_max // ((2 + settings.sealed_kept) * settings.partitions)
         return (
             live.fits(size_bytes)
-            and live.end_bytes + size_bytes <= share_bytes
+            and live.end_bytes + size_bytes + self._dropped_bytes + group.dropped_bytes <= share_bytes
             and live.events + len(group.records) <= settings.shard_events_max
         )
 
@@ -327,6 +330,7 @@ class PartitionFiles:
                 committed_ns=self._clock_ns(),
             )
             self._live.sync()
+        self._dropped_bytes += group.dropped_bytes
         self.frontier.extend(group.records)
         self.seen.add(self._live.header.shard, group.ids)
         now_ns = self._clock_ns()

@@ -1,4 +1,4 @@
-"""What an owner of a partition leaves behind when it is fenced off or killed while it seals."""
+"""Persist on real streams: what it seals, records and trims, also when it is fenced off or killed while it does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 from nats.aio.client import Client
+from nats.js.errors import APIError
 from pipeline import until
 
 from cluster.apply import apply
@@ -21,7 +22,7 @@ from cluster.audit import read_partition
 from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
 from contracts.receipts import Receipt, SealRecord
-from contracts.settings import Settings
+from contracts.settings import MIB, Settings
 from contracts.subjects import EVENTS, raw_filter
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
@@ -39,6 +40,7 @@ from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import read_cluster
 from stages.runtime.lane import Lane
 from stages.runtime.tasks import end_tasks
+from stages.runtime.writer import STREAM_FULL
 from stages.segment.core import SegmentCore
 
 pytestmark = pytest.mark.cluster
@@ -72,20 +74,22 @@ class Cluster:
         api = Api(self.client, msgspec.structs.replace(self.api.settings, **changes))
         return PersistLane(api, store, 0, self.name(), lambda _: None, disk=disk)
 
+    async def send(self, event_id: UUID, filling: str = "") -> None:
+        body = {
+            "event_id": str(event_id),
+            "consultation_id": str(CONSULTATION),
+            "event_type": "CORE_STATE_CHANGED",
+            "payload": {"filling": filling},
+            "metadata": {"user_id": "a", "session_id": "b"},
+        }
+        subject = f"fi.events.clinic-1.{CONSULTATION}"
+        self.last = (await self.client.jetstream(timeout=10).publish(subject, json.dumps(body).encode())).seq
+        self.accepted.append(event_id.bytes)
+
     async def publish(self, count: int) -> None:
         """So many events, and waits until they are committed."""
         for _ in range(count):
-            event_id = uuid4()
-            body = {
-                "event_id": str(event_id),
-                "consultation_id": str(CONSULTATION),
-                "event_type": "CORE_STATE_CHANGED",
-                "payload": {},
-                "metadata": {"user_id": "a", "session_id": "b"},
-            }
-            subject = f"fi.events.clinic-1.{CONSULTATION}"
-            self.last = (await self.client.jetstream(timeout=10).publish(subject, json.dumps(body).encode())).seq
-            self.accepted.append(event_id.bytes)
+            await self.send(uuid4())
         await until(self.is_committed, "all is committed", 60)
 
     async def is_committed(self) -> bool:
@@ -126,8 +130,8 @@ async def going(*lanes: LaneBase) -> AsyncIterator[None]:
         await end_tasks(*tasks)
 
 
-async def ready(client: Client) -> Cluster:
-    settings = Settings(partitions=1, probe_s=0.5, trim_s=0.05)
+async def ready(client: Client, **changes: Any) -> Cluster:
+    settings = Settings(**{"partitions": 1, "probe_s": 0.5, "trim_s": 0.05, **changes})
     await apply(client, settings)
     return Cluster(client, Api(client, settings))
 
@@ -240,3 +244,26 @@ async def test_a_shard_made_again_gets_a_record_of_its_own_though_its_owner_dies
     assert [seal.shard for seal in seals] == [1, 2, 3]
     for seal in seals:
         assert (store.directory / seal.file).exists()
+
+
+async def test_duplicates_do_not_fill_the_stream_until_the_shard_is_old(client: Client, tmp_path: Path) -> None:
+    """A gateway that sends its backlog once more: the shard takes nothing, `FI_EVENTS` all of it."""
+    cluster = await ready(client, events_bytes_max=8 * MIB)
+    store = await new_store(client, tmp_path / "store")
+    event_id = uuid4()
+
+    async def taken() -> bool:
+        try:
+            await cluster.send(event_id, "x" * 500_000)
+        except APIError as error:
+            if error.err_code not in STREAM_FULL:
+                raise
+            return False
+        return True
+
+    async with cluster.upstream(), going(cluster.persist(store)):
+        for number in range(50):
+            await until(taken, f"{number} were taken, three times as many as there is room for", 60)
+        await until(cluster.is_committed, "all is committed", 60)
+    receipt = await cluster.receipt()
+    assert (receipt.persisted, receipt.duplicates) == (1, 49)
