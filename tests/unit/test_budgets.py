@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import typing
 from dataclasses import dataclass
 
 import msgspec
 import pytest
+from commandline import Captured, fictl
 
-from cluster.cli import main
 from contracts.budgets import BUDGETS, ORDERS, SETTING_WAITS, disorders
 from contracts.errors import SettingsError
 from contracts.settings import Settings, resolve_settings
@@ -73,18 +72,9 @@ def test_settings_that_break_an_order_are_refused_with_both_names(wrong: Wrong) 
     assert all(name in str(caught.value) for name in wrong.names)
 
 
-def fictl(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as exited:
-        main(list(arguments))
-    return int(exited.value.code or 0)
-
-
 def test_fictl_config_budgets_prints_every_wait_with_its_meaning(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The command line takes the logs of its process over, which here is a test's.
-    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
     monkeypatch.setenv("COLUMNS", "200")
     assert fictl("--config", "", "config", "budgets", "--json", "--set", "drain_s=1.5") == 0
     told = json.loads(capsys.readouterr().out)

@@ -8,13 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from commandline import Captured, fictl
 
 from cluster.capacity import Measured, capacity
-from cluster.cli import main
 from contracts.errors import SettingsError
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "latest.json"
-Captured = pytest.CaptureFixture[str]
 
 ALL = Measured(
     events_per_s=1000.0,
@@ -99,16 +98,10 @@ def test_a_peak_below_the_mean_is_refused() -> None:
         capacity(ALL, peak=0.5)
 
 
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as exited:
-        main(["capacity", *map(str, arguments)])
-    return int(exited.value.code or 0)
-
-
 def test_the_verb_takes_what_the_benchmark_wrote(capsys: Captured) -> None:
     kept = json.loads(RESULTS.read_text())["headline"]
     for batch in (1, 16):
-        assert run("--from", RESULTS, "--batch", str(batch), "--json") == 0
+        assert fictl("capacity", "--from", RESULTS, "--batch", str(batch), "--json") == 0
         found = json.loads(capsys.readouterr().out)
         rate = kept[f"events_per_s_batch_{batch}"]
         assert found["events_per_s"] == rate
@@ -116,7 +109,7 @@ def test_the_verb_takes_what_the_benchmark_wrote(capsys: Captured) -> None:
 
 
 def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
-    assert run("--rate", "1000", "--cpus", "2", "--servers-cpus", "1.5", "--stages-cpus", "1") == 0
+    assert fictl("capacity", "--rate", "1000", "--cpus", "2", "--servers-cpus", "1.5", "--stages-cpus", "1") == 0
     out = capsys.readouterr().out
     assert "3,456,000 sessions a day. Runs out first: cpu." in out
     assert "Assumed: 20 events a session, at an even rate all day" in out
@@ -136,15 +129,15 @@ def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
     ],
 )
 def test_the_verb_refuses_what_it_cannot_use(arguments: tuple[str, ...], named: str, capsys: Captured) -> None:
-    assert run(*arguments) == 2
+    assert fictl("capacity", *arguments) == 2
     assert named in capsys.readouterr().err
 
 
 def test_a_benchmark_file_that_is_not_there_is_named(tmp_path: Path, capsys: Captured) -> None:
-    assert run("--from", tmp_path / "none.json") == 1
+    assert fictl("capacity", "--from", tmp_path / "none.json") == 1
     assert "none.json: No such file" in capsys.readouterr().err
 
 
 def test_the_verbs_help_has_an_example(capsys: Captured) -> None:
-    assert run("--help") == 0
+    assert fictl("capacity", "--help") == 0
     assert "Example: fictl capacity --from benchmarks/results/latest.json" in " ".join(capsys.readouterr().out.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import Captured, fictl
 
 import cluster.cli
-from cluster.cli import main
 from cluster.cli.common import exit_code, find_servers, find_settings
 from cluster.workload import consultations
 from contracts.errors import (
@@ -26,23 +25,11 @@ from contracts.errors import (
 )
 from contracts.policy import EVENT_TYPES
 
-Captured = pytest.CaptureFixture[str]
-
-
-def fi(*arguments: str | Path) -> int:
-    """Runs `fi` in this process and gives its exit code."""
-    with pytest.raises(SystemExit) as exited:
-        main([str(argument) for argument in arguments])
-    return int(exited.value.code or 0)
-
 
 @pytest.fixture(autouse=True)
 def _untouched_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FI_")]:
         monkeypatch.delenv(name)
-    # The command line sends logs to the stderr of its process, which here is a test's.
-    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
 
 
 @pytest.fixture
@@ -53,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_schema_prints_one_json_schema_on_stdout(capsys: Captured) -> None:
-    assert fi("schema", "--json") == 0
+    assert fictl("schema", "--json") == 0
     printed = capsys.readouterr()
     schema = json.loads(printed.out)
     assert schema["$defs"]["EventSchema"]["properties"]["event_type"]["enum"] == list(EVENT_TYPES)
@@ -62,7 +49,7 @@ def test_schema_prints_one_json_schema_on_stdout(capsys: Captured) -> None:
 
 
 def test_schema_for_people_names_every_field_and_rule(capsys: Captured) -> None:
-    assert fi("schema") == 0
+    assert fictl("schema") == 0
     out = capsys.readouterr().out
     for word in ("consultation_id", "timestamp", "America/Mexico_City", "Nats-Msg-Id", "payload_bytes_max"):
         assert word in out
@@ -77,7 +64,7 @@ VERBS = [
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], capsys: Captured) -> None:
-    assert fi(*verb, "--help") == 0
+    assert fictl(*verb, "--help") == 0
     out = capsys.readouterr().out
     if verb not in ((), ("cluster",), ("key",)):
         assert "Example: fictl " in " ".join(out.split())
@@ -103,7 +90,7 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
     ids=" ".join,
 )  # fmt: skip
 def test_bad_usage_exits_2_with_words_on_stderr(arguments: tuple[str, ...], capsys: Captured) -> None:
-    assert fi(*arguments) == 2
+    assert fictl(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err
@@ -117,7 +104,7 @@ def test_where_nothing_runs_the_exit_code_is_3_and_the_next_step_is_named(
     verb: tuple[str, ...], tmp_path: Path, file: Path, capsys: Captured
 ) -> None:
     arguments = [file if part == "-" else part for part in verb]
-    assert fi(*arguments, "--dir", tmp_path) == 3
+    assert fictl(*arguments, "--dir", tmp_path) == 3
     printed = capsys.readouterr()
     assert "fictl up --dir" in printed.err
     assert printed.out == ""
@@ -125,17 +112,17 @@ def test_where_nothing_runs_the_exit_code_is_3_and_the_next_step_is_named(
 
 @pytest.mark.parametrize("verb", ["export", "verify", "shards"])
 def test_a_directory_without_a_store_is_told(verb: str, tmp_path: Path, capsys: Captured) -> None:
-    assert fi(verb, tmp_path) == 1
+    assert fictl(verb, tmp_path) == 1
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: Captured) -> None:
-    assert fi("publish", tmp_path / "missing.ndjson", "--check-only") == 1
+    assert fictl("publish", tmp_path / "missing.ndjson", "--check-only") == 1
     assert "missing.ndjson: No such file" in capsys.readouterr().err
 
 
 def test_check_only_needs_no_cluster_and_passes_good_lines(file: Path, capsys: Captured) -> None:
-    assert fi("publish", file, "--check-only", "--json") == 0
+    assert fictl("publish", file, "--check-only", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["lines"], report["refused"], report["published"]) == (30, 0, 0)
 
@@ -145,7 +132,7 @@ def test_refused_lines_are_listed_with_number_field_and_reason(file: Path, capsy
     lines[4] = b"{nope"
     lines[9] = lines[9].replace(b'"event_type": "', b'"event_type": "X')
     file.write_bytes(b"\n".join(lines))
-    assert fi("publish", file, "--check-only", "--json") == 1
+    assert fictl("publish", file, "--check-only", "--json") == 1
     printed = capsys.readouterr()
     refused = json.loads(printed.out)["refused_lines"]
     assert [(line["line"], line["field"], line["reason"]) for line in refused] == [
@@ -158,7 +145,7 @@ def test_refused_lines_are_listed_with_number_field_and_reason(file: Path, capsy
 def test_no_more_than_a_screenful_of_refused_lines_is_shown(tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "bad.ndjson"
     path.write_bytes(b"nope\n" * 3000)
-    assert fi("publish", path, "--check-only") == 1
+    assert fictl("publish", path, "--check-only") == 1
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 21
     assert "2980 more" in printed.err
@@ -187,7 +174,7 @@ def test_an_error_is_one_line_without_traceback(monkeypatch: pytest.MonkeyPatch,
         raise ShardCorruptError("p0-1.h5: wrong checksum; restore it")
 
     monkeypatch.setattr(cluster.cli, "app", fail)
-    assert fi("schema") == 4
+    assert fictl("schema") == 4
     assert capsys.readouterr().err == "fi: p0-1.h5: wrong checksum; restore it\n"
 
 

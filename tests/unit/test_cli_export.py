@@ -12,9 +12,10 @@ from pathlib import Path
 
 import h5py
 import pytest
-from exporting import expected, filled_place, flip
-from test_cli import Captured, fi
+from commandline import Captured, fictl
+from exporting import expected, filled_place
 
+from cluster.testing.disk import flip
 from contracts.events import format_rfc3339
 from stages.persist.export.manifest import MANIFEST_SUFFIX, manifest_path
 from stages.persist.sealed import Selection
@@ -28,11 +29,11 @@ def place(tmp_path: Path) -> Path:
 def test_without_output_the_events_go_to_stdout_and_nothing_else_is_said(
     place: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    assert fi("export", place) == 0
+    assert fictl("export", place) == 0
     printed = capfdbinary.readouterr()
     assert [json.loads(line) for line in printed.out.splitlines()] == expected(place)
     assert printed.err == b""
-    assert fi("export", place, "--format", "csv", "--site", "clinic_7") == 0
+    assert fictl("export", place, "--format", "csv", "--site", "clinic_7") == 0
     lines = capfdbinary.readouterr().out.split(b"\r\n")
     assert lines[0].startswith(b"event_id,consultation_id,timestamp,")
     assert len(lines) - 2 == len(expected(place, Selection(site="clinic_7")))
@@ -45,7 +46,7 @@ def test_every_option_reaches_the_file_and_its_manifest(place: Path, capsys: Cap
     chosen = ["--site", event["site"], "--type", event["event_type"], "--consultation", event["consultation_id"]]
     span = ["--since", event["timestamp"], "--until", format_rfc3339(2_000_000_000_000_000_000)]
     said = ["--purpose", "audit 12", "--who", "ana", "--json"]
-    assert fi("export", place, "--format", "hdf5-consultations", "--output", output, *chosen, *span, *said) == 0
+    assert fictl("export", place, "--format", "hdf5-consultations", "--output", output, *chosen, *span, *said) == 0
     printed = capsys.readouterr()
     manifest = json.loads(printed.out)
     assert manifest == json.loads(manifest_path(output).read_bytes())
@@ -66,20 +67,20 @@ def test_every_option_reaches_the_file_and_its_manifest(place: Path, capsys: Cap
 
 def test_who_is_the_login_name_when_not_said(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "rosa")
-    assert fi("export", place, "--output", place / "a", "--json") == 0
+    assert fictl("export", place, "--output", place / "a", "--json") == 0
     assert json.loads(capsys.readouterr().out)["who"] == "rosa"
 
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.setattr(getpass, "getuser", nobody)
-    assert fi("export", place, "--output", place / "a", "--json") == 0
+    assert fictl("export", place, "--output", place / "a", "--json") == 0
     assert json.loads(capsys.readouterr().out)["who"] == f"uid {os.getuid()}"
 
 
 @pytest.mark.parametrize("name", ["shards/store.json", "shards", "missing/events.csv"])
 def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name: str, capsys: Captured) -> None:
-    assert fi("export", place, "--output", place / name) == 2
+    assert fictl("export", place, "--output", place / name) == 2
     err = capsys.readouterr().err
     assert name in err
     assert "choose another" in err or "name a file" in err
@@ -87,18 +88,18 @@ def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name:
 
 def test_verify_takes_the_file_or_its_manifest_and_exits_4_naming_what_is_wrong(place: Path, capsys: Captured) -> None:
     output = place / "all.csv"
-    assert fi("export", place, "--format", "csv", "--output", output, "--who", "ana") == 0
+    assert fictl("export", place, "--format", "csv", "--output", output, "--who", "ana") == 0
     for path in (output, manifest_path(output)):
-        assert fi("verify", path) == 0
+        assert fictl("verify", path) == 0
         assert "all.csv: 142 events, exported " in capsys.readouterr().out
-    assert fi("verify", place) == 0
+    assert fictl("verify", place) == 0
     assert "142 events, 1 exports: all is well" in capsys.readouterr().out
     flip(output, 1000)
     for path in (output, manifest_path(output), place):
-        assert fi("verify", path) == 4
+        assert fictl("verify", path) == 4
         assert "all.csv.manifest.json: all.csv: was changed" in capsys.readouterr().out
     output.unlink()
-    assert fi("verify", output, "--json") == 4
+    assert fictl("verify", output, "--json") == 4
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], report["problems"]) == (False, [{"where": "all.csv", "what": "is missing"}])
     assert report["manifest"]["events"] == 142
@@ -106,10 +107,10 @@ def test_verify_takes_the_file_or_its_manifest_and_exits_4_naming_what_is_wrong(
 
 def test_a_file_without_a_manifest_cannot_be_verified(place: Path, capsys: Captured) -> None:
     (place / "x.csv").write_text("a")
-    assert fi("verify", place / "x.csv") == 1
+    assert fictl("verify", place / "x.csv") == 1
     assert "fictl export --output" in capsys.readouterr().err
-    assert fi("export", place, "--output", place / "x.csv") == 0
-    assert fi("verify", place / "x.csv", "--receipts") == 2
+    assert fictl("export", place, "--output", place / "x.csv") == 0
+    assert fictl("verify", place / "x.csv", "--receipts") == 2
 
 
 def test_an_export_stopped_by_a_signal_leaves_no_file_under_its_name(place: Path) -> None:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import Captured, fictl
 
-from cluster.cli import main
 from cluster.cli.common import config_option, find_settings, given_settings
 from cluster.config import find_file
 from cluster.stageprocess import settings_environment
 from contracts.errors import SettingsError
 from contracts.settings import Settings
-
-Captured = pytest.CaptureFixture[str]
-
-
-def fictl(*arguments: str | Path) -> int:
-    """Runs `fictl` in this process and gives its exit code."""
-    with pytest.raises(SystemExit) as exited:
-        main([str(argument) for argument in arguments])
-    return int(exited.value.code or 0)
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +22,6 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty working directory, and an environment without settings."""
     for name in [name for name in os.environ if name.startswith(("FI_", "OTEL_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

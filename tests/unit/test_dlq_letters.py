@@ -9,9 +9,9 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from commandline import Captured, fictl
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import Captured, fi
 
 from cluster.cli.dlq import parse_when
 from cluster.cli.letters import advice, brief, first_bytes, line, page, whole
@@ -174,10 +174,10 @@ def test_what_changes_something_wants_to_be_told_what_exactly(
     verb: str, arguments: list[str], says: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert fi("dlq", verb, *arguments, "--dir", tmp_path) == 2
+    assert fictl("dlq", verb, *arguments, "--dir", tmp_path) == 2
     assert says in capsys.readouterr().err
 
 
 def test_without_a_cluster_it_is_not_ready(capsys: Captured, tmp_path: Path) -> None:
-    assert fi("dlq", "ls", "--dir", tmp_path) == 3
+    assert fictl("dlq", "ls", "--dir", tmp_path) == 3
     assert capsys.readouterr().out == ""

@@ -6,16 +6,15 @@ import ast
 import asyncio
 import errno
 import json
-import logging
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from commandline import Captured, fictl
 from opentelemetry.sdk.metrics.export import MetricsData
 from opentelemetry.sdk.resources import Resource
 
-from cluster.cli import main
 from contracts import telemetry as catalogue
 from contracts.errors import HoleError, SettingsError, StoreFailedError
 from contracts.settings import Settings
@@ -91,16 +90,11 @@ def test_names_and_units_of_the_catalogue_are_well_formed_and_distinct() -> None
 
 
 def test_fi_metrics_lists_the_whole_catalogue_for_people_programs_and_documents(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Captured,
 ) -> None:
-    # The command line takes the logs of its process over, which here is a test's.
-    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
     printed = {}
     for option in ("--json", "--markdown", ""):
-        with pytest.raises(SystemExit) as exited:
-            main(["metrics", *filter(None, [option])])
-        assert not exited.value.code
+        assert fictl("metrics", *filter(None, [option])) == 0
         printed[option] = capsys.readouterr().out
     listed = json.loads(printed["--json"])
     assert [row["name"] for row in listed] == list(CATALOGUE)
