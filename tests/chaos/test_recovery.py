@@ -13,6 +13,7 @@ import pytest
 from crash.lane import PARTITION
 from crash.stand import Stand
 
+from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, ShardError
 from stages.persist.header import HEADER_BYTES, read_live_header
 from stages.persist.live import open_live
@@ -27,14 +28,6 @@ def stand(tmp_path: Path) -> Stand:
     stand = Stand(tmp_path / "shards")
     stand.fill(sealed=2, full=1)
     return stand
-
-
-def flip(path: Path, offset: int) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 0x10]), offset)
-    finally:
-        os.close(fd)
 
 
 def refused(stand: Stand, *texts: str, kind: type[ShardError] = ShardCorruptError) -> None:

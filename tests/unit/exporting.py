@@ -74,9 +74,3 @@ def from_row(row: dict[str, str]) -> dict[str, Any]:
         fields[name] = json.loads(fields[name])
     fields["times"] = {name: fields.pop(name) for name in ("accepted", "ingest", "segment", "hash")}
     return fields
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)

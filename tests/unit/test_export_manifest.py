@@ -10,9 +10,10 @@ from typing import Any
 import h5py
 import msgspec
 import pytest
-from exporting import ALL, EXPORT_ID, NAMES, exported, filled_place, flip
+from exporting import ALL, EXPORT_ID, NAMES, exported, filled_place
 from shard_maker import NOW_NS
 
+from cluster.testing.disk import flip
 from stages.persist.export.formats import ExportFormat
 from stages.persist.export.manifest import (
     MANIFEST_SUFFIX,

@@ -10,6 +10,7 @@ import pytest
 from shard_maker import NOW_NS
 from witnessed import PLAN, Witnessed, events_of
 
+from cluster.testing.disk import flip
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
@@ -47,12 +48,6 @@ def maker(tmp_path: Path) -> Witnessed:
 
 def path_of(maker: Witnessed, shard: int) -> Path:
     return next(file.path for file in list_shards(maker.store.directory)[PARTITION] if file.shard == shard)
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 4
-    path.write_bytes(data)
 
 
 def place_of(maker: Witnessed) -> tuple[Place, str]:

@@ -9,6 +9,7 @@ import h5py
 import pytest
 from shard_maker import NOW_NS, PartitionMaker, new_store
 
+from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import encode_event
 from stages.persist import files
@@ -25,14 +26,6 @@ def append(live: LiveShard, records: list[bytes], origin: int) -> None:
     live.append(
         records, prev_origin=live.last_origin or 0, origin=origin, duplicates=1, dead_lettered=2, committed_ns=NOW_NS
     )
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
 
 
 def test_what_was_appended_is_read_back_after_reopening(maker: PartitionMaker) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from shard_maker import PartitionMaker, filled_store, id_text, new_store
 
+from cluster.testing.disk import flip
 from contracts.budgets import SHARD_READER
 from contracts.events import decode_event, encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
@@ -45,12 +46,6 @@ def reseal(path: Path) -> None:
 def told(report: VerifyReport) -> str:
     assert not report.ok
     return "\n".join(f"{problem.shard}: {problem.where}: {problem.what}" for problem in report.problems)
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 4
-    path.write_bytes(data)
 
 
 def test_a_clean_store_is_ok_and_tells_where_it_ends(filled: tuple[Path, PartitionMaker]) -> None:
