@@ -169,6 +169,28 @@ def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: 
         assert store.ends()[0].root == place.tree.root().hex()
 
 
+def test_a_store_that_has_the_partition_again_still_knows_the_ids_of_its_former_time(maker: Witnessed) -> None:
+    place = place_after_seals(maker.receipts[-1], maker.seals)
+    receipt = rewound(maker, place, maker.store, first=place.shard)
+    settings = Settings(shard_bytes=MIB)
+    set_aside(maker.store, PARTITION, StoreEnd(shard=place.shard, commits=0), NOW_NS)
+    begin_at(maker.store, PARTITION, place, settings, lambda: NOW_NS)
+    with EventStore(maker.store.directory) as store:
+        former = [stored.event.event_id for stored in store.iterate()]
+    assert len(former) == EVENTS[0] + EVENTS[1]
+    files = PartitionFiles.open(maker.store, PARTITION, receipt, settings, lambda: NOW_NS)
+    assert files.seen.seen([*former, bytes(16)]) == [True] * len(former) + [False]
+    files.close()
+
+
+def test_what_is_settled_leaves_out_the_newest_sealed_shards_that_the_stream_keeps(maker: Witnessed) -> None:
+    settings = Settings(shard_bytes=MIB)
+    files = PartitionFiles.open(maker.store, PARTITION, maker.receipts[-1], settings, lambda: NOW_NS)
+    first, second = (seal.last_origin for seal in maker.seals)
+    assert [files.settled_origin(kept) for kept in range(4)] == [second, first, 0, 0]
+    files.close()
+
+
 def test_records_of_what_was_given_up_are_void(maker: Witnessed) -> None:
     first = next(at for at, receipt in enumerate(maker.receipts) if receipt.origin == maker.seals[0].last_origin)
     place = Place(maker.receipts[first].origin, 2, 0, MerkleFrontier(), 0, 0, b"")
