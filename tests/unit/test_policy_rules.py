@@ -194,6 +194,40 @@ def test_commits_are_remembered_while_the_lifecycle_rule_is_off_so_that_it_holds
     assert [letter.error.reason for letter in step.letters] == ["lifecycle.closed"]
 
 
+COMMIT, RESET, LATE = "CONSULTATION_COMMITTED", "CONSULTATION_RESET", "MESSAGE_UPDATED"
+
+
+@pytest.mark.parametrize(
+    ("before", "at_hour", "passes"),
+    [
+        ([(COMMIT, 10)], 9, True),  # late or repeated: an outage at a gateway loses nothing
+        ([(COMMIT, 10)], 10, True),
+        ([(COMMIT, 10)], 11, False),
+        ([(COMMIT, 10), (COMMIT, 8)], 9, True),  # a commit that comes again, as of earlier, moves nothing
+        ([(COMMIT, 10), (RESET, 12)], 15, True),
+        ([(COMMIT, 10), (RESET, 10)], 15, True),
+        ([(COMMIT, 10), (RESET, 9)], 15, False),  # a reset from before the commit came late
+        ([(RESET, 9), (COMMIT, 10)], 15, False),
+        ([(COMMIT, 10), (RESET, 12), (COMMIT, 14)], 15, False),
+    ],
+)
+def test_what_happened_after_the_commit_is_refused_until_a_reset(
+    before: list[tuple[str, int]], at_hour: int, passes: bool
+) -> None:
+    history = [event(number, kind, at_ns=hour * HOUR_NS) for number, (kind, hour) in enumerate(before, 1)]
+    core = SegmentCore(lambda: policy(2, check_payload=False))
+    step = judge(core, *history, event(9, LATE, at_ns=at_hour * HOUR_NS))
+    assert [one.origin for one in step.events] == [*range(1, len(before) + 1), *([9] if passes else [])]
+    assert [letter.error.reason for letter in step.letters] == ([] if passes else ["lifecycle.closed"])
+
+
+def test_an_event_that_does_not_say_when_it_happened_passes_after_the_commit() -> None:
+    core = SegmentCore(lambda: policy(2, check_payload=False))
+    late = msgspec.structs.replace(event(2, LATE, at_ns=11 * HOUR_NS), stamped=False)
+    step = judge(core, event(1, COMMIT, at_ns=10 * HOUR_NS), late)
+    assert ([one.origin for one in step.events], step.letters) == ([1, 2], [])
+
+
 def test_a_policy_that_remembers_fewer_commits_forgets_the_oldest_at_once() -> None:
     closed = ClosedConsultations(b"", 64)
     for number in range(5):
