@@ -15,7 +15,7 @@ from crash.stand import Stand
 
 from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, ShardError
-from stages.persist.header import HEADER_BYTES, read_live_header
+from stages.persist.header import HEADER_BYTES, encode_header, read_live_header, read_sealed_header
 from stages.persist.live import open_live
 from stages.persist.names import live_name, next_name, tmp_path
 from stages.persist.rows import ROW_BYTES
@@ -222,6 +222,14 @@ def test_a_shard_of_a_newer_format_is_refused(stand: Stand, shard: int) -> None:
     refused(stand, str(path), "use the version that wrote it", kind=ShardError)
 
 
+def test_a_sealed_shard_that_does_not_go_on_from_the_one_before_is_refused(stand: Stand) -> None:
+    path = stand.path(2)
+    header = read_sealed_header(path)
+    other = msgspec.structs.replace(header, frontier_before=bytes(len(header.frontier_before)))
+    path.write_bytes(encode_header(other) + path.read_bytes()[HEADER_BYTES:])
+    refused(stand, str(path), "does not go on from the shard before it", "fictl verify")
+
+
 def test_another_root_than_the_receipts_is_refused(stand: Stand) -> None:
     assert stand.witness.receipt is not None
     stand.witness.receipt = msgspec.structs.replace(stand.witness.receipt, root="00" * 32)
@@ -242,10 +250,21 @@ def older_by_a_shard(stand: Stand) -> None:
     stand.witness.receipt = msgspec.structs.replace(receipt, ends={receipt.store: end})
 
 
-@pytest.mark.parametrize("older", [older_by_commits, older_by_a_shard])
-def test_commits_that_readers_were_shown_are_never_cut(stand: Stand, older: Callable[[Stand], None]) -> None:
+def older_by_what_follows_a_seal(stand: Stand) -> None:
+    receipt = stand.witness.receipt
+    assert receipt is not None
+    end = msgspec.structs.replace(receipt.ends[receipt.store], shard=2, commits=4)
+    stand.witness.receipt = msgspec.structs.replace(receipt, ends={receipt.store: end})
+
+
+@pytest.mark.parametrize(
+    ("older", "shown"), [(older_by_commits, 4), (older_by_a_shard, 4), (older_by_what_follows_a_seal, 3)]
+)
+def test_commits_that_readers_were_shown_are_never_cut(
+    stand: Stand, older: Callable[[Stand], None], shown: int
+) -> None:
     older(stand)
-    refused(stand, str(stand.path(4)), "receipts are older than the store")
+    refused(stand, str(stand.path(shown)), "receipts are older than the store")
 
 
 def test_readers_see_all_of_a_full_shard_again_after_its_watermark_was_lost(stand: Stand) -> None:
