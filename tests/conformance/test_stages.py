@@ -276,3 +276,4 @@ def test_repeats_within_and_before_a_group_are_counted_and_not_stored() -> None:
     group = plan_group([message], 10, lambda ids: [event_id in stored for event_id in ids])
     assert group is not None
     assert (len(group.records), group.duplicates) == (1, 2)
+    assert decode_event(group.records[0]) == an_event(11, 0)
