@@ -15,7 +15,8 @@ from witnessed import SIGNER, Witnessed, events_of
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
 from contracts.evidence import check_evidence
-from stages.persist.audit import Witnesses, audit_partition
+from contracts.receipts import Receipt, SealRecord
+from stages.persist.audit import Witnesses, audit_partition, name_record
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
 from stages.persist.records import record_path
 from stages.persist.verify import ShardContents, verify_store
@@ -158,6 +159,18 @@ def test_receipts_from_before_there_was_a_key_are_vouched_for_by_later_ones(hone
     assert audit(honest, honest.store.directory, witnesses) == ""
     assert "is not signed" in audit(honest, honest.store.directory, Witnesses(receipts, (), ()))
     assert audit(honest, honest.store.directory, Witnesses(receipts, (), ()), trusted=[]) == ""
+
+
+def test_once_there_was_a_key_an_unsigned_record_is_found_also_among_signed_ones(honest: Witnessed) -> None:
+    for records in (honest.receipts, honest.seals):
+        unsigned: list[Receipt | SealRecord] = [*records]
+        unsigned[1] = msgspec.structs.replace(records[1], signature=msgspec.UNSET)
+        receipts = [one for one in unsigned if isinstance(one, Receipt)] or honest.receipts
+        seals = [one for one in unsigned if isinstance(one, SealRecord)] or honest.seals
+        witnesses = Witnesses(receipts, (), seals)
+        (line,) = audit(honest, honest.store.directory, witnesses).splitlines()
+        assert line == f"partition 3: {name_record(records[1])}: is not signed"
+        assert audit(honest, honest.store.directory, witnesses, trusted=[]) == ""
 
 
 def test_a_proof_rests_on_the_seal_beside_the_shard_or_on_the_first_receipt(honest: Witnessed) -> None:

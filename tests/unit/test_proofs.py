@@ -173,6 +173,16 @@ def test_an_empty_tree_begins_every_tree_and_equal_trees_need_no_path() -> None:
         assert not consistent(old, root, 5, tree.root(), path)
 
 
+def test_a_path_too_long_or_short_for_its_sizes_is_refused_though_it_leads_to_a_root() -> None:
+    tree = tree_of(16)
+    with pytest.raises(ProofError, match="too long for leaf 7 of 8"):
+        root_from_inclusion(LEAVES[15], 7, 8, tree.inclusion_path(15))
+    with pytest.raises(ProofError, match="too short for 4 and 16"):
+        check_consistency(4, tree.root(4), 16, tree.root(8), tree.consistency_path(4, 8))
+    with pytest.raises(ProofError, match="too long for 6 and 7"):
+        check_consistency(6, tree.root(6), 7, tree.root(16), tree.consistency_path(6, 16))
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     tree = tree_of(5)
     for call in (

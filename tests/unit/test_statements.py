@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from contracts.errors import ProofError, SettingsError
-from contracts.evidence import check_evidence, decode_evidence, encode_evidence
+from contracts.events import decode_event, encode_event
+from contracts.evidence import InclusionProof, TreeHead, check_evidence, decode_evidence, encode_evidence
+from contracts.hashing import leaf_hash
 from contracts.receipts import Receipt, Signature, StoreEnd, decode_receipt, encode_receipt
 from contracts.statements import Signer, check_signature, statement_bytes, statement_of
 from stages.persist.keys import create_key, load_key, read_public_key
@@ -162,6 +164,22 @@ def test_an_unsigned_root_satisfies_nobody_who_gave_a_key() -> None:
     with pytest.raises(ProofError, match="is not signed"):
         check_evidence(unsigned, [SIGNER.public_key])
     assert decode_evidence(encode_evidence(unsigned)) == unsigned
+
+
+def test_a_record_whose_audit_hash_is_not_its_payloads_is_refused_though_the_path_leads_to_the_root() -> None:
+    proof = decode_evidence((GOLDEN / "inclusion-proof.1.json").read_bytes())
+    assert isinstance(proof, InclusionProof)
+    event = decode_event(proof.record)
+
+    def alone(audit_hash: bytes) -> InclusionProof:
+        """A proof of the event as the only one of its tree, by somebody who could write what he liked."""
+        record = encode_event(msgspec.structs.replace(event, audit_hash=audit_hash))
+        head = TreeHead(tree_size=1, root=leaf_hash(record).hex())
+        return msgspec.structs.replace(proof, record=record, index=0, path=(), head=head)
+
+    check_evidence(alone(event.audit_hash))
+    with pytest.raises(ProofError, match="not to its audit hash"):
+        check_evidence(alone(bytes(32)))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
