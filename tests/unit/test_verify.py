@@ -20,7 +20,7 @@ from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist import verify as verify_module
 from stages.persist.header import HEADER_BYTES, encode_header, read_sealed_header
 from stages.persist.names import ShardFile, list_shards
-from stages.persist.rows import ROW_BYTES
+from stages.persist.rows import ROW_BYTES, CommitRow, pack_blob, row_crc32
 from stages.persist.verify import VerifyReport, verify_store
 
 
@@ -144,6 +144,64 @@ def test_a_changed_column_is_named(filled: tuple[Path, PartitionMaker]) -> None:
         assert f"{name}, event {id_text(maker.events[5])}: differs" in told(verify_store(path))
         file_path.write_bytes(before)
     assert verify_store(path).ok
+
+
+def test_a_changed_attribute_of_a_sealed_shard_is_named(filled: tuple[Path, PartitionMaker]) -> None:
+    path, _ = filled
+    sealed = shards(path)[1].path
+    for name in (
+        "partition",
+        "shard",
+        "store",
+        "cluster",
+        "first_origin",
+        "last_origin",
+        "events",
+        "tree_size",
+        "root",
+    ):
+        before = sealed.read_bytes()
+        with h5py.File(sealed, "r+") as file:
+            value = file.attrs[name]
+            file.attrs[name] = f"{value}x" if isinstance(value, str) else value + 1
+        reseal_size(sealed)
+        assert f"attribute {name}: is" in told(verify_store(path))
+        sealed.write_bytes(before)
+    assert verify_store(path).ok
+
+
+@pytest.mark.parametrize("name", ["merkle/before", "merkle/after"])
+def test_a_changed_frontier_in_a_sealed_shard_is_found(filled: tuple[Path, PartitionMaker], name: str) -> None:
+    path, _ = filled
+    sealed = shards(path)[1].path
+    with h5py.File(sealed, "r+") as file:
+        file[name][0, 0] ^= 1
+    reseal_size(sealed)
+    assert "the frontiers in the file differ from those in its header" in told(verify_store(path))
+
+
+def test_a_header_that_places_an_array_elsewhere_is_found(filled: tuple[Path, PartitionMaker]) -> None:
+    path, _ = filled
+    sealed = shards(path)[1].path
+    header = read_sealed_header(sealed)
+    one, other = "by_event_id/rows", "by_consultation/rows"
+    assert header.areas[one].bytes == header.areas[other].bytes
+    swapped = {**header.areas, one: header.areas[other], other: header.areas[one]}
+    body = sealed.read_bytes()[HEADER_BYTES:]
+    sealed.write_bytes(encode_header(msgspec.structs.replace(header, areas=swapped)) + body)
+    assert "header: does not place the arrays where they are" in told(verify_store(path))
+
+
+def test_a_commit_that_says_another_end_under_a_right_checksum_is_found(filled: tuple[Path, PartitionMaker]) -> None:
+    path, maker = filled
+    sealed = shards(path)[0].path
+    with h5py.File(sealed, "r+") as file:
+        row = CommitRow(*file["commits"][0].tolist())
+        assert row.events == 1
+        row = row._replace(end_bytes=row.end_bytes + 1)
+        file["commits"][0] = row._replace(crc32=row_crc32(row, pack_blob([encode_event(maker.events[0])])))
+    reseal_size(sealed)
+    assert f"commit 1, events {id_text(maker.events[0])}: its events do not match" in told(verify_store(path))
 
 
 def test_a_dropped_event_is_found(filled: tuple[Path, PartitionMaker]) -> None:
