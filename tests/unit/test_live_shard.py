@@ -217,6 +217,28 @@ def test_after_a_failed_fsync_nothing_more_is_written(maker: PartitionMaker, mon
     maker.close()
 
 
+def test_after_a_failed_write_nothing_more_is_written(maker: PartitionMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = maker.begin()
+    append(live, [b"a"], 1)
+    live.sync()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stages.persist.live.write_all_at", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        append(live, [b"b"], 2)
+    monkeypatch.undo()
+    with pytest.raises(StoreFailedError):
+        append(live, [b"b"], 2)
+    with pytest.raises(StoreFailedError):
+        live.sync()
+    path = live.path
+    maker.close()
+    with open_live(path) as again:
+        assert (again.commits, again.torn) == (1, False)
+
+
 APPENDER = """
 import random, sys
 from pathlib import Path

@@ -5,6 +5,7 @@ import sys
 import zlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,6 +15,7 @@ from shard_maker import NOW_NS, PartitionMaker, filled_store, new_store
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
+from stages.persist import seal as seal_module
 from stages.persist.names import list_shards, sealed_name
 from stages.persist.seal import SealedInfo, seal, sealed_info
 from stages.persist.sealed import SealedReader, Selection
@@ -139,6 +141,25 @@ def test_a_record_that_is_no_event_is_never_sealed(tmp_path: Path) -> None:
     live.append([b"\xc1"], prev_origin=0, origin=1, duplicates=0, dead_lettered=0, committed_ns=0)
     with pytest.raises(ShardCorruptError, match="commit 1 holds what is no event"):
         seal(live.path, commits=1, frontier=maker.frontier, sealed_ns=NOW_NS)
+    maker.close()
+
+
+@pytest.mark.parametrize("spoiled", ["timestamp_ns", "merkle/after", "commits"])
+def test_a_sealed_form_that_does_not_read_back_as_written_gets_no_name(
+    maker: PartitionMaker, monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    write = seal_module.write_dataset
+
+    def bad_memory(file: Any, name: str, array: Any) -> None:
+        if name == spoiled:
+            array = array.copy()
+            array.flat[0] ^= 1
+        write(file, name, array)
+
+    monkeypatch.setattr(seal_module, "write_dataset", bad_memory)
+    with pytest.raises(ShardCorruptError, match=f"{spoiled} did not read back as written"):
+        seal_live(maker)
+    assert [shard.sealed for shard in list_shards(maker.store.directory)[3]] == [False]
     maker.close()
 
 
