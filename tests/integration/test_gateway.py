@@ -243,7 +243,7 @@ async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> N
 async def test_a_rate_is_kept(client: Client) -> None:
     await make_stream(client)
     report: PublishReport = await publish_lines(Gateway(client), lines_of(made_up(100)), rate_per_s=200)
-    assert 0.49 <= report.elapsed_s < 5
+    assert report.elapsed_s >= 0.49
 
 
 async def test_each_acceptance_is_told_with_its_lines(client: Client) -> None:
