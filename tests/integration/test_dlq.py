@@ -48,7 +48,7 @@ async def publish(pipeline: Pipeline, site: str, consultation: str, *events: dic
         if isinstance(body, dict) and "event_id" in body:
             headers[HEADER_MSG_ID] = body["event_id"]
         subject = f"fi.events.{site}.{consultation}"
-        ack = await pipeline.client.jetstream(timeout=5).publish(subject, data, headers=headers)
+        ack = await pipeline.client.jetstream(timeout=30).publish(subject, data, headers=headers)
         assert not ack.duplicate
         origins.append(ack.seq)
     return origins
@@ -66,7 +66,7 @@ async def listed(pipeline: Pipeline, *filters: str) -> list[dict[str, Any]]:
 
 async def held(pipeline: Pipeline, stream: str) -> tuple[int, int, int]:
     """Messages, first and last sequence."""
-    state = (await pipeline.client.jetstream(timeout=5).stream_info(stream)).state
+    state = (await pipeline.client.jetstream(timeout=30).stream_info(stream)).state
     return state.messages, state.first_seq, state.last_seq
 
 
@@ -207,7 +207,7 @@ async def test_what_is_replayed_after_its_cause_is_gone_is_stored_once_though_it
 
     subject = f"fi.events.clinic-c.{consultation}"
     body = json.dumps({"consultation_id": consultation, **late_event(12, event_id=own)}).encode()
-    ack = await pipeline.client.jetstream(timeout=5).publish(subject, body, headers={HEADER_MSG_ID: own})
+    ack = await pipeline.client.jetstream(timeout=30).publish(subject, body, headers={HEADER_MSG_ID: own})
     assert ack.duplicate, "under its own id it would be swallowed"
 
     await reopen(pipeline, "clinic-c", consultation)

@@ -61,7 +61,7 @@ async def test_a_server_killed_under_load_and_brought_back(pipeline: Pipeline) -
     load = Load(workload(seed=22, events=3000))
     async with under_load(load, pipeline.client, rate_per_s=600):
         await load.reached(400)
-        info = await pipeline.client.jetstream(timeout=5).stream_info(EVENTS)
+        info = await pipeline.client.jetstream(timeout=30).stream_info(EVENTS)
         assert info.cluster is not None
         leader = str(info.cluster.leader)
         await pipeline.supervisor.hold_down(leader)
@@ -134,7 +134,7 @@ async def test_a_standby_persister_takes_over_the_same_shards_when_the_owner_die
 async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline: Pipeline, tmp_path: Path) -> None:
     load = Load(workload(seed=61, events=4000))
     before = {receipt.partition: receipt.store for receipt in await pipeline.receipts()}
-    jetstream, totals, bad = pipeline.client.jetstream(timeout=5), await pipeline.totals(), 200
+    jetstream, totals, bad = pipeline.client.jetstream(timeout=30), await pipeline.totals(), 200
     async with AsyncExitStack() as stack:
         doubles = [
             await stack.enter_async_context(extra_stage(pipeline, stage, f"{stage}-double-{number}"))
@@ -241,7 +241,7 @@ async def assert_seal_records(pipeline: Pipeline) -> None:
     sealed = [shard for shard in list_shards(pipeline.shards)[0] if shard.sealed]
     assert len(sealed) >= 2
     records = []
-    info = await pipeline.client.jetstream(timeout=5).stream_info(RECEIPTS)
+    info = await pipeline.client.jetstream(timeout=30).stream_info(RECEIPTS)
     for seq in range(1, info.state.last_seq + 1):
         message = await pipeline.api.message_at(RECEIPTS, seq)
         if message is not None and message.subject == seal_subject(0):

@@ -180,7 +180,7 @@ async def test_refused_events_and_duplicates_are_done_without_a_shard(pipeline: 
     load = Load(workload(seed=806, events=100))
     await load.publish(pipeline.client)
     assert (await fictl(pipeline, "flush"))[0] == 0
-    jetstream = pipeline.client.jetstream(timeout=5)
+    jetstream = pipeline.client.jetstream(timeout=30)
     for number in range(40):
         await jetstream.publish(f"fi.events.clinic-1.{UUID(int=number, version=4)}", b"not JSON")
     code, answer, err = await fictl(pipeline, "flush")

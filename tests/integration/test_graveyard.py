@@ -43,7 +43,7 @@ async def ready(client: Client, **changes: Any) -> Api:
 async def without_originals(client: Client, **changes: Any) -> Api:
     """As `ready`; the messages that letters are made of here were in `FI_EVENTS` once, and are not any more."""
     api = await ready(client, **changes)
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     await jetstream.purge_stream(EVENTS, seq=GONE + 1)
     assert (await jetstream.publish("fi.events.clinic-1.c", b"x")).seq > GONE
     return api
@@ -210,7 +210,7 @@ async def test_a_lane_whose_input_is_all_bad_holds_loses_nothing_stops_when_told
     client: Client,
 ) -> None:
     api = await ready(client, dead_events_min=50, breaker_pause_s=3600.0)
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     subject = f"fi.events.clinic-1.{UUID(int=1, version=4)}"
     for number in range(120):
         await jetstream.publish(subject, b"not JSON %d" % number)
@@ -267,7 +267,7 @@ async def test_a_refused_message_with_the_longest_headers_gets_its_letter_and_no
 ) -> None:
     """A letter that repeated them would be larger than the servers take, and its partition would stand for good."""
     api = await ready(client)
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     subject = f"fi.events.clinic-1.{UUID(int=1, version=4)}"
     await jetstream.publish(subject, b"\n".join([b"{}", b"[]"]), headers={"traceparent": trace})
     await jetstream.publish(subject, b"not JSON")

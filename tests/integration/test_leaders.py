@@ -35,9 +35,9 @@ async def test_making_every_stream_in_memory_again_under_load_loses_nothing(
     async with under_load(load, pipeline.client, rate_per_s=500):
         for number, stream in enumerate((*HOPS, MEMBERS)):
             await load.reached(300 * number + 200)
-            before = await pipeline.client.jetstream(timeout=5).stream_info(stream)
+            before = await pipeline.client.jetstream(timeout=30).stream_info(stream)
             await watch.look(stream)
-            after = await pipeline.client.jetstream(timeout=5).stream_info(stream)
+            after = await pipeline.client.jetstream(timeout=30).stream_info(stream)
             assert after.created != before.created
             assert after.config.subjects == before.config.subjects
             assert after.config.storage == before.config.storage

@@ -172,7 +172,7 @@ async def test_whatever_breaks_the_contract_is_dead_lettered_once_and_all_around
     persisted: Counter[int] = Counter()
     dead: Counter[int] = Counter()
     expected: dict[tuple[int, int], tuple[Hostile, str, bytes, str]] = {}
-    jetstream = pipeline.client.jetstream(timeout=5)
+    jetstream = pipeline.client.jetstream(timeout=30)
     for number, message in enumerate(hostile_messages(random.Random(7))):
         neighbour = str(UUID(int=number + 1, version=4))
         for place, body in enumerate([b"good", message.body, b"good"]):
@@ -272,7 +272,7 @@ async def test_what_can_be_refused_at_once_is_refused_when_published(pipeline: P
     large = json.dumps(event(consultation, 3, payload={"x": "y" * (2 * MIB)})).encode()
     with pytest.raises(RefusedError, match="too large"):
         await Gateway(pipeline.client).publish(large, "clinic-1", consultation, "x")
-    answer = await pipeline.client.request(f"fi.events.clinic-1.{consultation}", large, timeout=5)
+    answer = await pipeline.client.request(f"fi.events.clinic-1.{consultation}", large, timeout=30)
     refused = decode_pub_answer(answer.data).error
     assert refused is not None
     assert "exceeds" in refused.description
@@ -287,7 +287,7 @@ async def test_full_messages_of_the_smallest_events_with_the_longest_names_pass(
     count = (2 * MIB - 1024) // len(line)
     trace = f"01{TRACE[2:]}-{'x' * 200}"
     before = await pipeline.totals()
-    jetstream = pipeline.client.jetstream(timeout=5)
+    jetstream = pipeline.client.jetstream(timeout=30)
     for _ in range(2):
         await jetstream.publish(f"fi.events.{site}.{consultation}", line * count, headers={HEADER_TRACEPARENT: trace})
     totals = await pipeline.settled()
@@ -316,7 +316,7 @@ async def test_streams_hurt_by_hand_under_load_lose_double_and_reorder_nothing(p
 async def test_frames_missing_before_the_last_are_noticed_and_made_again(pipeline: Pipeline) -> None:
     """The purge leaves each writer its last frame, so that only the reader can see that something is gone."""
     load = Load(workload(seed=14, events=1500))
-    jetstream = pipeline.client.jetstream(timeout=5)
+    jetstream = pipeline.client.jetstream(timeout=30)
     async with under_load(load, pipeline.client, rate_per_s=1000):
         await load.reached(100)
         pipeline.supervisor.freeze("hash-0")
@@ -340,5 +340,5 @@ async def delete_consumers(pipeline: Pipeline, stream: str) -> int:
     names: list[str] = msgspec.json.decode(answer)["consumers"] or []
     for name in names:
         # It may have gone by itself: the reader that made it has a newer one.
-        await pipeline.client.request(f"$JS.API.CONSUMER.DELETE.{stream}.{name}", b"", timeout=5)
+        await pipeline.client.request(f"$JS.API.CONSUMER.DELETE.{stream}.{name}", b"", timeout=30)
     return len(names)

@@ -38,7 +38,7 @@ async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pi
 
 async def forge(pipeline: Pipeline, version: int, data: bytes) -> None:
     """Writes a key as somebody with a NATS client might."""
-    await pipeline.client.jetstream(timeout=5).publish(policy_subject(version), data)
+    await pipeline.client.jetstream(timeout=30).publish(policy_subject(version), data)
 
 
 async def in_force(pipeline: Pipeline) -> int:
@@ -309,7 +309,7 @@ async def test_a_process_that_does_not_take_a_policy_is_named(pipeline: Pipeline
     silent = Member(stage="segment", node="elsewhere", name="silent", nonce="x", pid=1, started_ns=1, draining=True)
     subject = member_subject("segment", silent.node, silent.name)
     headers = {HEADER_TTL: "300s"}
-    await pipeline.client.jetstream(timeout=5).publish(subject, encode_member(silent), headers=headers)
+    await pipeline.client.jetstream(timeout=30).publish(subject, encode_member(silent), headers=headers)
     try:
         code, _, err = await fictl(pipeline, "policy", "set", "closed_remembered=7", "--timeout", "0.1")
         assert code == 3, err

@@ -49,7 +49,7 @@ async def ready(client: Client, **changes: int) -> Api:
 
 
 async def count(api: Api, stream: str = SEGMENT) -> int:
-    info = await api.client.jetstream(timeout=5).stream_info(stream)
+    info = await api.client.jetstream(timeout=30).stream_info(stream)
     return info.state.messages
 
 
@@ -86,7 +86,7 @@ async def test_a_publish_whose_acknowledgement_was_lost_is_repeated_without_a_se
         HEADER_EXPECTED_LAST_SUBJECT_SEQ: "0",
         HEADER_EXPECTED_STREAM: SEGMENT,
     }
-    await client.request(SUBJECT, b"frame", headers=lost, timeout=5)
+    await client.request(SUBJECT, b"frame", headers=lost, timeout=30)
     assert await writer.publish(b"frame", "5") == 1
     assert await count(api) == 1
     assert await writer.publish(b"next", "6") == 2
@@ -201,7 +201,7 @@ async def test_a_reader_sees_every_message_in_order_though_its_consumer_is_delet
                 await follower.take_until(goal)
                 names = await consumers(api)
                 for name in names:
-                    await client.request(f"$JS.API.CONSUMER.DELETE.{SEGMENT}.{name}", b"", timeout=5)
+                    await client.request(f"$JS.API.CONSUMER.DELETE.{SEGMENT}.{name}", b"", timeout=30)
             await follower.take_until(600)
         finally:
             await filling
@@ -235,7 +235,7 @@ async def test_what_would_make_too_large_a_frame_is_published_as_several(client:
     body = line * ((2 * MIB - 1024) // len(line))
     trace = {HEADER_TRACEPARENT: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
     for _ in range(6):
-        await client.jetstream(timeout=5).publish(f"fi.events.{'s' * 64}.{consultation}", body, headers=trace)
+        await client.jetstream(timeout=30).publish(f"fi.events.{'s' * 64}.{consultation}", body, headers=trace)
     # Deflated, all that ingest made of them would fit into one frame of segment's.
     for core, stream, subject in ((IngestCore(), SEGMENT, SUBJECT), (SegmentCore(), "FI_HASH", "fi.hash.0")):
         lane = Lane(api, core, 0, "nonce", lambda _: None)
@@ -271,7 +271,7 @@ async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Cli
     ).encode()
     try:
         for _ in range(messages):
-            await client.jetstream(timeout=5).publish(f"fi.events.site.{consultation}", event)
+            await client.jetstream(timeout=30).publish(f"fi.events.site.{consultation}", event)
 
         async def reached() -> bool:
             last = await api.last_message(SEGMENT, SUBJECT)
@@ -293,7 +293,7 @@ async def test_frames_of_a_busy_lane_are_begun_when_its_pace_says_so(client: Cli
 
 async def test_take_gives_no_more_than_asked_and_never_nothing(client: Client) -> None:
     api = await ready(client)
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     for size in (10, 10, 10, 5000, 10, 10):
         await jetstream.publish(SUBJECT, b"x" * size)
     async with following(api) as follower:
@@ -359,7 +359,7 @@ async def test_a_stage_goes_on_from_its_last_frame_or_from_the_receipt_when_that
     stage: Stage = "segment"
     assert await read_checkpoint(api, stage, 0) == Checkpoint(Cursor(), 0)
 
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     await jetstream.publish("fi.receipts.0", receipt(40, (11, 12, 13)))
     assert await read_checkpoint(api, stage, 0) == Checkpoint(Cursor(40, 11, b"memory"), 0)
     assert await read_checkpoint(api, "ingest", 0) == Checkpoint(Cursor(40, 40, b"memory"), 0)
@@ -376,7 +376,7 @@ async def test_a_stage_goes_on_from_its_last_frame_or_from_the_receipt_when_that
 
 async def test_a_remembered_sequence_is_used_only_if_the_frame_there_is_the_one_remembered(client: Client) -> None:
     api = await ready(client)
-    jetstream = client.jetstream(timeout=5)
+    jetstream = client.jetstream(timeout=30)
     for prev, last in ((0, 10), (10, 20), (20, 30)):
         await jetstream.publish("fi.persist.0", frame(prev, last, (1, 1)))
     await jetstream.publish("fi.persist.1", frame(0, 20, (1, 1)))
