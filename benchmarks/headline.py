@@ -25,6 +25,9 @@ Rows = list[dict[str, Any]]
 def headline(latency: Rows, throughput: Rows, drain: Rows, baselines: Rows) -> dict[str, Any]:
     """Medians over the repetitions; null where nothing was measured.
 
+    How many times a rival's rate ours is divides two medians, as the report's table does: rivals are visited less often
+    than ours is repeated, and a visit of theirs has no repetition of ours that it belongs to.
+
     Args:
         latency: of `measure_latency`.
         throughput: of `measure_throughput`.
@@ -45,7 +48,7 @@ def headline(latency: Rows, throughput: Rows, drain: Rows, baselines: Rows) -> d
         "accepted_p95_ms": accepted[str(ACCEPTED_RATE_PER_S)],
         "accepted_p95_ms_by_rate": accepted,
         "p99_over_p95": {str(rate): _tail(latency, rate) for rate in RATES_PER_S},
-        **{name: _median(found[name], 1) for name in RIVALS},
+        **{name: _times(rates.get(1), _fastest(baselines, designs)) for name, designs in RIVALS.items()},
         **{f"events_per_s_batch_{batch}": rate for batch, rate in rates.items()},
     }
 
@@ -61,18 +64,23 @@ def ratios(throughput: Rows, baselines: Rows) -> dict[str, list[float]]:
         found[name] = [round(row["events_per_s"] / row["ceiling_events_per_s"], 3) for row in rows]
     ours = _median(row["events_per_s"] for row in throughput if row["batch"] == 1)
     for name, designs in RIVALS.items():
-        rates = {design: _rates(baselines, design) for design in designs}
-        measured = [design for design in designs if rates[design]]
-        if ours is None or not measured:
-            found[name] = []
-        else:
-            fastest = max(measured, key=lambda design: statistics.median(rates[design]))
-            found[name] = [round(ours / rate, 2) for rate in rates[fastest]]
+        found[name] = [] if ours is None else [round(ours / rate, 2) for rate in _fastest(baselines, designs)]
     return found
+
+
+def _fastest(baselines: Rows, designs: Iterable[str]) -> list[float]:
+    """The rates of that one of `designs` whose median is the highest, one for each visit; empty when none has any."""
+    rates = (_rates(baselines, design) for design in designs)
+    return max(filter(None, rates), key=statistics.median, default=[])
 
 
 def _rates(baselines: Rows, design: str) -> list[float]:
     return [row["events_per_s"] for row in baselines if row["design"] == design and "events_per_s" in row]
+
+
+def _times(ours: float | None, rates: list[float]) -> float | None:
+    theirs = _median(rates)
+    return None if ours is None or theirs is None else round(ours / theirs, 1)
 
 
 def _latency(rows: Rows, rate: int, kind: str, percentile: str) -> float | None:
