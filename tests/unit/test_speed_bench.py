@@ -177,20 +177,45 @@ def test_a_check_without_kept_ratios_measures_nothing_and_says_what_to_do(
     assert "run `make bench`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("now", "code"), [([0.8, 0.7], 0), ([0.3, 0.4], 1)])
-def test_a_check_fails_on_a_regression_and_can_be_read_by_machines(
-    now: list[float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+Ratios = dict[str, list[float]]
+KEPT: Ratios = {"single_vs_ceiling": [0.8, 0.9], "vs_redis": [20.0], "vs_one_process": [9.0]}
+
+
+@pytest.mark.parametrize(
+    ("kept", "now", "code", "verdicts"),
+    [
+        (KEPT, {"single_vs_ceiling": [0.8, 0.7], "vs_redis": [19.0]}, 0, {"single_vs_ceiling": "ok", "vs_redis": "ok"}),
+        # No redis-server this time: nobody knows whether it became worse.
+        (KEPT, {"single_vs_ceiling": [0.8], "vs_redis": []}, 3, {"single_vs_ceiling": "ok", "vs_redis": "unknown"}),
+        (KEPT, {"single_vs_ceiling": [0.3], "vs_redis": []}, 1, {"single_vs_ceiling": "worse", "vs_redis": "unknown"}),
+        # Where there never was one, nothing is missed.
+        ({"single_vs_ceiling": [0.8], "vs_redis": []}, {"vs_redis": []}, 0, {"vs_redis": "unknown"}),
+        ({"single_vs_ceiling": [0.8]}, {"vs_redis": [19.0]}, 0, {"vs_redis": "unknown"}),
+        # A check never visits the one process, whatever is kept of it.
+        (KEPT, {"vs_redis": [3.0, 4.0], "vs_one_process": []}, 1, {"vs_redis": "worse"}),
+        (KEPT, {"vs_redis": [20.0], "vs_one_process": []}, 0, {"vs_redis": "ok"}),
+    ],
+)
+def test_a_check_fails_on_a_regression_or_a_kept_ratio_it_could_not_measure_and_can_be_read_by_machines(
+    kept: Ratios,
+    now: Ratios,
+    code: int,
+    verdicts: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     async def measured(*_: Any) -> dict[str, Any]:
-        return {"environment": {"cpus": 2}, "ratios": {"single_vs_ceiling": now, "vs_redis": []}}
+        return {"environment": {"cpus": 2}, "ratios": now}
 
     monkeypatch.setattr("benchmarks.check.run", measured)
-    kept = tmp_path / "latest.json"
-    kept.write_bytes(msgspec.json.encode({"ratios": {"single_vs_ceiling": [0.8, 0.9]}}))
-    with pytest.raises(typer.Exit) if code else nullcontext():
-        check(as_json=True, kept=kept, directory=None)
-    (row,) = json.loads(capsys.readouterr().out)["verdicts"]
-    assert row["verdict"] == ("worse" if code else "ok")
+    path = tmp_path / "latest.json"
+    path.write_bytes(msgspec.json.encode({"ratios": kept}))
+    with pytest.raises(typer.Exit) if code else nullcontext() as exited:
+        check(as_json=True, kept=path, directory=None)
+    assert (exited.value.exit_code if exited else 0) == code
+    rows = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {row["figure"]: row["verdict"] for row in rows} == verdicts
 
 
 def taken(at: int, *, pid: int = 1, purged: bool = False) -> Snapshot:
