@@ -86,6 +86,22 @@ def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name:
     assert "choose another" in err or "name a file" in err
 
 
+def test_a_link_or_pipe_is_not_replaced_by_the_export(place: Path, capsys: Captured) -> None:
+    kept = place / "kept.csv"
+    kept.write_text("kept")
+    link, dangling, pipe = place / "link.csv", place / "dangling.csv", place / "pipe"
+    link.symlink_to(kept)
+    dangling.symlink_to(place / "nowhere")
+    os.mkfifo(pipe)
+    before = {path.name for path in place.iterdir()}
+    for output in (link, dangling, pipe):
+        assert fi("export", place, "--output", output) == 2
+        assert "leave --output out for stdout" in capsys.readouterr().err
+    assert {path.name for path in place.iterdir()} == before
+    assert (link.is_symlink(), dangling.is_symlink(), pipe.is_fifo()) == (True, True, True)
+    assert kept.read_text() == "kept"
+
+
 def test_verify_takes_the_file_or_its_manifest_and_exits_4_naming_what_is_wrong(place: Path, capsys: Captured) -> None:
     output = place / "all.csv"
     assert fictl("export", place, "--format", "csv", "--output", output, "--who", "ana") == 0

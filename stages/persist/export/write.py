@@ -130,6 +130,9 @@ def _check_output(output: Path, store: Path) -> None:
         raise SettingsError(f"{output}: there is no directory {output.parent}; make it first, or choose another place")
     if output.is_dir():
         raise SettingsError(f"{output}: is a directory; name a file in it")
+    # What is there is replaced: a link, pipe or device would be gone, and whoever reads it would get nothing.
+    if output.is_symlink() or (output.exists() and not output.is_file()):
+        raise SettingsError(f"{output}: is not a regular file; choose another place, or leave --output out for stdout")
     if output.resolve().parent == store.resolve() and _STORE_NAMES.fullmatch(output.name):
         raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
 
