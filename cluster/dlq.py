@@ -34,11 +34,11 @@ import msgspec
 from cluster.gateway import Gateway, RefusedError
 from contracts.budgets import LETTERS
 from contracts.errors import ClusterUnavailableError, FencedError, SettingsError
-from contracts.events import split_body
+from contracts.events import JSON_SPACE, split_body
 from contracts.letters import Letter, read_letter
 from contracts.subjects import DLQ, is_token, publish_subject
 from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_ORIGIN, DEAD_STAGE
-from stages.ingest.core import parse_uuid
+from stages.ingest.core import parse_message, parse_uuid
 from stages.runtime.api import Api
 from stages.runtime.messages import StoredMessage
 from stages.runtime.reader import OrderedReader
@@ -144,14 +144,32 @@ def obstacle(letter: Letter) -> str:
 
 
 def check_body(letter: Letter, body: bytes) -> None:
-    """Holds the rule that a letter of one event is replayed as one event: a second would take its neighbour's place.
+    """Holds what is to be replayed in the letter's place to what ingest would say, or else the letter would be lost.
+
+    A letter of one event is replayed as one event: a second would take its neighbour's place.
 
     Raises:
-        SettingsError: `body` holds more events than the letter does.
+        SettingsError: `body` holds more events than the letter does, or one that breaks the contract.
     """
     given, held = len(split_body(body)), len(split_body(letter.data))
     if given > held:
         raise SettingsError(f"--body holds {given} events, letter {letter.seq} only {held}; give one event")
+    if obstacle(letter):
+        return
+    parsed = parse_message(
+        body,
+        subject_site=letter.site,
+        subject_consultation=letter.consultation,
+        origin=letter.origin,
+        accepted_ns=letter.time_ns,
+        traceparent="",
+        now_ns=letter.time_ns,
+    )
+    if parsed.rejected:
+        first = parsed.rejected[0]
+        lines = [number for number, line in enumerate(body.split(b"\n"), 1) if line.strip(JSON_SPACE)]
+        place = f", line {lines[first.index]}" if given > 1 else ""
+        raise SettingsError(f"--body{place}: {first.error}")
 
 
 def replay_id(cluster_id: str, letter: Letter, body: bytes) -> str:

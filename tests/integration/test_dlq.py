@@ -263,6 +263,9 @@ async def test_a_letter_is_replayed_with_a_mended_body(pipeline: Pipeline, tmp_p
     code, _, err = await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
     assert code == 2
     assert "give one event" in err
+    file.write_text("\n")
+    code, _, err = await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))
+    assert (code, "--body: message: the message is empty" in err) == (2, True)
     file.write_text(json.dumps(event(consultation, 1), indent=2))
     assert (await fictl_at(urls, "dlq", "replay", "--all", "--yes", "--body", str(file)))[0] == 2
     code, _, err = await fictl_at(urls, "dlq", "replay", str(letter["seq"]), "--yes", "--body", str(file))

@@ -12,6 +12,7 @@ import pytest
 from commandline import Captured, fictl
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ingest_core import a_gateway_event, body_of
 
 from cluster.cli.dlq import parse_when
 from cluster.cli.letters import advice, brief, first_bytes, line, page, whole
@@ -33,6 +34,7 @@ from contracts.telemetry import (
 )
 
 CONSULTATION = str(UUID(int=7, version=4))
+MENDED = a_gateway_event(consultation_id=CONSULTATION)
 NOW_NS = 1_767_600_000_000_000_000
 HEADERS = {
     DEAD_STAGE: "segment",
@@ -132,10 +134,26 @@ def test_a_letter_whose_subject_can_only_be_refused_again_is_not_replayed(subjec
 
 
 def test_a_body_holds_no_more_events_than_the_letter() -> None:
-    check_body(letter(), b'{\n  "a": 2\n}')
+    check_body(letter(), json.dumps(MENDED, indent=2).encode())
     with pytest.raises(SettingsError, match="holds 2 events"):
         check_body(letter(), b'{"a":2}\n{"a":3}')
-    check_body(letter(data=b"x\ny"), b'{"a":2}\n{"a":3}')
+    check_body(letter(data=b"x\ny"), body_of(consultation_id=CONSULTATION) + b"\n\n" + json.dumps(MENDED).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "body", "says"),
+    [
+        (b"{}", b"", "--body: message: the message is empty"),
+        (b"{}", b" \n\t\n", "--body: message: the message is empty"),
+        (b"{}", json.dumps(MENDED | {"payload": 1}, indent=2).encode(), "--body: payload: must be a JSON object"),
+        (b"{}", body_of(), "--body: consultation_id: .* is not the subject's"),
+        (b"x\ny", b"\n" + json.dumps(MENDED).encode() + b"\n\n{}", "--body, line 4: consultation_id: required"),
+        (b"x\ny", b"\nx\ny", "--body, line 2: message: "),
+    ],
+)
+def test_a_body_that_ingest_would_refuse_is_not_sent_in_a_letters_place(data: bytes, body: bytes, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        check_body(letter(data=data), body)
 
 
 def test_pretty_where_it_is_json_and_as_it_came_where_it_is_not() -> None:
