@@ -25,7 +25,7 @@ from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt
 from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
 from stages.persist.audit import in_force
-from stages.persist.names import FIRST_SHARD
+from stages.persist.names import FIRST_SHARD, lock_name
 from stages.persist.rewind import Damage, Place, begin_at, given_up, last_good_place, place_after_seals, set_aside
 from stages.persist.storedir import Store, disk_of, lock_partition
 from stages.runtime.api import Api
@@ -108,7 +108,7 @@ class Rewinder:
             StoreFailedError: the disk refused.
             FencedError: a receipt came meanwhile: somebody else owns the partition after all.
         """
-        async with self._locked(partition):
+        async with self._locked(partition, dry_run):
             records = await self._records(partition)
             last = records.receipts[-1] if records.receipts else None
             if last is None:
@@ -144,7 +144,7 @@ class Rewinder:
             StoreFailedError: the disk refused.
             FencedError: the owner goes on committing, faster than it can be taken over.
         """
-        async with self._locked(partition):
+        async with self._locked(partition, dry_run):
             for tries_left in reversed(range(_TRIES)):
                 try:
                     return await self._move(partition, dry_run)
@@ -258,8 +258,14 @@ class Rewinder:
             begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
 
     @asynccontextmanager
-    async def _locked(self, partition: int) -> AsyncIterator[None]:
-        """Holds the partition's lock in this store. A persister that stands by, or has stopped, lets go of it soon."""
+    async def _locked(self, partition: int, dry_run: bool) -> AsyncIterator[None]:
+        """Holds the partition's lock in this store. A persister that stands by, or has stopped, lets go of it soon.
+
+        A `dry_run` makes no lock file: where there is none, nobody works on the partition.
+        """
+        if dry_run and not (self._store.directory / lock_name(partition)).exists():
+            yield
+            return
         deadline = time.monotonic() + REWIND_LOCK.s
         while True:
             try:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -120,6 +120,12 @@ def find_settings(directory: Path, nats: list[str] | None, chosen: list[str] | N
     """
     defaults = None if nats else read_state(directory).settings
     return given_settings(chosen, defaults=defaults).settings
+
+
+def check_partitions(option: str, chosen: Iterable[int], partitions: int) -> None:
+    """Holds that a cluster of so many `partitions` has all that were `chosen`. Raises `SettingsError` naming them."""
+    if unknown := [partition for partition in chosen if partition >= partitions]:
+        raise SettingsError(f"{option} {', '.join(map(str, unknown))}: the cluster has 0 to {partitions - 1}")
 
 
 def _parse_set(chosen: list[str] | None) -> dict[str, str]:

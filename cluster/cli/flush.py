@@ -14,6 +14,7 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
+    check_partitions,
     connected,
     console,
     find_servers,
@@ -24,7 +25,6 @@ from cluster.cli.common import (
 )
 from cluster.cli.run import parse_partitions
 from contracts.budgets import FLUSH
-from contracts.errors import SettingsError
 from contracts.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def flush(
         async with connected(find_servers(directory, nats)) as client:
             facts = await read_cluster(client)
             chosen = range(facts.partitions) if partitions is None else sorted(set(parse_partitions(partitions)))
-            if unknown := [p for p in chosen if p >= facts.partitions]:
-                raise SettingsError(f"--partition {unknown}: the cluster has 0 to {facts.partitions - 1}")
+            check_partitions("--partition", chosen, facts.partitions)
             by = f"{getpass.getuser()}@{socket.gethostname()}"
             with progress_bar("flushing") as tell:
                 return await Flusher(Api(client, Settings()), facts, chosen, by, tell).run(limit_s, seal=seal)

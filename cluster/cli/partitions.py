@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
@@ -15,6 +15,7 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
+    check_partitions,
     connected,
     console,
     find_servers,
@@ -30,6 +31,7 @@ from contracts.errors import FiError, NotOursError
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
 
+PASSED_OVER: Final = "persist works on it, and its files were not looked at"
 
 ShardsOption = Annotated[
     Path | None, typer.Option("--shards", help="The store's directory. Default: that of the run in --dir.")
@@ -58,7 +60,8 @@ def rebuild(
     holds what is not sealed and the newest sealed shards (FI_SEALED_KEPT): what is older must come from a copy.
 
     A partition that persist is working on is passed over, or refused when it was named; one whose damage persist has
-    found is free. Exits 1 if something cannot be rebuilt.
+    found is free. Exits 1 if something cannot be rebuilt, or if partitions were passed over and nothing was rebuilt.
+    With --json a list: what went back, then the partitions that were passed over.
 
     Example: fictl rebuild 3 --dir .fi --dry-run
     """
@@ -66,7 +69,18 @@ def rebuild(
     async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
         return await rewinder.rebuild(partition, dry_run=dry_run)
 
-    _take_back(work, partitions, directory, shards, nats, dry_run, wait, as_json, owned_only=partitions is None)
+    _take_back(
+        work,
+        partitions,
+        directory,
+        shards,
+        nats,
+        dry_run,
+        wait,
+        as_json,
+        owned_only=partitions is None,
+        may_make_store=False,
+    )
 
 
 def move(
@@ -94,7 +108,18 @@ def move(
     async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
         return await rewinder.move(partition, dry_run=dry_run)
 
-    _take_back(work, partitions, directory, shards, nats, dry_run, wait, as_json, owned_only=False)
+    _take_back(
+        work,
+        partitions,
+        directory,
+        shards,
+        nats,
+        dry_run,
+        wait,
+        as_json,
+        owned_only=False,
+        may_make_store=not dry_run,
+    )
 
 
 def list_partitions(
@@ -157,26 +182,33 @@ def _take_back(
     as_json: bool,
     *,
     owned_only: bool,
+    may_make_store: bool,
 ) -> None:
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
     urls, settings = find_servers(directory, nats), find_settings(directory, nats, None)
 
-    async def run() -> tuple[list[Rewind], list[str]]:
+    async def run() -> tuple[list[Rewind], list[str], list[int]]:
         import time
 
         from cluster.rewind import Rewinder, wait_caught_up
         from stages.persist.keys import load_key
-        from stages.persist.storedir import open_store
+        from stages.persist.storedir import existing_store, open_store
         from stages.runtime.api import Api
         from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
 
         done: list[Rewind] = []
         failed: list[str] = []
+        passed: list[int] = []
         async with connected(urls) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
+            check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
             api = Api(client, settings)
-            store = open_store(shards or directory / "shards", facts.cluster_id, now_ns=time.time_ns())
+            place = shards or directory / "shards"
+            if may_make_store:
+                store = open_store(place, facts.cluster_id, now_ns=time.time_ns())
+            else:
+                store = existing_store(place, facts.cluster_id)
             signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None
             rewinder = Rewinder(api, store, signer)
             for partition in range(facts.partitions) if partitions is None else sorted(set(partitions)):
@@ -187,10 +219,10 @@ def _take_back(
                 try:
                     rewind = await work(rewinder, partition)
                 except NotOursError as error:
-                    if not owned_only:
-                        failed.append(str(error))
+                    if owned_only:
+                        passed.append(partition)
                     else:
-                        say(f"fi: partition {partition} is passed over: persist works on it")
+                        failed.append(str(error))
                     continue
                 except FiError as error:
                     failed.append(str(error))
@@ -200,20 +232,23 @@ def _take_back(
             if wait_s and done and not dry_run:
                 with progress_bar("making events again") as progress:
                     await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
-        return done, failed
+        return done, failed, passed
 
-    done, failed = run_async(run())
+    done, failed, passed = run_async(run())
     if as_json:
-        print_json([{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done])
+        rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done]
+        print_json([*rows, *({"partition": partition, "passed_over": PASSED_OVER} for partition in passed)])
     else:
-        _show(done, dry_run, bool(failed))
+        _show(done, dry_run, nothing=not (done or failed or passed))
+    for partition in passed:
+        say(f"fi: partition {partition} is passed over: {PASSED_OVER}")
     for reason in failed:
         say(f"fi: {reason}")
-    if failed:
+    if failed or (passed and not done):
         raise typer.Exit(FAILED)
 
 
-def _show(done: list[Rewind], dry_run: bool, failed: bool) -> None:
+def _show(done: list[Rewind], dry_run: bool, *, nothing: bool) -> None:
     verb = "would go" if dry_run else "went"
     for rewind in done:
         if rewind.why:
@@ -226,5 +261,5 @@ def _show(done: list[Rewind], dry_run: bool, failed: bool) -> None:
         )
         for name in rewind.aside:
             print(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")
-    if not done and not failed:
+    if nothing:
         print("nothing to do: every file is as the records say")

@@ -89,6 +89,16 @@ def open_store(directory: Path, cluster_id: str, *, now_ns: int) -> Store:
             _create(directory, cluster_id, now_ns)
     finally:
         os.close(lock)
+    return existing_store(directory, cluster_id)
+
+
+def existing_store(directory: Path, cluster_id: str) -> Store:
+    """The store in `directory`, of this cluster; nothing is made or written.
+
+    Raises:
+        ShardError: there is no store, it belongs to another cluster, or its format is newer.
+        ShardCorruptError: its identity cannot be read.
+    """
     store = read_store(directory)
     if store.cluster_id != cluster_id:
         raise ShardError(

@@ -15,10 +15,12 @@ from cluster.testing.checker import check
 from contracts.events import Event
 from contracts.subjects import EVENTS, raw_filter
 from stages.persist.header import read_live_header
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, lock_name
 from stages.persist.rewind import ASIDE
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore, ShardInfo
+from stages.persist.storedir import open_store
+from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -75,6 +77,38 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         (aside,) = (pipeline.shards / ASIDE).glob("*.h5.*")
         assert aside.name.startswith(damaged.name)
         assert (await fictl(pipeline, "prove", str(event_id)))[0] == 0
+
+
+async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_called_well(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=1)) as pipeline:
+        await published(pipeline, seed=29)
+        code, out, err = await fictl(pipeline, "rebuild", "--json")
+        assert code == 1
+        assert [(row["partition"], "persist works on it" in row["passed_over"]) for row in json.loads(out)] == [
+            (0, True)
+        ]
+        assert "partition 0 is passed over" in err
+        for verb in (("rebuild",), ("partitions", "move")):
+            code, out, err = await fictl(pipeline, *verb, "99")
+            assert (code, out) == (2, "")
+            assert "partition 99: the cluster has 0 to 0" in err
+        assert not (pipeline.shards / lock_name(99)).exists()
+
+
+async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=1)) as pipeline:
+        await published(pipeline, seed=28)
+        there = tmp_path / "there"
+        for verb in (("rebuild",), ("rebuild", "0", "--dry-run"), ("partitions", "move", "0", "--dry-run")):
+            code, _, err = await fictl(pipeline, *verb, "--shards", there)
+            assert (code, "is not a store" in err) == (1, True)
+        assert not there.exists()
+        open_store(there, (await read_cluster(pipeline.client)).cluster_id, now_ns=1)
+        before = set(there.iterdir())
+        code, out, err = await fictl(pipeline, "partitions", "move", "0", "--dry-run", "--shards", there)
+        assert code == 0, err
+        assert "would go back" in out
+        assert set(there.iterdir()) == before
 
 
 @pytest.mark.slow
