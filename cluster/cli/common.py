@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -186,6 +188,20 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
         yield tell
     finally:
         bar.stop()
+
+
+def login_name() -> str:
+    """Who runs this command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a user id that has no name.
+        return f"uid {os.getuid()}"
+
+
+def login_place() -> str:
+    """Who runs this command, and on which machine, for records of what was asked for."""
+    return f"{login_name()}@{socket.gethostname()}"
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ from uuid import UUID, uuid4
 
 import typer
 
-from cluster.cli.common import CORRUPT, StoreArgument, print_json, progress_bar, say
+from cluster.cli.common import CORRUPT, StoreArgument, login_name, print_json, progress_bar, say
 from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
 from contracts.policy import EVENT_TYPES
@@ -67,7 +65,7 @@ def export(
             output,
             file_format=format,
             wanted=wanted,
-            who=_login_name() if who is None else who,
+            who=login_name() if who is None else who,
             purpose=purpose or "",
             export_id=uuid4(),
             now_ns=time.time_ns(),
@@ -121,11 +119,3 @@ def _time(option: str, text: str | None) -> int | None:
         return None if text is None else parse_rfc3339(text)
     except ValueError as error:
         raise SettingsError(f"{option} {text}: {error}; write e.g. 2026-01-31T08:00:00Z") from None
-
-
-def _login_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        # A container may run under a user id that has no name.
-        return f"uid {os.getuid()}"

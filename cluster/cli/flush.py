@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +16,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    login_place,
     print_json,
     progress_bar,
     run_async,
@@ -46,7 +45,6 @@ def flush(
 
     Example: fictl flush --dir .fi && fictl verify .fi
     """
-
     async def work() -> FlushReport:
         from cluster.flush import Flusher
         from stages.runtime.api import Api
@@ -56,7 +54,7 @@ def flush(
             facts = await read_cluster(client)
             chosen = range(facts.partitions) if partitions is None else sorted(set(parse_partitions(partitions)))
             check_partitions("--partition", chosen, facts.partitions)
-            by = f"{getpass.getuser()}@{socket.gethostname()}"
+            by = login_place()
             with progress_bar("flushing") as tell:
                 return await Flusher(Api(client, Settings()), facts, chosen, by, tell).run(limit_s, seal=seal)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    login_place,
     print_json,
     progress_bar,
     run_async,
@@ -242,7 +241,7 @@ def _tell(
         from contracts.membership import Pause
 
         if pausing:
-            by = f"{getpass.getuser()}@{socket.gethostname()}"
+            by = login_place()
             await pause_stage(client, stage, Pause(since_ns=time.time_ns(), by=by))
         else:
             await resume_stage(client, stage)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    login_place,
     print_json,
     progress_bar,
     run_async,
@@ -162,7 +161,7 @@ def set_(
             version=versions.newest + 1,
             rules=rules,
             since_ns=time.time_ns(),
-            by=f"{getpass.getuser()}@{socket.gethostname()}",
+            by=login_place(),
             note=note,
             follows=before.version,
         )

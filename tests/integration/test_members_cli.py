@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from commands import at_servers
 from pipeline import Load, Pipeline, extra_stage, fictl, running, settings, under_load, until, workload
 
 from cluster import control
@@ -153,6 +156,28 @@ async def test_a_paused_stage_stops_reading_and_goes_on_where_it_stood(pipeline:
         code, answer, err = await fictl(pipeline, "resume", stage)
         assert (code, answer["settled"]) == (0, True), err
     await pipeline.assert_whole(load)
+
+
+async def test_a_user_id_without_a_name_may_ask_for_what_is_recorded_under_a_name(pipeline: Pipeline) -> None:
+    code = (
+        "import os, pwd, sys, cluster.cli\n"
+        "for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'): os.environ.pop(name, None)\n"
+        "def nobody(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\n"
+        "pwd.getpwuid = nobody\n"
+        "cluster.cli.main(sys.argv[1:])\n"
+    )
+    urls = at_servers(pipeline.supervisor.urls)
+    try:
+        for verb in (("pause", "segment"), ("flush",), ("policy", "set", "closed_remembered=77")):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", code, *verb, *urls), stderr=asyncio.subprocess.PIPE
+            )
+            _, err = await process.communicate()
+            assert process.returncode == 0, err.decode()
+    finally:
+        assert (await fictl(pipeline, "resume", "segment"))[0] == 0
+    _, answer, _ = await fictl(pipeline, "policy", "show")
+    assert answer["by"] == f"uid {os.getuid()}@{socket.gethostname()}"
 
 
 @pytest.mark.slow
