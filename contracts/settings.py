@@ -22,6 +22,7 @@ ENV_PREFIX = "FI_"
 CONFIG_VARIABLE = "FI_CONFIG"
 """Names the settings file, and is no setting itself. Empty: there is no file."""
 MIB = 1024 * 1024
+PARTITIONS_MAX: Final = 1024
 HIDDEN: Final = "***"
 _SHOWN_CHARS_MAX: Final = 200
 
@@ -80,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             kept.
     """
 
-    partitions: Annotated[int, Meta(ge=1, le=1024)] = 8
+    partitions: Annotated[int, Meta(ge=1, le=PARTITIONS_MAX)] = 8
     partition_by: PartitionBy = "consultation"
     replicas: Annotated[int, Meta(ge=1, le=5)] = 3
     hop_storage: Literal["memory", "file"] = "memory"

@@ -24,6 +24,7 @@ from cluster.cli.common import (
 )
 from cluster.cli.run import parse_partitions
 from contracts.budgets import FLUSH
+from contracts.errors import SettingsError
 from contracts.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def flush(
 
     Example: fictl flush --dir .fi && fictl verify .fi
     """
+    given = None if partitions is None else parse_partitions("--partition", partitions)
+    if given == []:
+        raise SettingsError(f"--partition {partitions!r}: names no partition; leave it out for all")
+
     async def work() -> FlushReport:
         from cluster.flush import Flusher
         from stages.runtime.api import Api
@@ -52,7 +57,7 @@ def flush(
 
         async with connected(find_servers(directory, nats)) as client:
             facts = await read_cluster(client)
-            chosen = range(facts.partitions) if partitions is None else sorted(set(parse_partitions(partitions)))
+            chosen = range(facts.partitions) if given is None else given
             check_partitions("--partition", chosen, facts.partitions)
             by = login_place()
             with progress_bar("flushing") as tell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +22,11 @@ from cluster.cli.common import (
 )
 from contracts.budgets import SWITCH_INTERVAL
 from contracts.errors import SettingsError
+from contracts.settings import PARTITIONS_MAX
 from contracts.subjects import STAGES, Stage
 
 SHARDS = "shards"
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
 def run(
@@ -55,6 +58,7 @@ def run(
     if stage not in STAGES:
         raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")
     chosen: Stage = stage
+    lanes = None if partitions is None else parse_partitions("--partitions", partitions)
     settings = given_settings(chosen_settings).settings
     urls = find_servers(directory, nats)
     if shards is None and nats and chosen == "persist":
@@ -84,7 +88,7 @@ def run(
                 urls,
                 settings,
                 actor(chosen, store),
-                partitions=None if partitions is None else parse_partitions(partitions),
+                partitions=lanes,
                 name=own_name,
                 on_ready=lambda: print("READY", flush=True),
                 watch=watch,
@@ -98,16 +102,19 @@ def run(
     run_async(serve())
 
 
-def parse_partitions(text: str) -> list[int]:
-    """``0,2,5-7`` → [0, 2, 5, 6, 7]; empty text is no partition.
+def parse_partitions(option: str, text: str) -> list[int]:
+    """``0,2,5-7``, given for `option` → [0, 2, 5, 6, 7], each once; empty text is no partition.
 
     Raises:
-        SettingsError: not of that form.
+        SettingsError: not of that form, or more than a cluster can have.
     """
-    chosen: list[int] = []
+    chosen: set[int] = set()
     for part in filter(None, text.split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise SettingsError(f"--partitions {text}: {part!r} is neither a number nor a range such as 0-3")
-        chosen += range(int(first), int(last if dash else first) + 1)
-    return chosen
+        found = _RANGE.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < PARTITIONS_MAX:
+            raise SettingsError(
+                f"{option} {text}: {part!r} is neither a number up to {PARTITIONS_MAX - 1} nor a range such as 0-3"
+            )
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)

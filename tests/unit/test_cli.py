@@ -14,6 +14,7 @@ from commandline import Captured, fictl
 
 import cluster.cli
 from cluster.cli.common import exit_code, find_servers, find_settings
+from cluster.cli.run import parse_partitions
 from cluster.workload import consultations
 from contracts.errors import (
     ClusterUnavailableError,
@@ -82,6 +83,8 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
         ("events",), ("schema", "--yaml"), ("cluster", "nonsense"),
         ("events", "not-a-uuid"), ("prove", "not-a-uuid"), ("verify", ".", "--public-key", "ab" * 32),
         ("check-proof", "f", "--public-key", "no-such-file"), ("key", "public", "no-such-file"),
+        ("flush", "--partition", ""), ("flush", "--partition", ","), ("flush", "--partition", "5-3"),
+        ("flush", "--partition", "0-99999999999"), ("run", "hash", "--partitions", "0-1024"),
         ("cluster", "status", "--nats", "127.0.0.1:4222"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partition=4"),
@@ -95,6 +98,18 @@ def test_bad_usage_exits_2_with_words_on_stderr(arguments: tuple[str, ...], caps
     assert printed.out == ""
     assert printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("text", ["x", "-", "1-", "-1", "5-3", "1024", "0-99999999999", "9" * 99, "0,5-3", "٣"])
+def test_a_choice_of_partitions_is_refused_under_its_options_name(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--partition .* is neither"):
+        parse_partitions("--partition", text)
+
+
+def test_partitions_are_chosen_by_number_and_range_each_once() -> None:
+    assert parse_partitions("--partitions", "7,0,2-4,3") == [0, 2, 3, 4, 7]
+    assert parse_partitions("--partitions", "0-1023") == list(range(1024))
+    assert parse_partitions("--partitions", "") == []
 
 
 @pytest.mark.parametrize(
