@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, NoReturn
 
 import typer
 
 from cluster.cli.common import (
     DEFAULT_DIRECTORY,
+    FAILED,
     DirectoryOption,
     SetOption,
     config_option,
@@ -26,6 +27,8 @@ from contracts.budgets import UP_POLL, UP_START, UP_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
+
+SHOWN_LINES_MAX: Final = 20
 
 
 def up(
@@ -98,6 +101,7 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
     command += ["up", "--dir", str(directory), "--servers", str(servers), *(["--scale", scale] if scale else [])]
     command += [part for text in chosen or [] for part in ("--set", text)]
     with log_path.open("ab") as log:
+        told_before_bytes = log.tell()
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -109,7 +113,7 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
     try:
         while time.monotonic() < deadline_s:
             if child.poll() is not None:
-                raise FiError(f"it did not start (exit code {child.returncode}); see {log_path}")
+                _tell_end(log_path, told_before_bytes, child.returncode)
             try:
                 state = read_state(directory)
             except NotRunningError:
@@ -124,6 +128,17 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
             child.terminate()
             child.wait(UP_STOP.s)
         raise
+
+
+def _tell_end(log_path: Path, told_before_bytes: int, code: int) -> NoReturn:
+    """Shows the end of what a start that failed added to its log, and leaves with its exit code."""
+    with log_path.open("rb") as log:
+        log.seek(told_before_bytes)
+        added = log.read().decode(errors="replace").splitlines()
+    for line in added[-SHOWN_LINES_MAX:]:
+        say(line)
+    say(f"fi: it did not start (exit code {code}); see {log_path}")
+    raise typer.Exit(code if code > 0 else FAILED)
 
 
 def down(

@@ -154,9 +154,20 @@ def test_a_detached_run_takes_the_file_and_the_settings_it_was_told(
 ) -> None:
     (place / "fi.toml").write_text("replicas = 1\n")
     (place / "two.toml").write_text("replicas = 2\n")
-    assert fictl("--config", config, "up", "--dir", "run", "--servers", "1", *chosen, "--detach") == 1
+    assert fictl("--config", config, "up", "--dir", "run", "--servers", "1", *chosen, "--detach") == 2
     assert "exit code 2" in capsys.readouterr().err
     assert "replicas = 2 needs" in (place / "run" / "supervisor.log").read_text()
+
+
+def test_a_detached_run_that_does_not_start_says_why_and_nothing_of_the_runs_before_it(
+    place: Path, capsys: Captured
+) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "supervisor.log").write_text("of yesterday\n")
+    assert fictl("up", "--dir", "run", "--servers", "1", "--set", "replicas=2", "--detach") == 2
+    err = capsys.readouterr().err
+    assert "replicas = 2 needs" in err
+    assert "of yesterday" not in err
 
 
 def test_check_passes_good_settings_and_starts_nothing(place: Path, capsys: Captured) -> None:
