@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 import time
@@ -42,11 +41,16 @@ if TYPE_CHECKING:
     Act = Callable[[DeadLetters, Sequence[Letter]], Awaitable[None]]
 
 SHOWN_MAX: Final = 100
+LIMIT_MAX: Final = 10**9
+SEQ_MAX: Final = 2**64 - 1
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d{1,9})([smhd])")
 
 SeqArgument = Annotated[
-    list[int] | None, typer.Argument(metavar="[SEQ]...", help="Letters by their number in FI_DLQ.", show_default=False)
+    list[int] | None,
+    typer.Argument(
+        min=1, max=SEQ_MAX, metavar="[SEQ]...", help="Letters by their number in FI_DLQ.", show_default=False
+    ),
 ]
 StageOption = Annotated[str | None, typer.Option("--stage", help=f"Refused by: {', '.join(STAGES[:-1])}.")]
 PartitionOption = Annotated[int | None, typer.Option("--partition", min=0, help="Of this partition.")]
@@ -71,7 +75,9 @@ def ls(
     site: SiteOption = "",
     since: SinceOption = None,
     until: UntilOption = None,
-    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Show the newest N; 0 for all.")] = SHOWN_MAX,
+    limit: Annotated[
+        int, typer.Option(min=0, max=LIMIT_MAX, metavar="N", help="Show the newest N; 0 for all.")
+    ] = SHOWN_MAX,
     only_summary: Annotated[bool, typer.Option("--summary", help="Only the counts by stage and reason.")] = False,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
@@ -122,7 +128,10 @@ def ls(
 
 
 def show(
-    seq: Annotated[int, typer.Argument(metavar="SEQ", help="The letter's number in FI_DLQ.", show_default=False)],
+    seq: Annotated[
+        int,
+        typer.Argument(min=1, max=SEQ_MAX, metavar="SEQ", help="The letter's number in FI_DLQ.", show_default=False),
+    ],
     raw: Annotated[bool, typer.Option("--raw", help="Only the event's bytes, as they came.")] = False,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
@@ -260,7 +269,7 @@ def drop(
     selection = _selection(stage, partition, reason, site, since, until)
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
     report = {"matched": 0, "dropped": 0}
-    from cluster.cli.letters import line, whole
+    from cluster.cli.letters import append, line
 
     async def act(dead: DeadLetters, page: Sequence[Letter]) -> None:
         report["matched"] += len(page)
@@ -269,7 +278,7 @@ def drop(
                 print(line(letter))
             return
         if output is not None:
-            _append(output, [whole(letter) | ({"why": why} if why else {}) for letter in page])
+            append(output, page, why)
         report["dropped"] += await dead.remove(page, erase=erase)
 
     urls = find_servers(directory, nats)
@@ -405,11 +414,3 @@ async def _opened(urls: tuple[str, ...]) -> AsyncIterator[DeadLetters]:
         except TopologyError as error:
             raise NotReadyError(str(error)) from error
         yield DeadLetters(Api(client, Settings()), facts.cluster_id)
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Durable when it returns."""
-    with path.open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,7 +5,10 @@ Everything that came from outside is shown without control characters: an event 
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -53,6 +56,15 @@ def whole(letter: Letter) -> dict[str, Any]:
         return {**_head(letter), "body": letter.data.decode()}
     except UnicodeDecodeError:
         return {**_head(letter), "body_base64": b64encode(letter.data).decode()}
+
+
+def append(path: Path, letters: Sequence[Letter], why: str) -> None:
+    """Appends the letters to the file `path`, one a line, each with `why` if it says anything. Durable at the end."""
+    rows = [whole(letter) | ({"why": why} if why else {}) for letter in letters]
+    with path.open("ab") as file:
+        file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _head(letter: Letter) -> dict[str, Any]:

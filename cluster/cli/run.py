@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -23,9 +23,10 @@ from cluster.cli.common import (
 from contracts.budgets import SWITCH_INTERVAL
 from contracts.errors import SettingsError
 from contracts.settings import PARTITIONS_MAX
-from contracts.subjects import STAGES, Stage
+from contracts.subjects import STAGES, Stage, is_token
 
 SHARDS = "shards"
+LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
@@ -43,7 +44,7 @@ def run(
         str | None, typer.Option(help="Unique for stage and node; kept over restarts. Default: stage and process id.")
     ] = None,
     chosen_settings: SetOption = None,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")] = "INFO",
 ) -> None:
     """Runs one process of STAGE until SIGTERM, then drains and exits 0.
 
@@ -58,6 +59,11 @@ def run(
     if stage not in STAGES:
         raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")
     chosen: Stage = stage
+    own_name = f"{stage}-{os.getpid()}" if name is None else name
+    if not is_token(own_name):
+        raise SettingsError(f"--name {own_name}: a name is 1 to 64 of A-Z a-z 0-9 _ -, e.g. {stage}-a")
+    if log_level not in LOG_LEVELS:
+        raise SettingsError(f"--log-level {log_level}: use one of {', '.join(LOG_LEVELS)}")
     lanes = None if partitions is None else parse_partitions("--partitions", partitions)
     settings = given_settings(chosen_settings).settings
     urls = find_servers(directory, nats)
@@ -71,7 +77,6 @@ def run(
     from stages.runtime.process import StageProcess
     from stages.runtime.watch import Watch
 
-    own_name = name or f"{stage}-{os.getpid()}"
     configure_logging(own_name, log_level)
 
     async def serve() -> None:

@@ -116,7 +116,9 @@ def verify(
     ] = None,
     nats: NatsOption = None,
     public_key: PublicKeyOption = None,
-    shard_timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Longest a shard may take.")] = SHARD_CHECK.s,
+    shard_timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, metavar="S", help="Longest a shard may take.")
+    ] = SHARD_CHECK.s,
     as_json: JsonOption = False,
 ) -> None:
     """Reads every shard, recomputes every audit hash and checksum, and checks order and continuity.
