@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cluster.cli.common import FAILED, JsonOption, SetOption, console, given_settings, print_json, run_async
+from cluster.cli.common import FAILED, JsonOption, SetOption, console, given_settings, plain, print_json, run_async
 from cluster.cli.run import SHARDS
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
@@ -142,7 +142,7 @@ def _show(result: DemoResult) -> None:
     if result.consultation:
         out.print(f"\nConsultation {result.consultation[0]['consultation_id']}, read back:")
         for event in result.consultation:
-            text = bytes(event["payload"]).decode()
+            text = plain(bytes(event["payload"]).decode())
             line = f"  {event['timestamp']}  {event['event_type']:<24} {event['audit_hash'][:12]}…  {text}"
             out.print(line[: out.width], markup=False, soft_wrap=True)
     for line in result.refused[:SHOWN_REFUSALS]:

@@ -24,6 +24,7 @@ from cluster.cli.common import (
     NotReadyError,
     connected,
     find_servers,
+    plain,
     print_json,
     progress_bar,
     run_async,
@@ -200,7 +201,6 @@ def replay(
     report = {"matched": 0, "replayed": 0, "repeated": 0}
     refused: list[dict[str, Any]] = []
 
-    from cluster.cli.letters import plain
     from cluster.dlq import check_body, obstacle
 
     async def act(dead: DeadLetters, page: Sequence[Letter]) -> None:

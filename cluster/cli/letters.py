@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from cluster.cli.common import plain
 from cluster.dlq import obstacle
 from contracts.events import format_rfc3339, is_json
 
@@ -24,11 +25,6 @@ FIRST_CHARS: Final = 60
 HEADINGS: Final = (
     f"{'SEQ':>8} {'WHEN':<24} {'STAGE':<8} {'P':>3} {'EVENT':<12} {'REASON':<22} {'FIELD':<20} FIRST BYTES"
 )
-
-
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "·" for char in text)
 
 
 def first_bytes(data: bytes) -> str:

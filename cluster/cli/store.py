@@ -23,6 +23,7 @@ from cluster.cli.common import (
     StoreArgument,
     console,
     find_servers,
+    plain,
     print_json,
     progress_bar,
     run_async,
@@ -186,7 +187,7 @@ def _show_events(found: list[StoredEvent]) -> None:
     table = Table("time", "type", "payload", "audit hash", "origin")
     for stored in found:
         event = stored.event
-        payload = event.payload.decode()
+        payload = plain(event.payload.decode())
         short = payload if len(payload) <= _TEXT_CHARS_MAX else f"{payload[:_TEXT_CHARS_MAX]}…"
         time, digest = format_rfc3339(event.timestamp_ns), event.audit_hash.hex()[:12]
         table.add_row(time, event.event_type, Text(short), digest, str(event.origin))
