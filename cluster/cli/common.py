@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -90,13 +91,27 @@ def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
     """
     if nats:
         for url in nats:
-            if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
+            if not _is_server_url(url):
                 raise SettingsError(f"--nats {hide_credentials(url)}: a server URL looks like nats://127.0.0.1:4222")
         return tuple(nats)
     urls = read_state(directory).urls
     if not urls:
         raise NotReadyError(f"what runs in {directory} is still starting; try again in a few seconds")
     return urls
+
+
+def _is_server_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("nats", "tls", "ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def check_directory(option: str, path: Path) -> None:
+    """Holds that `path`, given for `option`, is a directory or can become one. Raises `SettingsError`."""
+    if path.exists() and not path.is_dir():
+        raise SettingsError(f"{option} {path}: is no directory; choose another place")
 
 
 def given_file() -> SettingsFile | None:

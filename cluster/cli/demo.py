@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cluster.cli.common import FAILED, JsonOption, SetOption, console, given_settings, plain, print_json, run_async
+from cluster.cli.common import (
+    FAILED,
+    JsonOption,
+    SetOption,
+    check_directory,
+    console,
+    given_settings,
+    plain,
+    print_json,
+    run_async,
+)
 from cluster.cli.run import SHARDS
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
@@ -48,6 +58,7 @@ def demo(
     Example: fictl demo --input consultations.ndjson --dir demo
     """
     where = directory or Path(".fi") / time.strftime("demo-%Y%m%d-%H%M%S")
+    check_directory("--dir", where)
     settings = given_settings(chosen, defaults=Settings(shard_bytes=DEMO_SHARD_BYTES)).settings
 
     if source is None:

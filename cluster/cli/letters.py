@@ -57,10 +57,15 @@ def whole(letter: Letter) -> dict[str, Any]:
 def append(path: Path, letters: Sequence[Letter], why: str) -> None:
     """Appends the letters to the file `path`, one a line, each with `why` if it says anything. Durable at the end."""
     rows = [whole(letter) | ({"why": why} if why else {}) for letter in letters]
-    with path.open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("ab") as file:
+            file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # What is done to a descriptor fails without saying which file it was.
+        error.filename = str(path)
+        raise
 
 
 def _head(letter: Letter) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
+    check_directory,
     check_partitions,
     connected,
     console,
@@ -185,6 +186,8 @@ def _take_back(
     may_make_store: bool,
 ) -> None:
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
+    if shards is not None:
+        check_directory("--shards", shards)
     urls, settings = find_servers(directory, nats), find_settings(directory, nats, None)
 
     async def run() -> tuple[list[Rewind], list[str], list[int]]:

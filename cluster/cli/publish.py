@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -65,6 +67,8 @@ def publish(
 
     descriptor = sys.stdin.fileno() if str(file) == "-" else os.open(file, os.O_RDONLY)
     try:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         if check_only:
             report = run_async(check_lines(_lines(descriptor), site=site))
         else:

@@ -16,6 +16,7 @@ from cluster.cli.common import (
     DirectoryOption,
     NatsOption,
     SetOption,
+    check_directory,
     find_servers,
     given_settings,
     run_async,
@@ -70,6 +71,8 @@ def run(
     if shards is None and nats and chosen == "persist":
         raise SettingsError("persist needs a store: give --shards DIR, a directory on this node's own disk")
     store = shards or directory / SHARDS
+    if shards is not None:
+        check_directory("--shards", shards)
 
     from stages.actors import actor
     from stages.runtime.allocator import share_arena

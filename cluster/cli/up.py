@@ -18,13 +18,14 @@ from cluster.cli.common import (
     FAILED,
     DirectoryOption,
     SetOption,
+    check_directory,
     config_option,
     given_settings,
     run_async,
     say,
 )
 from contracts.budgets import UP_POLL, UP_START, UP_STOP
-from contracts.errors import FiError, SettingsError
+from contracts.errors import DefiniteError, FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 
@@ -48,6 +49,7 @@ def up(
     Example: fictl up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
     counts = parse_scale(scale)
+    check_directory("--dir", directory)
     settings = given_settings(chosen, defaults=Settings(health_port=0)).settings
     if detach:
         _detach(directory, scale, servers, chosen)
@@ -151,7 +153,10 @@ def down(
     from cluster.state import NotRunningError, read_state
 
     pid = read_state(directory).supervisor_pid
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except PermissionError:
+        raise DefiniteError(f"process {pid}, which runs {directory}, is another user's: stop it as that user") from None
     deadline_s = time.monotonic() + UP_STOP.s
     while time.monotonic() < deadline_s:
         try:

@@ -15,6 +15,7 @@ from commandline import Captured, fictl
 import cluster.cli
 from cluster.cli.common import exit_code, find_servers, find_settings
 from cluster.cli.run import parse_partitions
+from cluster.state import State, process_started, write_state
 from cluster.workload import consultations
 from contracts.errors import (
     ClusterUnavailableError,
@@ -25,6 +26,7 @@ from contracts.errors import (
     StoreFailedError,
 )
 from contracts.policy import EVENT_TYPES
+from contracts.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,12 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
         assert "Example: fictl " in " ".join(out.split())
 
 
+NO_URLS = (
+    *("127.0.0.1:4222", "http://a:1", "nats://", "nats://:4222", "nats://[::1", "nats://a:0", "nats://a:x"),
+    *("nats://127.0.0.1:99999", "nats://a:1,nats://b:2"),
+)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -89,7 +97,7 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
         ("run", "hash", "--log-level", "FOO"), ("verify", ".", "--shard-timeout", "inf"),
         ("dlq", "ls", "--limit", "1" + "0" * 20), ("dlq", "show", "0"), ("dlq", "show", str(2**64)),
         ("dlq", "drop", "0", "--yes"), ("dlq", "replay", str(2**64), "--yes"),
-        ("cluster", "status", "--nats", "127.0.0.1:4222"),
+        *(("cluster", "status", "--nats", url) for url in NO_URLS),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partition=4"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions=0"),
@@ -138,6 +146,48 @@ def test_a_directory_without_a_store_is_told(verb: str, tmp_path: Path, capsys: 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: Captured) -> None:
     assert fictl("publish", tmp_path / "missing.ndjson", "--check-only") == 1
     assert "missing.ndjson: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("up", "--dir", "FILE"), ("up", "--detach", "--dir", "FILE"), ("demo", "--dir", "FILE"),
+        ("run", "persist", "--nats", "nats://127.0.0.1:1", "--shards", "FILE"),
+        ("partitions", "move", "0", "--nats", "nats://127.0.0.1:1", "--shards", "FILE"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_file_where_a_directory_should_be_is_called_that(
+    arguments: tuple[str, ...], file: Path, capsys: Captured
+) -> None:
+    assert fi(*(str(file) if part == "FILE" else part for part in arguments)) == 2
+    assert f"{file}: is no directory" in capsys.readouterr().err
+
+
+def test_a_directory_where_a_file_of_events_should_be_is_named(tmp_path: Path, capsys: Captured) -> None:
+    assert fi("publish", tmp_path, "--check-only") == 1
+    assert capsys.readouterr().err == f"fi: {tmp_path}: Is a directory\n"
+
+
+def test_a_run_of_another_user_is_not_stopped_and_called_that(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_ours(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    pid = os.getpid()
+    state = State(
+        status="ready",
+        supervisor_pid=pid,
+        supervisor_started=process_started(pid),
+        urls=(),
+        processes=(),
+        settings=Settings(),
+    )
+    write_state(tmp_path, state)
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert fi("down", "--dir", tmp_path) == 1
+    assert f"process {pid}, which runs {tmp_path}, is another user's" in capsys.readouterr().err
 
 
 def test_check_only_needs_no_cluster_and_passes_good_lines(file: Path, capsys: Captured) -> None:

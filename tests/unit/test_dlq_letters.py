@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from test_ingest_core import a_gateway_event, body_of
 
 from cluster.cli.dlq import parse_when
-from cluster.cli.letters import advice, brief, first_bytes, line, page, whole
+from cluster.cli.letters import advice, append, brief, first_bytes, line, page, whole
 from cluster.dlq import Selection, check_body, obstacle, replay_id
 from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
@@ -162,6 +163,18 @@ def test_pretty_where_it_is_json_and_as_it_came_where_it_is_not() -> None:
     assert "4bf92f3577b34da6a3ce929d0e0e4736" in page(letter())
     assert first_bytes(b"\x1b[31m\x9b\xc2\x9b" + b"x" * 999).startswith("·[31m\ufffd·xxx")
     assert whole(letter(data=b"\xff"))["body_base64"] == "/w=="
+
+
+def test_a_file_that_takes_no_letters_is_named(tmp_path: Path) -> None:
+    pipe = tmp_path / "dropped.ndjson"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="Invalid argument") as refused:
+            append(pipe, [letter()], "")
+    finally:
+        os.close(reader)
+    assert refused.value.filename == str(pipe)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("3d", 259200)])
