@@ -8,6 +8,7 @@ A verb imports what is heavy when it runs, so that ``fictl --help`` stays quick.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import typer
 
 from cluster.cli import config, dlq, keys, members, partitions, policy, proof, store, topology
 from cluster.cli.capacity import capacity
-from cluster.cli.common import FAILED, config_option, exit_code, say
+from cluster.cli.common import FAILED, USAGE, config_option, exit_code, say
 from cluster.cli.demo import demo
 from cluster.cli.export import export
 from cluster.cli.flush import flush
@@ -91,10 +92,30 @@ app.add_typer(partitions_app, name="partitions")
 app.add_typer(policy_app, name="policy")
 
 
+def _open_closed_streams() -> None:
+    """Opens what is closed of stdin, stdout and stderr on nothing: the next file opened would be taken for it."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest one that is free is this one. Processes that are started get it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the verb that `arguments` (the process's own when None) name, and exits with its code."""
+    _open_closed_streams()
     try:
         app(arguments)
+    except UnicodeEncodeError:
+        # A file may have any name; what is sent, stored or printed as JSON is text.
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if any("\ud800" <= char <= "\udfff" for char in argument):
+                say(f"fi: the argument {argument!a} is not UTF-8, and cannot be used here")
+                sys.exit(USAGE)
+        raise
     except FiError as error:
         say(f"fi: {error}")
         sys.exit(exit_code(error))

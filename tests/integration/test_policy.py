@@ -269,6 +269,7 @@ async def test_what_was_set_is_not_changed_by_writing_over_it(pipeline: Pipeline
         (("payload_bytes_max=2000000",), 2, "payload_bytes_max = 2000000"),
         (("--from", "777777"), 2, "there is no policy 777777"),
         (("check_lifecycle=true",), 1, "nothing changes"),
+        (("check_lifecycle=false", "--note", "ticket \udcff"), 2, "the argument 'ticket \\udcff' is not UTF-8"),
     ],
 )
 async def test_what_cannot_be_set_is_refused_and_nothing_is_stored(

@@ -227,6 +227,27 @@ def test_stdin_is_read_for_a_dash(file: Path) -> None:
     assert json.loads(done.stdout)["lines"] == 30
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("arguments", ["publish - --check-only --json", "schema --json", "publish - --check-only"])
+def test_a_standard_stream_that_is_closed_is_as_one_to_nowhere(closed: str, arguments: str) -> None:
+    command = f'exec "$0" -m cluster {arguments} {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert bool(done.stdout) is (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_a_files_name_need_not_be_text(file: Path, capsys: Captured) -> None:
+    named = file.rename(file.with_name(os.fsdecode(b"\xff.ndjson")))
+    assert fi("publish", named, "--check-only", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["lines"] == 30
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

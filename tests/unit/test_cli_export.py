@@ -86,6 +86,12 @@ def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name:
     assert "choose another" in err or "name a file" in err
 
 
+def test_an_argument_that_is_kept_as_text_must_be_text(place: Path, capsys: Captured) -> None:
+    assert fi("export", place, "--output", place / "a.csv", "--purpose", os.fsdecode(b"audit \xff")) == 2
+    assert capsys.readouterr().err == "fi: the argument 'audit \\udcff' is not UTF-8, and cannot be used here\n"
+    assert {path.name for path in place.iterdir()} == {"shards"}
+
+
 def test_a_link_or_pipe_is_not_replaced_by_the_export(place: Path, capsys: Captured) -> None:
     kept = place / "kept.csv"
     kept.write_text("kept")
