@@ -5,6 +5,7 @@ None of them needs a running cluster, but for `fictl verify --receipts`.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -138,6 +139,8 @@ def verify(
     from stages.persist.export.manifest import find_manifest
     from stages.persist.verify import verify_store
 
+    if math.isnan(shard_timeout):
+        raise SettingsError("--shard-timeout nan: give seconds")
     if public_key and not receipts:
         raise SettingsError("--public-key is for the signatures of receipts: give --receipts too")
     if (manifest := find_manifest(path)) is not None:

@@ -95,6 +95,7 @@ NO_URLS = (
         ("flush", "--partition", "0-99999999999"), ("run", "hash", "--partitions", "0-1024"),
         ("run", "hash", "--name", "../../evil"), ("run", "hash", "--name", ""), ("run", "hash", "--name", "n" * 65),
         ("run", "hash", "--log-level", "FOO"), ("verify", ".", "--shard-timeout", "inf"),
+        ("verify", ".", "--shard-timeout", "nan"),
         ("dlq", "ls", "--limit", "1" + "0" * 20), ("dlq", "show", "0"), ("dlq", "show", str(2**64)),
         ("dlq", "drop", "0", "--yes"), ("dlq", "replay", str(2**64), "--yes"),
         *(("cluster", "status", "--nats", url) for url in NO_URLS),
