@@ -161,12 +161,12 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: Captured) -> N
 def test_a_file_where_a_directory_should_be_is_called_that(
     arguments: tuple[str, ...], file: Path, capsys: Captured
 ) -> None:
-    assert fi(*(str(file) if part == "FILE" else part for part in arguments)) == 2
+    assert fictl(*(str(file) if part == "FILE" else part for part in arguments)) == 2
     assert f"{file}: is no directory" in capsys.readouterr().err
 
 
 def test_a_directory_where_a_file_of_events_should_be_is_named(tmp_path: Path, capsys: Captured) -> None:
-    assert fi("publish", tmp_path, "--check-only") == 1
+    assert fictl("publish", tmp_path, "--check-only") == 1
     assert capsys.readouterr().err == f"fi: {tmp_path}: Is a directory\n"
 
 
@@ -187,7 +187,7 @@ def test_a_run_of_another_user_is_not_stopped_and_called_that(
     )
     write_state(tmp_path, state)
     monkeypatch.setattr(os, "kill", not_ours)
-    assert fi("down", "--dir", tmp_path) == 1
+    assert fictl("down", "--dir", tmp_path) == 1
     assert f"process {pid}, which runs {tmp_path}, is another user's" in capsys.readouterr().err
 
 
@@ -245,7 +245,7 @@ def test_a_standard_stream_that_is_closed_is_as_one_to_nowhere(closed: str, argu
 
 def test_a_files_name_need_not_be_text(file: Path, capsys: Captured) -> None:
     named = file.rename(file.with_name(os.fsdecode(b"\xff.ndjson")))
-    assert fi("publish", named, "--check-only", "--json") == 0
+    assert fictl("publish", named, "--check-only", "--json") == 0
     assert json.loads(capsys.readouterr().out)["lines"] == 30
 
 

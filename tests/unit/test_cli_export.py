@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_is_refused_with_a_next_step(place: Path, name:
 
 
 def test_an_argument_that_is_kept_as_text_must_be_text(place: Path, capsys: Captured) -> None:
-    assert fi("export", place, "--output", place / "a.csv", "--purpose", os.fsdecode(b"audit \xff")) == 2
+    assert fictl("export", place, "--output", place / "a.csv", "--purpose", os.fsdecode(b"audit \xff")) == 2
     assert capsys.readouterr().err == "fi: the argument 'audit \\udcff' is not UTF-8, and cannot be used here\n"
     assert {path.name for path in place.iterdir()} == {"shards"}
 
@@ -101,7 +101,7 @@ def test_a_link_or_pipe_is_not_replaced_by_the_export(place: Path, capsys: Captu
     os.mkfifo(pipe)
     before = {path.name for path in place.iterdir()}
     for output in (link, dangling, pipe):
-        assert fi("export", place, "--output", output) == 2
+        assert fictl("export", place, "--output", output) == 2
         assert "leave --output out for stdout" in capsys.readouterr().err
     assert {path.name for path in place.iterdir()} == before
     assert (link.is_symlink(), dangling.is_symlink(), pipe.is_fifo()) == (True, True, True)

@@ -8,8 +8,8 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from commandline import Captured, fictl
 from shard_maker import PartitionMaker, make_event, new_store
-from test_cli import Captured, fi
 
 from cluster.cli.demo import _show
 from cluster.demo import DemoResult
@@ -28,7 +28,7 @@ def test_events_on_a_terminal(tmp_path: Path, capsys: Captured, monkeypatch: pyt
     maker.close()
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert fi("events", str(UUID(bytes=event.consultation_id)), "--dir", tmp_path) == 0
+    assert fictl("events", str(UUID(bytes=event.consultation_id)), "--dir", tmp_path) == 0
     assert_plain(capsys.readouterr().out)
 
 
