@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import typer
@@ -80,7 +80,7 @@ def rebuild(
         wait,
         as_json,
         owned_only=partitions is None,
-        may_make_store=False,
+        store_is="there",
     )
 
 
@@ -119,7 +119,7 @@ def move(
         wait,
         as_json,
         owned_only=False,
-        may_make_store=not dry_run,
+        store_is="planned" if dry_run else "made",
     )
 
 
@@ -183,7 +183,7 @@ def _take_back(
     as_json: bool,
     *,
     owned_only: bool,
-    may_make_store: bool,
+    store_is: Literal["there", "planned", "made"],
 ) -> None:
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
     if shards is not None:
@@ -195,7 +195,7 @@ def _take_back(
 
         from cluster.rewind import Rewinder, wait_caught_up
         from stages.persist.keys import load_key
-        from stages.persist.storedir import existing_store, open_store
+        from stages.persist.storedir import existing_store, open_store, planned_store
         from stages.runtime.api import Api
         from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
@@ -208,10 +208,10 @@ def _take_back(
             check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
             api = Api(client, settings)
             place = shards or directory / "shards"
-            if may_make_store:
+            if store_is == "made":
                 store = open_store(place, facts.cluster_id, now_ns=time.time_ns())
             else:
-                store = existing_store(place, facts.cluster_id)
+                store = (planned_store if store_is == "planned" else existing_store)(place, facts.cluster_id)
             signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None
             rewinder = Rewinder(api, store, signer)
             for partition in range(facts.partitions) if partitions is None else sorted(set(partitions)):

@@ -188,7 +188,9 @@ class _Walk:
 
 
 def given_up(store: Store, partition: int, end: StoreEnd) -> list[ShardFile]:
-    """The partition's files in `store` that hold nothing of what `end` says is accepted."""
+    """The partition's files in `store` that hold nothing of what `end` says is accepted; none if only planned."""
+    if not store.directory.exists():
+        return []
     return [
         file
         for file in list_shards(store.directory).get(partition, ())

@@ -108,6 +108,16 @@ def existing_store(directory: Path, cluster_id: str) -> Store:
     return store
 
 
+def planned_store(directory: Path, cluster_id: str) -> Store:
+    """The store in `directory`, or the one that `open_store` would make there, under an id of its own; nothing is made.
+
+    Raises as `existing_store`, unless there is no store.
+    """
+    if not (directory / STORE_FILE).exists():
+        return Store(directory, uuid4().hex, cluster_id)
+    return existing_store(directory, cluster_id)
+
+
 def read_store(directory: Path) -> Store:
     """The identity of an existing store, whatever cluster it belongs to.
 
