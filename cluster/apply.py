@@ -123,7 +123,7 @@ class _Applier:
     def __init__(self, client: GuardedClient, settings: Settings, wait_s: float) -> None:
         self._settings = settings
         self._jetstream: JetStreamContext = client.jetstream(timeout=TOPOLOGY_REQUEST.s)
-        self._api = Api(client, settings)
+        self._api = Api(client, settings, give_up_s=wait_s)
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
         self._new_id = uuid.uuid4().hex

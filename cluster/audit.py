@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.budgets import COMMAND_CONNECT, SHARD_CHECK
+from contracts.budgets import COMMAND_ANSWER, COMMAND_CONNECT, SHARD_CHECK
 from contracts.errors import ShardError
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
@@ -72,14 +72,14 @@ async def read_records(
         after: read no receipts up to the last of these.
 
     Raises:
-        ClusterUnavailableError: no server answers.
+        ClusterUnavailableError: no server answers, or a stream does not.
         TopologyError: it is not a cluster of ours.
         WireFormatError: a record of a version this build does not know.
     """
     client = await connect(tuple(urls), "fi-audit", wait_s=COMMAND_CONNECT.s)
     try:
         facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
-        api = Api(client, Settings())
+        api = Api(client, Settings(), give_up_s=COMMAND_ANSWER.s)
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
         found = await side_by_side(*(read_partition(api, lane, start) for lane, start in starts.items()))

@@ -10,6 +10,7 @@ import msgspec
 
 from cluster.backlog import count_from
 from contracts.budgets import MEMBERS_POLL
+from contracts.errors import ClusterUnavailableError
 from contracts.frames import decode_frame_head
 from contracts.subjects import INPUT_STREAM, STAGES, Stage, input_filter
 from stages.runtime.api import Api
@@ -61,9 +62,13 @@ async def _worked_off(api: Api, stage: Stage, partitions: int, deadline_s: float
     open_ = set(range(partitions))
     while open_:
         for partition in tuple(open_):
-            reached = await _input_reaches(api, stage, partition)
-            if await output_reaches(api, stage, partition) >= reached:
-                open_.discard(partition)
+            try:
+                reached = await _input_reaches(api, stage, partition)
+                if await output_reaches(api, stage, partition) >= reached:
+                    open_.discard(partition)
+            except ClusterUnavailableError:
+                # It is asked again until the time is up.
+                break
         if open_ and time.monotonic() > deadline_s:
             return False
         if open_:

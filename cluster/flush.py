@@ -6,6 +6,7 @@ Everything `FI_EVENTS` holds when it begins is meant, and what was committed bef
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
@@ -34,13 +35,15 @@ from contracts.subjects import (
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt, last_seal, told_before
 from stages.runtime.facts import ClusterFacts
-from stages.runtime.tasks import side_by_side
+from stages.runtime.tasks import end_tasks, side_by_side
 from stages.runtime.writer import FencedWriter
 
 T = TypeVar("T")
 
 READS_AT_ONCE = 16
 FULL_SHARE = 0.98
+EXPLAIN_SHARE = 0.25
+"""How much of its time a flush that is not done may take to find out why."""
 
 
 class PartitionFlush(msgspec.Struct, kw_only=True):
@@ -196,40 +199,52 @@ class Flusher:
         self._facts = facts
         self._by = by
         self._tell = tell
+        self._silent = False
         self._all = [_Partition(api, partition) for partition in partitions]
 
     async def run(self, limit_s: float, *, seal: bool = True) -> FlushReport:
-        """Waits for it for `limit_s` at most; with `seal` not only for the commits.
+        """Waits for it for `limit_s` at most, saying who holds it up included; with `seal` not only for the commits.
 
         Raises:
             TopologyError: the streams are not there.
             WireFormatError: receipts or seal records of a version that this build cannot read.
             ClusterUnavailableError: the connection was closed.
         """
-        begun_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time
+        begun_s = now_s()
+        explain_s = min(FLUSH_EXPLAIN.s, EXPLAIN_SHARE * limit_s)
+        waiting = asyncio.create_task(self._wait(seal=seal))
         holdups: tuple[Holdup, ...] = ()
         try:
-            async with asyncio.timeout(limit_s):
-                await _each(one.begin for one in self._all)
-                await self._until_committed()
-                if seal:
-                    await self._until_sealed()
-        except TimeoutError:
-            holdups = await self._explain()
-        try:
-            async with asyncio.timeout(FLUSH_EXPLAIN.s):
-                await _each(one.count for one in self._all)
-        except TimeoutError:
-            # What is known is said; the cluster does not answer.
-            holdups = holdups or ()
+            await asyncio.wait((waiting,), timeout=limit_s - explain_s)
+            if not waiting.done():
+                # Asked before the time is up, for a cluster that is silent takes all the time it is given.
+                holdups = await self._explain()
+                await asyncio.wait((waiting,), timeout=max(0.0, begun_s + limit_s - now_s()))
+            if waiting.done():
+                waiting.result()
+        finally:
+            await end_tasks(waiting)
+        if not self._silent:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_EXPLAIN.s):
+                    await _each(one.count for one in self._all)
         for one in self._all:
             one.report.done = one.report.done if seal else one.report.committed
+        left = {one.report.partition for one in self._all if not one.report.done}
         return FlushReport(
-            done=all(one.report.done for one in self._all),
+            done=not left,
             partitions=tuple(one.report for one in self._all),
-            holdups=holdups,
-            elapsed_s=time.monotonic() - begun_s,
+            holdups=tuple(holdup for holdup in holdups if left.intersection(holdup.partitions)),
+            elapsed_s=now_s() - begun_s,
         )
+
+    async def _wait(self, *, seal: bool) -> None:
+        """Until everything is done."""
+        await _each(one.begin for one in self._all)
+        await self._until_committed()
+        if seal:
+            await self._until_sealed()
 
     async def _until_committed(self) -> None:
         total = sum(one.report.waiting for one in self._all)
@@ -286,6 +301,7 @@ class Flusher:
                         why = _why(stage, partition, members, full)
                         waiting.setdefault((stage, why), []).append(partition)
         except (TimeoutError, FiError) as error:
+            self._silent = True
             every = [one.report.partition for one in self._all if not one.report.done]
             waiting = {("persist", f"the cluster does not answer ({error!r}); see `fictl cluster status`"): every}
         return tuple(Holdup(stage=s, why=why, partitions=tuple(found)) for (s, why), found in waiting.items())

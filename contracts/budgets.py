@@ -152,6 +152,9 @@ TOP_REDRAW: Final = _pause(1.0, "`fictl top`: for something new to show", "the a
 
 # Commands.
 COMMAND_CONNECT: Final = _limit(5.0, "a command: its first server to answer", "it fails: not ready")
+COMMAND_ANSWER: Final = _limit(
+    15.0, "a command: one answer of a stream, which may have to elect a leader first", "it fails: not ready"
+)
 COMMAND_READY: Final = _limit(5.0, "publish and dlq: streams to be there and have leaders", "they fail: not ready")
 PROGRESS: Final = _limit(2.0, "whoever looks at a command: its end", "a progress bar is shown")
 PROGRESS_REFRESH: Final = _pause(0.1, "a progress bar: between two of its states", "it is drawn again")
@@ -165,7 +168,7 @@ RESTART: Final = _limit(
 SETTLED: Final = _limit(30.0, "`fictl scale`, `restart`: partitions to have moved (--wait)", "they exit 3")
 FLUSH: Final = _limit(120.0, "`fictl flush`: all to be committed and sealed (--timeout)", "it exits 3 and says why")
 FLUSH_POLL: Final = _pause(0.1, "the same: between two looks at receipts and seals", "it looks")
-FLUSH_EXPLAIN: Final = _limit(5.0, "the same: what holds it up", "it says what it knows")
+FLUSH_EXPLAIN: Final = _limit(2.0, "the same, before its limit: what holds it up", "it says what it knows")
 POLICY_SPREAD: Final = _limit(
     30.0, "`fictl policy set`: every process to judge by it (--timeout)", "it exits 3 and names those that do not"
 )

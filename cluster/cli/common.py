@@ -20,7 +20,7 @@ import typer
 
 from cluster.config import find_file
 from cluster.state import NotRunningError, read_state
-from contracts.budgets import COMMAND_CONNECT, PROGRESS
+from contracts.budgets import COMMAND_ANSWER, COMMAND_CONNECT, PROGRESS
 from contracts.errors import (
     ClusterUnavailableError,
     DefiniteError,
@@ -34,6 +34,7 @@ from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_cr
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from stages.runtime.api import Api
     from stages.runtime.client import GuardedClient
 
 T = TypeVar("T")
@@ -172,6 +173,13 @@ async def connected(urls: tuple[str, ...], *, beside: str | None = None) -> Asyn
         yield client
     finally:
         await client.close()
+
+
+def command_api(client: GuardedClient, settings: Settings | None = None) -> Api:
+    """What a command reads and changes streams with: unlike a stage it gives up what is not answered in time."""
+    from stages.runtime.api import Api
+
+    return Api(client, settings or Settings(), give_up_s=COMMAND_ANSWER.s)
 
 
 def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     NotReadyError,
+    command_api,
     connected,
     find_servers,
     plain,
@@ -404,8 +405,6 @@ def parse_when(option: str, text: str, now_ns: int) -> int:
 @asynccontextmanager
 async def _opened(urls: tuple[str, ...]) -> AsyncIterator[DeadLetters]:
     from cluster.dlq import DeadLetters
-    from contracts.settings import Settings
-    from stages.runtime.api import Api
     from stages.runtime.facts import read_cluster
 
     async with connected(urls) as client:
@@ -413,4 +412,4 @@ async def _opened(urls: tuple[str, ...]) -> AsyncIterator[DeadLetters]:
             facts = await read_cluster(client, wait_s=COMMAND_READY.s)
         except TopologyError as error:
             raise NotReadyError(str(error)) from error
-        yield DeadLetters(Api(client, Settings()), facts.cluster_id)
+        yield DeadLetters(command_api(client), facts.cluster_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,7 @@ from cluster.cli.common import (
     say,
 )
 from cluster.cli.run import parse_partitions
-from contracts.budgets import FLUSH
+from contracts.budgets import COMMAND_CONNECT, FLUSH, FLUSH_EXPLAIN
 from contracts.errors import SettingsError
 from contracts.settings import Settings
 
@@ -55,13 +56,17 @@ def flush(
         from stages.runtime.api import Api
         from stages.runtime.facts import read_cluster
 
+        begun_s = time.monotonic()
         async with connected(find_servers(directory, nats)) as client:
-            facts = await read_cluster(client)
+            facts = await read_cluster(client, wait_s=min(COMMAND_CONNECT.s, limit_s))
             chosen = range(facts.partitions) if given is None else given
             check_partitions("--partition", chosen, facts.partitions)
             by = login_place()
             with progress_bar("flushing") as tell:
-                return await Flusher(Api(client, Settings()), facts, chosen, by, tell).run(limit_s, seal=seal)
+                # What it asks is asked until its own time is up.
+                api = Api(client, Settings(), give_up_s=limit_s + FLUSH_EXPLAIN.s)
+                left_s = max(0.0, begun_s + limit_s - time.monotonic())
+                return await Flusher(api, facts, chosen, by, tell).run(left_s, seal=seal)
 
     report = run_async(work())
     if as_json:

@@ -17,6 +17,7 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     NotReadyError,
+    command_api,
     connected,
     console,
     find_servers,
@@ -30,7 +31,6 @@ from cluster.cli.up import parse_scale
 from cluster.state import State, read_state
 from contracts.budgets import DRAINED, OBEYED, RESTART, SCALE, SETTLED
 from contracts.errors import FiError, SettingsError
-from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -281,10 +281,8 @@ async def _look(client: GuardedClient, api: Api) -> MembersReport:
 
 
 async def _with_cluster(urls: tuple[str, ...], work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:
-    from stages.runtime.api import Api
-
     async with connected(urls) as client:
-        return await work(client, Api(client, Settings()))
+        return await work(client, command_api(client))
 
 
 def _show(report: MembersReport) -> None:

@@ -17,6 +17,7 @@ from cluster.cli.common import (
     NatsOption,
     check_directory,
     check_partitions,
+    command_api,
     connected,
     console,
     find_servers,
@@ -27,7 +28,7 @@ from cluster.cli.common import (
     say,
 )
 from contracts.budgets import COMMAND_CONNECT, REBUILD
-from contracts.errors import FiError, NotOursError
+from contracts.errors import ClusterUnavailableError, FiError, NotOursError
 
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
@@ -133,15 +134,13 @@ def list_partitions(
     urls = find_servers(directory, nats)
 
     async def read() -> list[dict[str, Any]]:
-        from contracts.settings import Settings
-        from stages.runtime.api import Api
         from stages.runtime.checkpoint import last_receipt, last_seal, told_before
         from stages.runtime.facts import read_cluster
 
         rows = []
         async with connected(urls) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
-            api = Api(client, Settings())
+            api = command_api(client)
             for partition in range(facts.partitions):
                 receipt, _ = await last_receipt(api, partition)
                 row: dict[str, Any] = {"partition": partition, "store": None, "node": None}
@@ -196,7 +195,6 @@ def _take_back(
         from cluster.rewind import Rewinder, wait_caught_up
         from stages.persist.keys import load_key
         from stages.persist.storedir import existing_store, open_store, planned_store
-        from stages.runtime.api import Api
         from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
 
@@ -206,7 +204,7 @@ def _take_back(
         async with connected(urls) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
-            api = Api(client, settings)
+            api = command_api(client, settings)
             place = shards or directory / "shards"
             if store_is == "made":
                 store = open_store(place, facts.cluster_id, now_ns=time.time_ns())
@@ -229,6 +227,8 @@ def _take_back(
                     continue
                 except FiError as error:
                     failed.append(str(error))
+                    if isinstance(error, ClusterUnavailableError):
+                        break
                     continue
                 if rewind is not None:
                     done.append(rewind)

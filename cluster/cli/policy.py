@@ -16,6 +16,7 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     NotReadyError,
+    command_api,
     connected,
     console,
     find_servers,
@@ -37,7 +38,6 @@ from contracts.rules import (
     diff_rules,
     parse_rules,
 )
-from contracts.settings import Settings
 from contracts.wire import UNREADABLE
 
 if TYPE_CHECKING:
@@ -237,7 +237,5 @@ def _change_words(change: Difference) -> str:
 
 
 async def _with_api(directory: Path, nats: list[str] | None, work: Callable[[Api], Awaitable[T]]) -> T:
-    from stages.runtime.api import Api
-
     async with connected(find_servers(directory, nats)) as client:
-        return await work(Api(client, Settings()))
+        return await work(command_api(client))

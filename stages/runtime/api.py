@@ -13,7 +13,8 @@ import asyncio
 import builtins
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
@@ -89,7 +90,8 @@ class Api:
     """The JetStream API of one connection, with time-outs and retries.
 
     `jitter` gives a number in [0, 1): passed in so that simulated runs repeat. `telemetry` is what lanes, readers and
-    writers record with.
+    writers record with. `give_up_s` is how long one call goes on asking; None: for ever, as a stage does, which has
+    nothing else to do.
     """
 
     def __init__(
@@ -98,8 +100,11 @@ class Api:
         settings: Settings,
         jitter: Callable[[], float] = random.random,
         telemetry: Telemetry = OFF,
+        *,
+        give_up_s: float | None = None,
     ) -> None:
         self.client = client
+        self._give_up_s = give_up_s
         self.settings = settings
         self.telemetry = telemetry
         self.jitter = jitter
@@ -130,24 +135,36 @@ class Api:
         low, high = self.settings.retry_s_min, self.settings.retry_s_max
         await asyncio.sleep(low + (high - low) * self.jitter())
 
+    @asynccontextmanager
+    async def _patience(self, stream: str) -> AsyncIterator[None]:
+        """Ends what is asked of `stream` within when `give_up_s` is over, with `ClusterUnavailableError`."""
+        try:
+            async with asyncio.timeout(self._give_up_s):
+                yield
+        except builtins.TimeoutError:
+            raise ClusterUnavailableError(
+                f"{stream} does not answer within {self._give_up_s:g} s; see `fictl cluster status`"
+            ) from None
+
     async def request(self, stream: str, subject: str, body: bytes) -> bytes:
         """One request about `stream`, repeated until something answers. Only for what may safely be repeated.
 
         Raises:
             RequestRefusedError: the API answered with an error that waiting does not cure.
-            ClusterUnavailableError: the connection was closed.
+            ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + STREAM_REMADE.s
-        while True:
-            answer, error_part = await self._try(stream, subject, body)
-            if answer is not None and error_part is None:
-                return answer
-            if error_part is not None and error_part.code not in NOT_NOW:
-                is_remade = error_part.err_code == NO_STREAM and stream in REMADE and loop.time() < until_s
-                if not is_remade:
-                    raise RequestRefusedError(subject, error_part)
-            await self.pause()
+        async with self._patience(stream):
+            while True:
+                answer, error_part = await self._try(stream, subject, body)
+                if answer is not None and error_part is None:
+                    return answer
+                if error_part is not None and error_part.code not in NOT_NOW:
+                    is_remade = error_part.err_code == NO_STREAM and stream in REMADE and loop.time() < until_s
+                    if not is_remade:
+                        raise RequestRefusedError(subject, error_part)
+                await self.pause()
 
     async def _try(self, stream: str, subject: str, body: bytes) -> tuple[bytes | None, ApiError | None]:
         """One request, once, when its turn has come: answer and error in it; None when nobody answered.
@@ -189,6 +206,7 @@ class Api:
 
         Raises:
             TopologyError: the stream does not exist.
+            ClusterUnavailableError: as `request`.
         """
         return await self._get(stream, {"last_by_subj": subject})
 
@@ -208,15 +226,16 @@ class Api:
         """
         what = msgspec.json.encode({"seq": seq, "no_erase": not erase})
         asked_before = False
-        while True:
-            answer, error_part = await self._try(stream, f"$JS.API.STREAM.MSG.DELETE.{stream}", what)
-            if answer is not None and error_part is None:
-                return True
-            # The codes for a message that is gone differ (10043, 10057), and the latter stands for more than that.
-            if answer is not None and await self.message_at(stream, seq) is None:
-                return asked_before
-            asked_before |= answer is None
-            await self.pause()
+        async with self._patience(stream):
+            while True:
+                answer, error_part = await self._try(stream, f"$JS.API.STREAM.MSG.DELETE.{stream}", what)
+                if answer is not None and error_part is None:
+                    return True
+                # The codes for a message that is gone differ (10043, 10057); the latter stands for more than that.
+                if answer is not None and await self.message_at(stream, seq) is None:
+                    return asked_before
+                asked_before |= answer is None
+                await self.pause()
 
     async def last_messages(self, stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
         """Subject → its last message, for all subjects that match: one request for any number of messages.
