@@ -34,7 +34,7 @@ async def measure_drain(pipeline: Pipeline, seed: int, events: int = EVENTS) -> 
     """
     messages = make_messages(seed, events // BATCH, BATCH)
     api = Api(pipeline.observer, pipeline.supervisor.settings)
-    await pause(pipeline.observer, PAUSED, Pause(since_ns=time.time_ns(), by="benchmarks.drain"))
+    await pause(api, PAUSED, Pause(since_ns=time.time_ns(), by="benchmarks.drain"))
     seen = await look_until(
         pipeline.observer, api, lambda seen: PAUSED in seen.paused and PAUSED not in seen.moving, PAUSE_S
     )
@@ -49,7 +49,7 @@ async def measure_drain(pipeline: Pipeline, seed: int, events: int = EVENTS) -> 
         if tracker.totals().settled:
             raise RuntimeError("events were committed while persist was paused")
         begun_s = time.monotonic()
-        await resume(pipeline.observer, PAUSED)
+        await resume(api, PAUSED)
         await settle(tracker)
         drained_s = time.monotonic() - begun_s
     checked = await asyncio.to_thread(judge, messages, pipeline.supervisor.directory / "shards")

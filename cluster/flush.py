@@ -18,7 +18,7 @@ from cluster.backlog import count_from
 from cluster.drain import output_reaches
 from cluster.members import MembersReport, look
 from contracts.budgets import FLUSH_EXPLAIN, FLUSH_POLL
-from contracts.errors import FencedError, FiError, WireFormatError
+from contracts.errors import FiError, WireFormatError
 from contracts.flush import Flush, decode_flush, encode_flush
 from contracts.receipts import Receipt, SealRecord, StoreEnd, decode_seal
 from contracts.subjects import (
@@ -35,8 +35,9 @@ from contracts.subjects import (
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt, last_seal, told_before
 from stages.runtime.facts import ClusterFacts
+from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks, side_by_side
-from stages.runtime.writer import FencedWriter
+from stages.runtime.writer import replace_last
 
 T = TypeVar("T")
 
@@ -270,22 +271,15 @@ class Flusher:
     async def _ask(self, targets: dict[int, int]) -> None:
         """Stores what is asked for, and with it what others asked for."""
         flush = Flush(cluster=self._facts.cluster_id, targets=targets, since_ns=time.time_ns(), by=self._by)
-        nonce = f"flush-{secrets.token_hex(6)}"
-        while True:
-            last = await self._api.last_message(CONTROL, FLUSH_SUBJECT)
-            writer = FencedWriter(self._api, CONTROL, FLUSH_SUBJECT, nonce)
-            writer.expected_seq = 0 if last is None else last.seq
+
+        def merged(last: StoredMessage | None) -> bytes:
             before = None
             if last is not None and last.data:
-                try:
+                with contextlib.suppress(WireFormatError):
                     before = decode_flush(last.data)
-                except WireFormatError:
-                    before = None
-            try:
-                await writer.publish(encode_flush(flush.merged(before)), "flush")
-                return
-            except FencedError:
-                continue
+            return encode_flush(flush.merged(before))
+
+        await replace_last(self._api, CONTROL, FLUSH_SUBJECT, merged, f"flush-{secrets.token_hex(6)}")
 
     async def _explain(self) -> tuple[Holdup, ...]:
         """Who holds up what is not done."""

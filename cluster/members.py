@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 import msgspec
-from nats.errors import Error as NatsError
-from nats.js.errors import APIError
 
-from contracts.budgets import MEMBERS_POLL, PAUSE_PUT
-from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.budgets import COMMAND_ANSWER, MEMBERS_POLL, PAUSE_PUT
+from contracts.errors import ClusterUnavailableError
 from contracts.membership import Member, Pause, decode_pause, shares
 from contracts.receipts import Receipt
 from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
-from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, KV_DELETED
+from contracts.telemetry import HEADER_KV_OPERATION, KV_DELETED
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.facts import read_cluster
 from stages.runtime.membership import read_receipts, readable
 from stages.runtime.messages import StoredMessage
+from stages.runtime.writer import replace_last
+
+T = TypeVar("T")
 
 _STORE_SHOWN = 8
 
@@ -90,7 +93,7 @@ async def look(client: GuardedClient, api: Api) -> MembersReport:
         TopologyError: the streams are not there.
         ClusterUnavailableError: the cluster does not answer.
     """
-    facts = await read_cluster(client)
+    facts = await read_cluster(client, wait_s=COMMAND_ANSWER.s)
     found, control = await read_buckets(api)
     return report(found, control, await read_receipts(api, facts.partitions), facts.partitions, time.time_ns())
 
@@ -198,38 +201,56 @@ def _why(
 async def look_until(
     client: GuardedClient, api: Api, settled: Callable[[MembersReport], bool], limit_s: float
 ) -> MembersReport:
-    """Looks again and again until `settled`, for `limit_s` at most; gives what it saw last. Raises as `look`."""
-    deadline_s = time.monotonic() + limit_s
+    """Looks at the members as `keep_looking` does. Raises as `look`."""
+    return await keep_looking(lambda: look(client, api), settled, limit_s)
+
+
+async def keep_looking(look_once: Callable[[], Awaitable[T]], settled: Callable[[T], bool], limit_s: float) -> T:
+    """Looks again and again until `settled`, for `limit_s` at most; gives what it saw last.
+
+    A look that fails is none: a server that is asked may be frozen, or a leader just being elected.
+
+    Raises:
+        ClusterUnavailableError: nothing was seen at all, in that time and for `COMMAND_ANSWER`.
+    """
+    begun_s = time.monotonic()
+    seen: T | None = None
     while True:
-        report = await look(client, api)
-        if settled(report) or time.monotonic() > deadline_s:
-            return report
+        try:
+            seen = await look_once()
+        except ClusterUnavailableError:
+            if seen is None and time.monotonic() - begun_s > max(limit_s, COMMAND_ANSWER.s):
+                raise
+        else:
+            if settled(seen):
+                return seen
+        if seen is not None and time.monotonic() - begun_s > limit_s:
+            return seen
         await asyncio.sleep(MEMBERS_POLL.s)
 
 
-async def pause(client: GuardedClient, stage: Stage, pause: Pause) -> None:
+async def pause(api: Api, stage: Stage, pause: Pause) -> None:
     """Tells all processes of a stage, on every node, to finish what they have in hand and to stop reading.
 
     Raises:
         TopologyError: the streams are not there.
-        ClusterUnavailableError: the cluster does not answer.
+        ClusterUnavailableError: not answered in time; it may be stored or not.
     """
-    await _put(client, stage, msgspec.json.encode(pause), {})
+    await _put(api, stage, msgspec.json.encode(pause), {})
 
 
-async def resume(client: GuardedClient, stage: Stage) -> None:
+async def resume(api: Api, stage: Stage) -> None:
     """Takes `pause` back. Raises as it does."""
-    await _put(client, stage, b"", {HEADER_KV_OPERATION: KV_DELETED})
+    await _put(api, stage, b"", {HEADER_KV_OPERATION: KV_DELETED})
 
 
-async def _put(client: GuardedClient, stage: Stage, data: bytes, headers: dict[str, str]) -> None:
+async def _put(api: Api, stage: Stage, data: bytes, headers: dict[str, str]) -> None:
     try:
-        await client.jetstream(timeout=PAUSE_PUT.s).publish(
-            pause_subject(stage), data, headers={HEADER_EXPECTED_STREAM: CONTROL, **headers}
-        )
-    except APIError as error:
-        raise TopologyError(f"{CONTROL}: {error.description}; see `fictl cluster plan`") from error
-    except NatsError as error:
+        async with asyncio.timeout(PAUSE_PUT.s):
+            nonce = f"pause-{secrets.token_hex(6)}"
+            await replace_last(api, CONTROL, pause_subject(stage), lambda _: data, nonce, headers)
+    except TimeoutError:
         raise ClusterUnavailableError(
-            f"{CONTROL} does not answer ({error!r}); see `fictl cluster status`; `fictl cluster apply` makes it"
-        ) from error
+            f"{CONTROL} did not answer within {PAUSE_PUT.s:g} s; whether {stage} is paused now, `fictl members` shows; "
+            "see `fictl cluster status`"
+        ) from None

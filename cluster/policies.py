@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable
 
 import msgspec
 
-from contracts.budgets import POLICY_POLL, POLICY_WRITE
+from cluster.members import keep_looking
+from contracts.budgets import POLICY_WRITE
 from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, SettingsError, WireFormatError
 from contracts.membership import Member
 from contracts.rules import BUILT_IN, DEFAULT_POLICY, Policy, encode_policy
@@ -159,19 +159,10 @@ async def wait_for_spread(api: Api, version: int, limit_s: float, tell: Callable
     Raises:
         ClusterUnavailableError: the members could not be seen at all.
     """
-    deadline_s = time.monotonic() + limit_s
-    spread: Spread | None = None
-    while True:
-        try:
-            spread = await look_at_spread(api)
-        except ClusterUnavailableError:
-            if time.monotonic() > deadline_s and spread is None:
-                raise
-        else:
-            behind = len(spread.behind(version))
-            tell(len(spread.holders) - behind, len(spread.holders))
-            if not behind:
-                return spread
-        if spread is not None and time.monotonic() > deadline_s:
-            return spread
-        await asyncio.sleep(POLICY_POLL.s)
+
+    def settled(spread: Spread) -> bool:
+        behind = len(spread.behind(version))
+        tell(len(spread.holders) - behind, len(spread.holders))
+        return not behind
+
+    return await keep_looking(lambda: look_at_spread(api), settled, limit_s)

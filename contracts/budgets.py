@@ -172,12 +172,15 @@ FLUSH_EXPLAIN: Final = _limit(2.0, "the same, before its limit: what holds it up
 POLICY_SPREAD: Final = _limit(
     30.0, "`fictl policy set`: every process to judge by it (--timeout)", "it exits 3 and names those that do not"
 )
-POLICY_POLL: Final = _pause(0.1, "the same: between two looks", "it looks")
 POLICY_WRITE: Final = _limit(10.0, "the same: the bucket to take it", "it fails; `fictl policy history` shows whether")
 OBEYED: Final = _limit(10.0, "`fictl pause`, `resume`: every process to obey (--wait)", "they exit 3")
 DRAINED: Final = _limit(60.0, "`fictl drain`: input to be worked off (--wait)", "it stops the stages and exits 1")
-MEMBERS_POLL: Final = _pause(0.1, "the same commands: between two looks", "they look")
-PAUSE_PUT: Final = _limit(3.0, "`fictl pause`, `resume`: the bucket to take it", "they fail: not ready")
+MEMBERS_POLL: Final = _pause(0.1, "the same commands and `policy set`: between two looks", "they look")
+PAUSE_PUT: Final = _limit(
+    15.0,
+    "`fictl pause`, `resume`: the bucket to take it, elections included",
+    "they fail; `fictl members` shows whether",
+)
 REBUILD: Final = _limit(120.0, "`fictl rebuild`, `partitions move`: what they wait for (--wait)", "they fail")
 REWIND_LOCK: Final = _limit(5.0, "a rebuild: the partition's lock", "it fails and names the holder")
 REWIND_LOCK_POLL: Final = _pause(0.1, "a rebuild: between two tries of that lock", "it tries")

@@ -30,7 +30,7 @@ from cluster.cli.common import (
 from cluster.cli.up import parse_scale
 from cluster.state import State, read_state
 from contracts.budgets import DRAINED, OBEYED, RESTART, SCALE, SETTLED
-from contracts.errors import FiError, SettingsError
+from contracts.errors import ClusterUnavailableError, FiError, SettingsError
 from contracts.subjects import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def scale(
         async def wait(client: GuardedClient, api: Api) -> MembersReport:
             return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
 
-        return answer.before, answer.after, await _with_cluster(state.urls, wait)
+        done = ", ".join(f"{stage}={answer.after[stage]}" for stage in wanted)
+        return answer.before, answer.after, await _seen(f"{done} is done", _with_cluster(state.urls, wait))
 
     before, after, report = run_async(work())
     moving = [stage for stage in report.moving if stage in wanted]
@@ -135,7 +136,8 @@ def restart(
         async def wait(client: GuardedClient, api: Api) -> MembersReport:
             return await look_until(client, api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
 
-        return answer, await _with_cluster(state.urls, wait)
+        done = ", ".join(f"{stage}: {count}" for stage, count in answer.replaced.items())
+        return answer, await _seen(f"processes were replaced ({done})", _with_cluster(state.urls, wait))
 
     answer, report = run_async(work())
     moving = [stage for stage in report.moving if stage in chosen]
@@ -242,10 +244,11 @@ def _tell(
 
         if pausing:
             by = login_place()
-            await pause_stage(client, stage, Pause(since_ns=time.time_ns(), by=by))
+            await pause_stage(api, stage, Pause(since_ns=time.time_ns(), by=by))
         else:
-            await resume_stage(client, stage)
-        return await look_until(client, api, obeyed, wait_s)
+            await resume_stage(api, stage)
+        told = f"{stage} is told to {'pause' if pausing else 'go on'}"
+        return await _seen(told, look_until(client, api, obeyed, wait_s))
 
     def obeyed(seen: MembersReport) -> bool:
         return (stage in seen.paused) == pausing and stage not in seen.moving
@@ -275,9 +278,17 @@ def _controlled(directory: Path) -> State:
 
 
 async def _look(client: GuardedClient, api: Api) -> MembersReport:
-    from cluster.members import look
+    from cluster.members import look_until
 
-    return await look(client, api)
+    return await look_until(client, api, lambda _: True, 0)
+
+
+async def _seen(done: str, looking: Awaitable[T]) -> T:
+    """What `looking` gives. Where it cannot, `ClusterUnavailableError` says first what was done."""
+    try:
+        return await looking
+    except ClusterUnavailableError as error:
+        raise ClusterUnavailableError(f"{done}, but what came of it cannot be seen: {error}") from error
 
 
 async def _with_cluster(urls: tuple[str, ...], work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:

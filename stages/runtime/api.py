@@ -240,11 +240,23 @@ class Api:
     async def last_messages(self, stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
         """Subject → its last message, for all subjects that match: one request for any number of messages.
 
-        The stream must allow direct gets. They are not answered by its leader alone: what they give may be stale.
+        The stream must allow direct gets. They are not answered by its leader alone: what they give may be stale, and
+        a frozen server may be the one that was asked. With `give_up_s` it is asked again until then, else once.
 
         Raises:
-            ClusterUnavailableError: no complete answer within the request's time-out.
+            ClusterUnavailableError: no complete answer within that time, or the request's time-out.
         """
+        async with self._patience(stream):
+            while True:
+                try:
+                    return await self._last_messages(stream, patterns)
+                except ClusterUnavailableError:
+                    if self._give_up_s is None:
+                        raise
+                await self.pause()
+
+    async def _last_messages(self, stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
+        """`last_messages`, asked once."""
         answers: asyncio.Queue[Msg] = asyncio.Queue()
         inbox = self.client.new_inbox()
         found: dict[str, StoredMessage] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -21,6 +22,7 @@ from nats.errors import Error as NatsError
 from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, TopologyError
 from contracts.telemetry import HEADER_EXPECTED_LAST_SUBJECT_SEQ, HEADER_EXPECTED_STREAM, HEADER_MSG_ID
 from stages.runtime.api import NOT_NOW, Api, ApiError
+from stages.runtime.messages import StoredMessage
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,39 @@ def error_type(error: ApiError | None) -> str:
 def _says_something(error: ApiError | None) -> bool:
     """False for a refusal that means no more than that there is no leader or no quorum now."""
     return error is None or error.code not in NOT_NOW or error.err_code in STREAM_FULL | STILL_IN_PROCESS
+
+
+async def replace_last(
+    api: Api,
+    stream: str,
+    subject: str,
+    make: Callable[[StoredMessage | None], bytes],
+    nonce: str,
+    headers: dict[str, str] | None = None,
+) -> None:
+    """Stores after a subject's last message what `make` makes of it; again if somebody else was faster.
+
+    A try that is given up takes no effect later, once somebody has written after it.
+
+    Args:
+        api, stream, subject: where.
+        make: gets the last message, None without any.
+        nonce: of this call alone.
+        headers: further headers.
+
+    Raises:
+        TopologyError: there is no such stream.
+    As `FencedWriter.publish` besides.
+    """
+    while True:
+        last = await api.last_message(stream, subject)
+        writer = FencedWriter(api, stream, subject, nonce)
+        writer.expected_seq = 0 if last is None else last.seq
+        try:
+            await writer.publish(make(last), "last", headers)
+            return
+        except FencedError:
+            continue
 
 
 class FencedWriter:
