@@ -256,10 +256,12 @@ class _Pool:
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._stop_workers()
+        # Who waits for an answer sees the process end; a pipe that is closed while it is waited on wakes nobody.
+        for worker in self._workers:
+            worker.kill()
         self._threads.shutdown()
-        # One may have been started for a shard that was about to be asked for.
-        self._stop_workers()
+        for worker in self._workers:
+            worker.stop()
 
     def check_all(self, directory: Path, shards: list[ShardFile]) -> Iterator[tuple[ShardFile, ShardCheck]]:
         """Every shard with its result, in order, as they come."""
@@ -280,10 +282,6 @@ class _Pool:
         finally:
             self._idle.put(worker)
 
-    def _stop_workers(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-
     def _worker(self) -> _Worker:
         """One that nobody uses. Raises `ShardError` once the pool is closed: nobody wants to know any more."""
         with self._choosing:
@@ -293,19 +291,21 @@ class _Pool:
                 wait_s = max(0.0, self._second_from - time.monotonic()) if more else None
                 with contextlib.suppress(queue.Empty):
                     worker = self._idle.get(timeout=wait_s)
-            if self._closed:
-                raise ShardError("the verification was ended")
             if worker is None:
                 worker = _Worker()
                 self._workers.append(worker)
+            if self._closed:
+                raise ShardError("the verification was ended")
             return worker
 
 
 class _Worker:
-    """One checking process, started when first asked."""
+    """One checking process, started when first asked. One thread uses it; any may kill it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+        self._killed = False
 
     def ask(self, path: Path, timeout_s: float) -> ShardCheck:
         """The process's answer for one shard; a hang or a crash is an answer too."""
@@ -325,16 +325,26 @@ class _Worker:
             return ShardCheck(findings=[Finding("file", f"its reader died (exit {process.returncode}); it is damaged")])
         return msgspec.json.decode(line, type=ShardCheck)
 
+    def kill(self) -> None:
+        """Ends the process for good, and leaves its pipes to whoever asked it: that one sees their end."""
+        with self._starting:
+            self._killed = True
+            if (process := self._process) is not None:
+                process.kill()
+
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process and closes its pipes. Not while it is asked by another thread."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._process = subprocess.Popen(READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self._process
+        with self._starting:
+            if self._killed:
+                raise ShardError("the verification was ended")
+            self._process = subprocess.Popen(READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            return self._process
 
     @staticmethod
     def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:

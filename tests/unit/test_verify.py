@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -18,6 +19,7 @@ from contracts.budgets import SHARD_READER
 from contracts.events import decode_event, encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist import verify as verify_module
+from stages.persist.check import ShardCheck
 from stages.persist.header import HEADER_BYTES, encode_header, read_sealed_header
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.rows import ROW_BYTES, CommitRow, pack_blob, row_crc32
@@ -374,3 +376,20 @@ def test_a_verification_that_is_broken_off_leaves_no_reader(
         verify_store(filled[0], on_progress=enough)
     assert readers
     assert all(reader.poll() is not None for reader in readers)
+
+
+def test_a_verification_that_is_broken_off_wakes_whoever_waits_for_a_reader(
+    filled: tuple[Path, PartitionMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = f"import time; input(); print({msgspec.json.encode(ShardCheck()).decode()!r}, flush=True); time.sleep(600)"
+    monkeypatch.setattr(verify_module, "READER_COMMAND", [sys.executable, "-c", answer])
+
+    def enough(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Which of two sees the end of the process first is chance.
+    for _ in range(10):
+        begun_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            verify_store(filled[0], shard_timeout_s=30, on_progress=enough)
+        assert time.monotonic() - begun_s < 30, "a thread slept until the shard's time was up"
