@@ -7,7 +7,7 @@ import getpass
 import os
 import socket
 import sys
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -191,7 +191,7 @@ def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
-    """Gives what to tell (done, total) to; a terminal's stderr shows it as a bar after `PROGRESS`."""
+    """A terminal's stderr shows a bar after `PROGRESS`. Gives what to tell (done, total) to; until told, it pulses."""
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield lambda done, total: None
@@ -200,16 +200,14 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
 
     bar = Progress(console=screen, transient=True)
     task = bar.add_task(title, total=None)
-    begun_s = time.monotonic()
-
-    def tell(done: float, total: float) -> None:
-        if time.monotonic() - begun_s >= PROGRESS.s:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-
+    starting = threading.Timer(PROGRESS.s, bar.start)
+    starting.daemon = True
+    starting.start()
     try:
-        yield tell
+        yield lambda done, total: bar.update(task, completed=done, total=total)
     finally:
+        starting.cancel()
+        starting.join()
         bar.stop()
 
 

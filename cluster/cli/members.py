@@ -55,7 +55,8 @@ def members(
 
     Example: fictl members --dir .fi
     """
-    report = run_async(_with_cluster(find_servers(directory, nats), _look))
+    with progress_bar("looking"):
+        report = run_async(_with_cluster(find_servers(directory, nats), _look))
     if as_json:
         print_json({"complete": report.complete, **{name: getattr(report, name) for name in report.__struct_fields__}})
     else:
@@ -86,8 +87,7 @@ def scale(
         from cluster.control import ask_scale
         from cluster.members import look_until
 
-        with progress_bar("scaling"):
-            answer = await ask_scale(state.control, wanted, SCALE.s)
+        answer = await ask_scale(state.control, wanted, SCALE.s)
 
         async def wait(client: GuardedClient, api: Api) -> MembersReport:
             return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
@@ -95,7 +95,8 @@ def scale(
         done = ", ".join(f"{stage}={answer.after[stage]}" for stage in wanted)
         return answer.before, answer.after, await _seen(f"{done} is done", _with_cluster(state.urls, wait))
 
-    before, after, report = run_async(work())
+    with progress_bar("scaling"):
+        before, after, report = run_async(work())
     moving = [stage for stage in report.moving if stage in wanted]
     if as_json:
         print_json({"before": before, "after": after, "settled": not moving, "members": report.members})
@@ -130,8 +131,7 @@ def restart(
         from cluster.control import ask_restart
         from cluster.members import look_until
 
-        with progress_bar("restarting"):
-            answer = await ask_restart(state.control, chosen, RESTART.s)
+        answer = await ask_restart(state.control, chosen, RESTART.s)
 
         async def wait(client: GuardedClient, api: Api) -> MembersReport:
             return await look_until(client, api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
@@ -139,7 +139,8 @@ def restart(
         done = ", ".join(f"{stage}: {count}" for stage, count in answer.replaced.items())
         return answer, await _seen(f"processes were replaced ({done})", _with_cluster(state.urls, wait))
 
-    answer, report = run_async(work())
+    with progress_bar("restarting"):
+        answer, report = run_async(work())
     moving = [stage for stage in report.moving if stage in chosen]
     if as_json:
         told = {"replaced": answer.replaced, "error": answer.error, "settled": not moving, "members": report.members}
@@ -253,7 +254,8 @@ def _tell(
     def obeyed(seen: MembersReport) -> bool:
         return (stage in seen.paused) == pausing and stage not in seen.moving
 
-    report = run_async(_with_cluster(find_servers(directory, nats), work))
+    with progress_bar("pausing" if pausing else "resuming"):
+        report = run_async(_with_cluster(find_servers(directory, nats), work))
     ours = [member for member in report.members if member.stage == stage]
     if as_json:
         print_json({"stage": stage, "paused": pausing, "settled": obeyed(report), "members": ours})

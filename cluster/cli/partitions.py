@@ -233,11 +233,11 @@ def _take_back(
                 if rewind is not None:
                     done.append(rewind)
             if wait_s and done and not dry_run:
-                with progress_bar("making events again") as progress:
-                    await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
+                await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
         return done, failed, passed
 
-    done, failed, passed = run_async(run())
+    with progress_bar("reading shards" if dry_run else "making events again") as progress:
+        done, failed, passed = run_async(run())
     if as_json:
         rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done]
         print_json([*rows, *({"partition": partition, "passed_over": PASSED_OVER} for partition in passed)])

@@ -19,6 +19,7 @@ from cluster.cli.common import (
     find_servers,
     find_settings,
     print_json,
+    progress_bar,
     run_async,
     say,
 )
@@ -78,7 +79,8 @@ def apply(
         async with connected(urls) as client:
             return await apply_plan(client, wanted)
 
-    done = run_async(work())
+    with progress_bar("applying"):
+        done = run_async(work())
     if as_json:
         print_json(done)
     else:

@@ -21,6 +21,7 @@ from cluster.cli.common import (
     check_directory,
     config_option,
     given_settings,
+    progress_bar,
     run_async,
     say,
 )
@@ -52,7 +53,8 @@ def up(
     check_directory("--dir", directory)
     settings = given_settings(chosen, defaults=Settings(health_port=0)).settings
     if detach:
-        _detach(directory, scale, servers, chosen)
+        with progress_bar("starting"):
+            _detach(directory, scale, servers, chosen)
         return
 
     from cluster.supervisor import Supervisor

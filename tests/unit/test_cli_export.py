@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
+import msgspec
 import pytest
 from commandline import Captured, fictl
 from exporting import expected, filled_place
@@ -159,24 +164,50 @@ def test_an_export_stopped_by_a_signal_leaves_no_file_under_its_name(place: Path
         assert sent is not signal.SIGINT or names == {"shards"}
 
 
-def test_a_bar_shows_on_a_terminal_only_and_after_two_seconds(
-    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+class Screen(io.StringIO):
+    """What was written to it; `shows` is set once a bar's title was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shows = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "exporting" in text:
+            self.shows.set()
+        return super().write(text)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_bar_shows_after_its_delay_whether_it_is_told_something_or_not(
+    monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
+    with bar_on(monkeypatch, delay_s=0.01) as (tell, screen):
+        if told:
+            tell(0.25, 1.0)
+        assert screen.shows.wait(60)
+    assert ("25%" in screen.getvalue()) == told
+
+
+@pytest.mark.parametrize(("delay_s", "terminal"), [(3600.0, True), (0.0, False)])
+def test_no_bar_shows_before_its_delay_or_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, delay_s: float, terminal: bool
+) -> None:
+    with bar_on(monkeypatch, delay_s, terminal) as (tell, screen):
+        tell(0.25, 1.0)
+    assert not screen.shows.is_set()
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+@contextmanager
+def bar_on(
+    monkeypatch: pytest.MonkeyPatch, delay_s: float, terminal: bool = True
+) -> Iterator[tuple[Callable[[float, float], None], Screen]]:
     from rich.console import Console
 
     from cluster.cli import common
 
-    now_s = [0.0]
-    monkeypatch.setattr(common.time, "monotonic", lambda: now_s[0])
-    for terminal in (True, False):
-        monkeypatch.setattr(
-            common, "console", lambda stderr, terminal=terminal: Console(stderr=True, force_terminal=terminal)
-        )
-        shown = []
-        for elapsed_s in (1.9, 2.0):
-            now_s[0] = 0.0
-            with common.progress_bar("exporting") as tell:
-                now_s[0] = elapsed_s
-                tell(0.25, 1.0)
-            shown.append("exporting" in capsys.readouterr().err)
-        assert shown == [False, terminal]
+    screen = Screen()
+    monkeypatch.setattr(common, "console", lambda stderr: Console(file=screen, force_terminal=terminal))
+    monkeypatch.setattr(common, "PROGRESS", msgspec.structs.replace(common.PROGRESS, s=delay_s))
+    with common.progress_bar("exporting") as tell:
+        yield tell, screen
