@@ -15,12 +15,11 @@ from cluster.state import NotRunningError, read_state
 pytestmark = [pytest.mark.cluster, needs_tmux, pytest.mark.timeout(240)]
 
 
-async def test_a_start_and_a_wait_for_the_supervisor_show_that_they_go_on(tmp_path: Path) -> None:
+async def test_a_command_that_waits_for_a_frozen_supervisor_shows_that_it_goes_on(tmp_path: Path) -> None:
     place = ("--dir", str(tmp_path / "run"))
     async with terminal(120, 40) as window:
         try:
             await window.fictl("up", *place, "--detach", "--set", "partitions=2")
-            await window.sees("starting ━")
             await window.sees("ready: nats")
             supervisor = read_state(tmp_path / "run").supervisor_pid
             os.kill(supervisor, signal.SIGSTOP)

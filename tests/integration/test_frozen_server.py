@@ -9,13 +9,13 @@ from pipeline import fictl, running, settings
 
 from contracts.subjects import CONTROL
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 async def test_commands_that_work_beside_a_frozen_server_say_so(tmp_path: Path) -> None:
     async with running(tmp_path, settings()) as pipeline:
         # The one that is asked most: the bucket's leader.
-        info = await pipeline.client.jetstream(timeout=5).stream_info(CONTROL)
+        info = await pipeline.client.jetstream(timeout=30).stream_info(CONTROL)
         assert info.cluster is not None
         frozen = str(info.cluster.leader)
         pipeline.supervisor.freeze(frozen)
