@@ -381,7 +381,9 @@ def test_a_verification_that_is_broken_off_leaves_no_reader(
 def test_a_verification_that_is_broken_off_wakes_whoever_waits_for_a_reader(
     filled: tuple[Path, PartitionMaker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = f"import time; input(); print({msgspec.json.encode(ShardCheck()).decode()!r}, flush=True); time.sleep(600)"
+    answer = (
+        f"import signal; input(); print({msgspec.json.encode(ShardCheck()).decode()!r}, flush=True); signal.pause()"
+    )
     monkeypatch.setattr(verify_module, "READER_COMMAND", [sys.executable, "-c", answer])
 
     def enough(*_: object) -> None:
