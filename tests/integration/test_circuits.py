@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from lanes import going
 from opentelemetry.sdk.resources import Resource
 from pipeline import Load, Pipeline, running, settings, under_load, until, workload
 
@@ -26,7 +27,6 @@ from stages.persist.storedir import open_store
 from stages.runtime.api import CIRCUIT_FAILURES, Api
 from stages.runtime.facts import read_cluster
 from stages.runtime.meters import Meters
-from stages.runtime.tasks import end_tasks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -146,7 +146,6 @@ async def test_a_disk_that_fails_one_partition_opens_its_circuit_alone_and_a_com
         meters = Meters(Resource({}))
         api = Api(pipeline.client, chosen, telemetry=meters)
         lanes = [PersistLane(api, store, number, f"here-{number}", lambda _: None) for number in range(2)]
-        tasks = [asyncio.create_task(lane.run()) for lane in lanes]
         trips = meters.counter(CIRCUIT_TRIPS, {"target": TARGET_DISK})
         refused, real = 0, files._fdatasync
         name = live_name(0, 1).partition("-")[0]
@@ -159,30 +158,26 @@ async def test_a_disk_that_fails_one_partition_opens_its_circuit_alone_and_a_com
             real(fd)
 
         try:
-            with monkeypatch.context() as patch:
-                patch.setattr(files, "_fdatasync", refuse)
-                load = Load(workload(seed=63, events=300))
-                await load.publish(pipeline.client)
+            async with going(*lanes):
+                with monkeypatch.context() as patch:
+                    patch.setattr(files, "_fdatasync", refuse)
+                    load = Load(workload(seed=63, events=300))
+                    await load.publish(pipeline.client)
 
-                async def others_go_on() -> bool:
-                    return set(await pipeline.unsettled()) == {0} and meters.circuits().get(TARGET_DISK) == "open"
+                    async def others_go_on() -> bool:
+                        return set(await pipeline.unsettled()) == {0} and meters.circuits().get(TARGET_DISK) == "open"
 
-                await until(others_go_on, "partition 0 stops alone, its circuit open")
+                    await until(others_go_on, "partition 0 stops alone, its circuit open")
 
-                async def tried_again() -> bool:
-                    return refused >= 2
+                    async def tried_again() -> bool:
+                        return refused >= 2
 
-                await until(tried_again, "partition 0 tries its disk again")
-                assert meters.lanes["persist", 1].disk is not None
-                assert meters.lanes["persist", 1].disk.state(time.monotonic()) == "closed"
+                    await until(tried_again, "partition 0 tries its disk again")
+                    assert meters.lanes["persist", 1].disk is not None
+                    assert meters.lanes["persist", 1].disk.state(time.monotonic()) == "closed"
+                    assert trips.value == 1
+                await pipeline.assert_whole(load)
+                assert meters.circuits()[TARGET_DISK] == "closed"
                 assert trips.value == 1
-            await pipeline.assert_whole(load)
-            assert meters.circuits()[TARGET_DISK] == "closed"
-            assert trips.value == 1
-            for lane in lanes:
-                lane.stop()
-            async with asyncio.timeout(60):
-                await asyncio.gather(*tasks)
         finally:
-            await end_tasks(*tasks)
             meters.close()

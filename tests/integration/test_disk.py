@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from lanes import going
 from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
 
 from cluster.testing.errors import NotSupportedError
@@ -27,7 +28,6 @@ from stages.persist.rows import ROW_BYTES
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import open_store
 from stages.runtime.facts import read_cluster
-from stages.runtime.tasks import end_tasks
 
 pytestmark = pytest.mark.cluster
 
@@ -79,15 +79,8 @@ async def lanes_here(
         PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, sealing=sealing, disk=disk)
         for number in range(PARTITIONS)
     ]
-    tasks = [asyncio.create_task(lane.run()) for lane in lanes]
-    try:
+    async with going(*lanes) as tasks:
         yield tasks
-        for lane in lanes:
-            lane.stop()
-        async with asyncio.timeout(60):
-            await asyncio.gather(*tasks)
-    finally:
-        await end_tasks(*tasks)
 
 
 async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_is_mended(

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
+from lanes import going
 from nats.aio.client import Client
 from nats.js.errors import APIError
 from pipeline import until
@@ -35,11 +36,9 @@ from stages.persist.seal import SealedInfo
 from stages.persist.store import EventStore
 from stages.persist.storedir import Store, open_store
 from stages.runtime.api import Api
-from stages.runtime.base import LaneBase
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import read_cluster
 from stages.runtime.lane import Lane
-from stages.runtime.tasks import end_tasks
 from stages.runtime.writer import STREAM_FULL
 from stages.segment.core import SegmentCore
 
@@ -114,20 +113,6 @@ class Cluster:
     async def seals(self) -> list[SealRecord]:
         """Those in force."""
         return in_force((await read_partition(self.api, 0))[0])[1]
-
-
-@asynccontextmanager
-async def going(*lanes: LaneBase) -> AsyncIterator[None]:
-    """The lanes, working until the block ends."""
-    tasks = [asyncio.create_task(lane.run()) for lane in lanes]
-    try:
-        yield
-        for lane in lanes:
-            lane.stop()
-        async with asyncio.timeout(60):
-            await asyncio.gather(*tasks)
-    finally:
-        await end_tasks(*tasks)
 
 
 async def ready(client: Client, **changes: Any) -> Cluster:
