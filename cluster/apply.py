@@ -7,6 +7,7 @@ Always true: applying twice changes nothing the second time; a refused change ch
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 import uuid
@@ -32,6 +33,7 @@ from stages.runtime.client import GuardedClient
 from stages.runtime.facts import META_CLUSTER_ID
 from stages.runtime.graveyard import place_of
 from stages.runtime.messages import StoredMessage
+from stages.runtime.tasks import side_by_side
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cluster_id: the cluster's id, or the one it would be given.
-        changes: in the order they would be made. Empty: the cluster is as it should be.
+        changes: `FI_EVENTS` last, if it is among them. Empty: the cluster is as it should be.
         refused: why nothing will be done, when it must not. Empty: the plan can be applied.
     """
 
@@ -146,10 +148,13 @@ class _Applier:
         return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused))
 
     async def execute(self, todo: Plan) -> list[Change]:
-        """Makes the changes of a plan; stops early, without an error, where somebody else was faster."""
+        """Makes the changes of a plan, all at once but for `FI_EVENTS`, which comes after them.
+
+        Stops early, without an error, where somebody else was faster.
+        """
         wanted = {str(config.name): config for config in streams(self._settings, todo.cluster_id)}
-        done: list[Change] = []
-        for change in todo.changes:
+
+        async def make(change: Change) -> bool:
             config = wanted[change.stream]
             try:
                 if change.action == "create":
@@ -158,9 +163,17 @@ class _Applier:
                     await self._update(config)
             except APIError as error:
                 if error.err_code in (_NAME_TAKEN, NO_STREAM):
-                    return done
+                    return False
                 raise _refusal(change.stream, error) from error
-            done.append(change)
+            return True
+
+        done: list[Change] = []
+        for last in (False, True):
+            together = [change for change in todo.changes if (change.stream == subjects.EVENTS) is last]
+            made = await side_by_side(*map(make, together))
+            done += itertools.compress(together, made)
+            if not all(made):
+                break
         return done
 
     async def _create(self, config: StreamConfig, first_seq: int) -> None:

@@ -7,6 +7,7 @@ when `start` fails or is cancelled, or (on Linux) when this process is killed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,14 @@ from nats.errors import Error as NatsError
 from cluster.lock import DirectoryLock
 from cluster.ports import LOOPBACK, HeldPorts
 from cluster.process import ManagedProcess, ProcessError
-from contracts.budgets import DIRECTORY_LOCK, SERVER_ANSWER, SERVER_POLL, SERVER_START, SERVER_STOP
+from contracts.budgets import (
+    DIRECTORY_LOCK,
+    LEADER_ANSWER,
+    SERVER_ANSWER,
+    SERVER_POLL,
+    SERVER_START,
+    SERVER_STOP,
+)
 from contracts.errors import ClusterUnavailableError, DefiniteError
 from contracts.wire import UNREADABLE
 from stages.runtime.connection import connect
@@ -348,11 +356,12 @@ async def wait_leader(urls: Sequence[str], hint: str) -> None:
     """
     client = await connect(urls, "fi-cluster-start", wait_s=SERVER_START.s)
     try:
-        jetstream = client.jetstream(timeout=SERVER_ANSWER.s)
         deadline = time.monotonic() + SERVER_START.s
-        while True:
+        # What is asked while there is no leader is never answered, and a first election takes a fifth of a second.
+        for doublings in itertools.count():
+            limit_s = min(LEADER_ANSWER.s * 2**doublings, SERVER_ANSWER.s)
             try:
-                await jetstream.account_info()
+                await client.jetstream(timeout=limit_s).account_info()
                 return
             except NatsError as error:
                 if time.monotonic() > deadline:

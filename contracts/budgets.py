@@ -114,6 +114,9 @@ OTLP_CLOSE: Final = _limit(4.0, "an ending process: its last export", "it ends w
 SERVER_START: Final = _limit(60.0, "a supervisor: a server to be healthy", "the start fails, with the log's end")
 SERVER_STOP: Final = _limit(15.0, "a supervisor: a server to end after SIGTERM", "SIGKILL")
 SERVER_ANSWER: Final = _limit(2.0, "a supervisor: a starting server to answer", "it asks again until its limit")
+LEADER_ANSWER: Final = _limit(
+    0.1, "the same: JetStream to answer, the first time; twice as long each time after", "it asks again until its limit"
+)
 SERVER_POLL: Final = _pause(0.05, "a supervisor: between two such questions", "it asks")
 DIRECTORY_LOCK: Final = _limit(
     20.0, "a supervisor: another's hold on the directory to end", "it fails and names the holder"
