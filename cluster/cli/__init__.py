@@ -107,6 +107,8 @@ def _open_closed_streams() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the verb that `arguments` (the process's own when None) name, and exits with its code."""
     _open_closed_streams()
+    # numpy's OpenBLAS starts a thread for each core when it is loaded, and nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app(arguments)
     except UnicodeEncodeError:
