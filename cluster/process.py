@@ -155,9 +155,14 @@ class ManagedProcess(ABC):
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal; does nothing when it does not run."""
-        if self._process is not None and self.running:
-            with contextlib.suppress(ProcessLookupError):
+        if self._process is None or not self.running:
+            return
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if not hasattr(os, "waitid"):  # macOS
                 self._process.send_signal(number)
+            # `send_signal` looks whether it has ended, and then takes the exit code from asyncio, which waits for it.
+            elif os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                os.kill(self._process.pid, number)
 
     def log_tail(self) -> str:
         """The end of what the current (or last) run wrote, at most `LOG_TAIL_BYTES`."""
