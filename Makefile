@@ -33,8 +33,8 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, seven to twelve minutes (JOBS=3 test processes)
-	$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist loadfile
+test: check ## everything that must hold, five to nine minutes (JOBS=4 test processes)
+	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile
 
 test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
 	$(BIN)/pytest -m slow --numprocesses $(or $(JOBS),2) --dist loadfile
