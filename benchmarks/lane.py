@@ -22,9 +22,9 @@ from contracts.receipts import Receipt, decode_receipt, encode_receipt, first_re
 from contracts.settings import Settings
 from contracts.subjects import output_subject
 from stages.persist.core import Group, plan_group
-from stages.persist.partition import PartitionFiles, SealJob
+from stages.persist.partition import PartitionFiles
 from stages.persist.records import record_of
-from stages.persist.seal import SealedInfo
+from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store, lock_partition, open_store
 from stages.runtime.messages import StoredMessage
 

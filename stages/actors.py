@@ -29,6 +29,7 @@ from stages.segment.policies import Policies
 if TYPE_CHECKING:
     from contracts.statements import Signer
     from stages.persist.flush import Flushes
+    from stages.persist.room import EventsRoom
     from stages.persist.storedir import Store
 
 
@@ -131,6 +132,7 @@ class PersistActor:
         self._store: Store
         self._signer: Signer | None = None
         self._flushes: Flushes
+        self._room: EventsRoom
         self._sealing = asyncio.Lock()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
@@ -138,6 +140,7 @@ class PersistActor:
         from stages.persist.flush import Flushes
         from stages.persist.keys import load_key
         from stages.persist.moved import let_go_of_moved
+        from stages.persist.room import EventsRoom
         from stages.persist.storedir import open_store
 
         def open_own() -> Store:
@@ -147,6 +150,7 @@ class PersistActor:
         key_file = api.settings.signing_key_file
         self._signer = await asyncio.to_thread(load_key, Path(key_file)) if key_file else None
         self._flushes = Flushes(facts.cluster_id)
+        self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
         await let_go_of_moved(api, self._store, facts.partitions, nonce, self._signer, time.time_ns)
         return self._store.store_id
@@ -165,6 +169,7 @@ class PersistActor:
             on_open,
             signer=self._signer,
             flushes=self._flushes,
+            room=self._room,
             sealing=self._sealing,
         )
 

@@ -30,6 +30,7 @@ from stages.persist.flush import Flushes
 from stages.persist.moved import let_go, signed
 from stages.persist.records import record_of
 from stages.persist.resume import BEGINNING
+from stages.persist.room import EventsRoom
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store
 from stages.persist.trim import Trimmer
@@ -47,13 +48,16 @@ T = TypeVar("T")
 
 GROUP_FRAMES_MAX = 64
 GROUP_BYTES_MAX = 4 * 1024 * 1024
+EARLY_SHARE = 1 / 60
+"""Of the age limit: for want of room in `FI_EVENTS`, which may be full of others', no shard is sealed sooner."""
 
 
 class PersistLane(LaneBase):
     """Owns one partition's shards.
 
     Arguments as `LaneBase`; `store` is where they lie, `signer` who signs (None: nobody), `flushes` what is to be
-    flushed, `sealing` is held by who seals in this process, `node` the host's name, and `disk` the files themselves.
+    flushed, `room` that of `FI_EVENTS`, `sealing` is held by who seals in this process, `node` the host's name, and
+    `disk` the files themselves.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class PersistLane(LaneBase):
         clock_ns: Callable[[], int] = time.time_ns,
         signer: Signer | None = None,
         flushes: Flushes | None = None,
+        room: EventsRoom | None = None,
         sealing: asyncio.Lock | None = None,
         node: str = "",
         disk: Disk = LOCAL,
@@ -73,13 +78,14 @@ class PersistLane(LaneBase):
         super().__init__(api, "persist", partition, nonce, on_open)
         self._flushes = flushes or Flushes(store.cluster_id)
         self._flushes.lanes[partition] = self
+        self._room = room or EventsRoom(api)
         self._sealing = sealing or asyncio.Lock()
         self._store = store
         self._clock_ns = clock_ns
         self._signer = signer
         self._node = node or socket.gethostname()
         self._disk = disk
-        self._trimmer = Trimmer(api, partition)
+        self._trimmer: Trimmer
         self._subject = receipt_subject(partition)
         self._writer = FencedWriter(api, RECEIPTS, self._subject, nonce)
         self._receipt: Receipt
@@ -89,8 +95,6 @@ class PersistLane(LaneBase):
         """Held while a thread changes the partition's state in memory."""
         self._prepare_lock = asyncio.Lock()
         """Held while a thread makes the next shard's file."""
-        self._sealed_origin = 0
-        """What is before it is sealed and recorded, and waits for a receipt after that; see `_may_trim`."""
         self._seal_work = asyncio.Event()
         self._all_sealed = asyncio.Event()
         self._standing_by = False
@@ -178,9 +182,9 @@ class PersistLane(LaneBase):
         if files.cut_commits:
             log.warning("partition %d: an unaccepted tail was cut", self._partition)
         self._files = files
+        self._trimmer = Trimmer(self._api, self._partition, self._room, self.look_again)
         # The owner before may have died between a commit and its trim: a full stream would then stay full.
         self._trimmer.committed(self._receipt)
-        self._sealed_origin = 0
         self._background = [
             asyncio.create_task(self._trimmer.run(), name=f"trim {self._partition}"),
             asyncio.create_task(self._keep_sealing(nonce), name=f"seal {self._partition}"),
@@ -246,13 +250,15 @@ class PersistLane(LaneBase):
         _, seq = await last_receipt(self._api, self._partition)
         if seq != self._writer.expected_seq:
             raise FencedError(self._subject, seq)
-        if origin := self._sealed_origin:
-            self._sealed_origin = 0
+        if origin := self._trimmer.unclaimed:
             await self._claim(self._receipt)
-            self._trimmer.sealed(origin)
+            self._trimmer.claimed(origin)
         async with self._files_lock:
-            if self._files.is_old() or self._flush_is_due():
+            early = self._room.short and self._files.is_old(EARLY_SHARE)
+            if early or self._files.is_old() or self._flush_is_due():
                 await self._roll()
+            elif self._room.short:
+                self._seal_work.set()
 
     async def _advance(self, feed: InputFeed) -> None:
         """One group commit: append and fdatasync, then the receipt, then readers may see it."""
@@ -338,7 +344,7 @@ class PersistLane(LaneBase):
 
     async def _keep_sealing(self, nonce: str) -> None:
         """Prepares shards ahead, seals full ones, and publishes their records, until cancelled."""
-        files, kept = self._files, self._api.settings.sealed_kept
+        files = self._files
         writer = FencedWriter(self._api, RECEIPTS, seal_subject(self._partition), nonce)
         record, writer.expected_seq = await last_seal(self._api, self._partition, self._is_ours)
         if record is not None and record.store == self._store.store_id:
@@ -346,8 +352,8 @@ class PersistLane(LaneBase):
         for shard in sorted(files.sealed):
             if record is None or shard > record.shard:
                 record = await self._record(writer, record, await run_blocking(files.sealed_info, shard))
-        self._may_trim(files.settled_origin(kept))
         while True:
+            self._trimmer.sealed(files.settled_origin(self._kept()))
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
                 known = record if record is not None and record.shard == job.shard else None
@@ -360,7 +366,7 @@ class PersistLane(LaneBase):
                     record = await self._record(writer, record, info)
                 async with self._files_lock:
                     await run_blocking(files.finish_seal, job, info)
-                self._may_trim(files.settled_origin(kept))
+                self._trimmer.sealed(files.settled_origin(self._kept()))
             if files.wants_next():
                 async with self._prepare_lock:
                     await run_blocking(files.prepare_next)
@@ -378,15 +384,9 @@ class PersistLane(LaneBase):
         whose = record.store == self._store.store_id or record.shard < self._files.end.first
         return whose and self._files.trees.get(record.shard) == (record.tree_size, record.root)
 
-    def _may_trim(self, origin: int) -> None:
-        """What is before `origin` (0: nothing) may leave `FI_EVENTS`, once a claim was accepted after its seal records.
-
-        Records are not fenced by receipts: who was fenced off while it sealed records on, and what its successor was
-        just told to make again from `FI_EVENTS` must stay there.
-        """
-        if origin:
-            self._sealed_origin = origin
-            self.look_again()
+    def _kept(self) -> int:
+        """Sealed shards whose events stay in `FI_EVENTS`: none when they may be what keeps everything out of it."""
+        return 0 if self._room.short and self._files.is_empty() else self._api.settings.sealed_kept
 
     async def _summarize_next(self) -> bool:
         """Gives the next full group of sealed shards its summary of ids; False when all have theirs."""

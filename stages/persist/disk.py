@@ -11,8 +11,8 @@ from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.core import Group
 from stages.persist.names import partition_state
-from stages.persist.partition import PartitionFiles, SealJob
-from stages.persist.seal import SealedInfo
+from stages.persist.partition import PartitionFiles
+from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store, lock_partition, probe_disk
 
 
@@ -90,7 +90,10 @@ class Files(Protocol):
     def accepted(self) -> None:
         """As `PartitionFiles.accepted`."""
 
-    def is_old(self) -> bool:
+    def is_empty(self) -> bool:
+        """As `PartitionFiles.is_empty`."""
+
+    def is_old(self, share: float = 1.0) -> bool:
         """As `PartitionFiles.is_old`."""
 
     def is_flushed(self, target: int) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import decode_event_key
@@ -28,22 +27,13 @@ from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_sh
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
-from stages.persist.seal import SealedInfo, drop_live, seal, sealed_info
+from stages.persist.seal import SealedInfo, SealJob, drop_live, seal, sealed_info
 from stages.persist.storedir import Store, disk_of
 
 log = logging.getLogger(__name__)
 
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
-
-
-class SealJob(NamedTuple):
-    """A full live shard that waits to be sealed: its file, number, commits, and the tree before its first event."""
-
-    path: Path
-    shard: int
-    commits: int
-    frontier: MerkleFrontier
 
 
 class PartitionFiles:
@@ -343,12 +333,17 @@ class PartitionFiles:
         with disk_of(self._store):
             self._live.set_watermark(self._live.commits)
 
-    def is_old(self) -> bool:
-        """True when the live shard's oldest commit has reached the age limit.
+    def is_empty(self) -> bool:
+        """True when nothing at all was committed to the live shard."""
+        return self._first_ns is None
+
+    def is_old(self, share: float = 1.0) -> bool:
+        """True when the live shard's oldest commit has reached the age limit, or that share of it.
 
         Also when its commits hold no events: `FI_EVENTS` keeps what is not sealed, duplicates and refused ones too.
         """
-        return self._first_ns is not None and self._clock_ns() - self._first_ns >= self._settings.shard_age_s_max * 1e9
+        age_ns_max = share * self._settings.shard_age_s_max * 1e9
+        return self._first_ns is not None and self._clock_ns() - self._first_ns >= age_ns_max
 
     def wants_next(self) -> bool:
         """True when the live shard is full enough for the next one to be prepared, and it was not yet."""

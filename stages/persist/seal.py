@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -32,6 +33,15 @@ CHUNK_BYTES = 256 * 1024
 _GZIP_LEVEL = 1
 _ALIGN_BYTES = 8
 _READ_BYTES = 1024 * 1024
+
+
+class SealJob(NamedTuple):
+    """A full live shard that waits to be sealed: its file, number, commits, and the tree before its first event."""
+
+    path: Path
+    shard: int
+    commits: int
+    frontier: MerkleFrontier
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,16 @@ of quiet partitions could fill the stream for good; its writer is then refused o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from contracts.errors import WireFormatError
 from contracts.frames import decode_frame_head
 from contracts.receipts import Receipt
 from contracts.subjects import EVENTS, HOPS, RECEIPTS, Stage, input_filter, raw_filter, receipt_subject
+from stages.persist.room import EventsRoom
 from stages.runtime.api import Api, RequestRefusedError
 
 log = logging.getLogger(__name__)
@@ -25,13 +28,21 @@ _HOP_STAGES: tuple[Stage, ...] = ("segment", "hash", "persist")
 
 
 class Trimmer:
-    """Trims the streams of one partition, in the background, to what it was last told."""
+    """Trims the streams of one partition, in the background, to what it was last told.
 
-    def __init__(self, api: Api, partition: int) -> None:
+    Args:
+        api, partition: whose.
+        room: of `FI_EVENTS`.
+        look_again: called when a claim is needed, and again and again while `FI_EVENTS` is short of room.
+    """
+
+    def __init__(self, api: Api, partition: int, room: EventsRoom, look_again: Callable[[], None]) -> None:
         self._api = api
         self._partition = partition
+        self._room = room
+        self._look_again = look_again
         self._committed: Receipt | None = None
-        self._sealed_origin: int | None = None
+        self._sealed_origin = self._claimed_origin = self._trimmed_origin = 0
         self._news = asyncio.Event()
         settings = api.settings
         self._kept_bytes_max = KEPT_SHARE * settings.hop_bytes_max / settings.partitions
@@ -42,24 +53,44 @@ class Trimmer:
         self._news.set()
 
     def sealed(self, origin: int) -> None:
-        """`FI_EVENTS` need not keep what is before `origin` (0: nothing): it is in sealed shards that are recorded."""
-        if origin:
+        """What is before `origin` is in sealed shards that are recorded: it may leave `FI_EVENTS` after a claim.
+
+        Records are not fenced by receipts: who was fenced off while it sealed records on, and what its successor was
+        just told to make again from `FI_EVENTS` must stay there.
+        """
+        if origin > self._sealed_origin:
             self._sealed_origin = origin
-            self._news.set()
+            self._look_again()
+
+    @property
+    def unclaimed(self) -> int:
+        """The origin that was told as sealed since the last claim; 0: none."""
+        return self._sealed_origin if self._sealed_origin > self._claimed_origin else 0
+
+    def claimed(self, origin: int) -> None:
+        """A claim was accepted that was made when `origin` was `unclaimed`."""
+        self._claimed_origin = origin
+        self._news.set()
 
     async def run(self) -> None:
-        """Trims every `trim_s` while there is news, until cancelled."""
+        """Trims every `trim_s` while there is news, and looks for room, until cancelled."""
+        settings = self._api.settings
         while True:
-            await self._news.wait()
-            await asyncio.sleep(self._api.settings.trim_s)
-            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.probe_s):
+                    await self._news.wait()
             try:
-                await self._trim()
+                if self._news.is_set():
+                    await asyncio.sleep(settings.trim_s)
+                    self._news.clear()
+                    await self._trim()
+                if await self._room.look():
+                    self._look_again()
             except RequestRefusedError as error:
                 log.warning("partition %d is not trimmed now: %s", self._partition, error)
 
     async def _trim(self) -> None:
-        receipt, sealed_origin = self._committed, self._sealed_origin
+        receipt, origin = self._committed, self._claimed_origin
         if receipt is not None:
             for stage, stream, seq in zip(_HOP_STAGES, HOPS, receipt.trail, strict=False):
                 size_bytes = await self._committed_bytes(stream, seq, stage, receipt.origin)
@@ -67,10 +98,10 @@ class Trimmer:
                     below_seq = seq if size_bytes <= self._kept_bytes_max else seq + 1
                     await self._api.purge(stream, input_filter(stage, self._partition), below_seq=below_seq)
             await self._api.purge(RECEIPTS, receipt_subject(self._partition), keep=self._api.settings.receipts_kept)
-        if sealed_origin is not None:
+        if origin > self._trimmed_origin:
             # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last.
-            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=sealed_origin)
-            self._sealed_origin = None
+            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=origin)
+            self._trimmed_origin = origin
 
     async def _committed_bytes(self, stream: str, seq: int, stage: Stage, origin: int) -> int | None:
         """The size of the message at `seq` if it is a frame of this partition that is wholly committed, else None.

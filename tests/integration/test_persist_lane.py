@@ -73,17 +73,27 @@ class Cluster:
         api = Api(self.client, msgspec.structs.replace(self.api.settings, **changes))
         return PersistLane(api, store, 0, self.name(), lambda _: None, disk=disk)
 
-    async def send(self, event_id: UUID, filling: str = "") -> None:
+    async def send(self, event_id: UUID, filling: str = "", event_type: str = "CORE_STATE_CHANGED") -> None:
         body = {
             "event_id": str(event_id),
             "consultation_id": str(CONSULTATION),
-            "event_type": "CORE_STATE_CHANGED",
+            "event_type": event_type,
             "payload": {"filling": filling},
             "metadata": {"user_id": "a", "session_id": "b"},
         }
         subject = f"fi.events.clinic-1.{CONSULTATION}"
         self.last = (await self.client.jetstream(timeout=10).publish(subject, json.dumps(body).encode())).seq
         self.accepted.append(event_id.bytes)
+
+    async def takes(self, event_id: UUID, filling: str, event_type: str = "CORE_STATE_CHANGED") -> bool:
+        """Sends an event; False when `FI_EVENTS` is full."""
+        try:
+            await self.send(event_id, filling, event_type)
+        except APIError as error:
+            if error.err_code not in STREAM_FULL:
+                raise
+            return False
+        return True
 
     async def publish(self, count: int) -> None:
         """So many events, and waits until they are committed."""
@@ -238,18 +248,37 @@ async def test_duplicates_do_not_fill_the_stream_until_the_shard_is_old(client: 
     store = await new_store(client, tmp_path / "store")
     event_id = uuid4()
 
-    async def taken() -> bool:
-        try:
-            await cluster.send(event_id, "x" * 500_000)
-        except APIError as error:
-            if error.err_code not in STREAM_FULL:
-                raise
-            return False
-        return True
-
     async with cluster.upstream(), going(cluster.persist(store)):
         for number in range(120):
-            await until(taken, f"after {number}, one more is taken; there is room for 50", 60)
+            await until(
+                lambda: cluster.takes(event_id, "x" * 500_000),
+                f"after {number}, one more is taken; there is room for 50",
+                60,
+            )
         await until(cluster.is_committed, "all is committed", 60)
     receipt = await cluster.receipt()
     assert (receipt.persisted, receipt.duplicates) == (1, 119)
+
+
+@pytest.mark.parametrize("sealed_kept", [0, 1])
+async def test_what_no_shard_shows_does_not_fill_the_stream_until_the_shard_is_old(
+    client: Client, tmp_path: Path, sealed_kept: int
+) -> None:
+    """Refused events stay in `FI_EVENTS` as well, and all that came while persist was down is in one shard."""
+    # A shard may be sealed for want of room once it is 5 s old.
+    cluster = await ready(
+        client, events_bytes_max=8 * MIB, sealed_kept=sealed_kept, dead_share_max=1.0, shard_age_s_max=300.0
+    )
+    store = await new_store(client, tmp_path / "store")
+
+    async def takes() -> bool:
+        return await cluster.takes(uuid4(), "x" * 500_000, "NO_SUCH_TYPE")
+
+    async with cluster.upstream():
+        while await takes():
+            pass
+        async with going(cluster.persist(store)):
+            for number in range(20):
+                await until(takes, f"after {number}, one more is taken; there is room for 16", 60)
+            await until(cluster.is_committed, "all is committed", 60)
+    assert (await cluster.receipt()).dead_lettered == len(cluster.accepted)

@@ -20,8 +20,7 @@ from contracts.settings import Settings
 from stages.persist.core import Group
 from stages.persist.disk import Disk
 from stages.persist.header import SealedHeader
-from stages.persist.partition import SealJob
-from stages.persist.seal import SealedInfo
+from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store
 
 _NO_SUM = "0" * 64
@@ -255,9 +254,14 @@ class MemoryFiles:
         """See `PartitionFiles.accepted`."""
         self._live.watermark = len(self._live.groups)
 
-    def is_old(self) -> bool:
+    def is_empty(self) -> bool:
+        """See `PartitionFiles.is_empty`."""
+        return self._first_ns is None
+
+    def is_old(self, share: float = 1.0) -> bool:
         """See `PartitionFiles.is_old`."""
-        return self._first_ns is not None and self._clock_ns() - self._first_ns >= self._settings.shard_age_s_max * 1e9
+        age_ns_max = share * self._settings.shard_age_s_max * 1e9
+        return self._first_ns is not None and self._clock_ns() - self._first_ns >= age_ns_max
 
     def is_flushed(self, target: int) -> bool:
         """See `PartitionFiles.is_flushed`."""

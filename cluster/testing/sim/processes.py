@@ -19,6 +19,7 @@ from contracts.subjects import FLUSH_SUBJECT, Stage
 from stages.actors import actor
 from stages.persist.actor import PersistLane
 from stages.persist.flush import Flushes
+from stages.persist.room import EventsRoom
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.control import Control
@@ -194,10 +195,12 @@ class SimPersistActor:
     def __init__(self, process: SimProcess) -> None:
         self._process = process
         self._flushes = Flushes(process.disk.store.cluster_id)
+        self._room: EventsRoom
         self._sealing = asyncio.Lock()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
         """See `Actor.arrive`."""
+        self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
         return self._process.disk.store.store_id
 
@@ -214,6 +217,7 @@ class SimPersistActor:
             on_open,
             process.clock_ns,
             flushes=self._flushes,
+            room=self._room,
             sealing=self._sealing,
             node=process.node,
             disk=process.disk.as_disk(),

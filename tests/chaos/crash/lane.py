@@ -14,9 +14,9 @@ import msgspec
 from contracts.receipts import Receipt, SealRecord, first_receipt
 from contracts.settings import Settings
 from stages.persist.core import Group
-from stages.persist.partition import PartitionFiles, SealJob
+from stages.persist.partition import PartitionFiles
 from stages.persist.records import record_of
-from stages.persist.seal import SealedInfo
+from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store
 
 from .source import NOW_NS, Source
