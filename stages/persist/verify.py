@@ -38,6 +38,7 @@ from stages.persist.storedir import Store, read_store
 READER_COMMAND = [sys.executable, "-m", "stages.persist.check"]
 """The process that reads shards: paths in, results out, one JSON value a line."""
 
+_READER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 _WORKERS_MAX = 2
 _READ_BYTES = 1024 * 1024
 _PREPARED_SUFFIX = ".next.h5"
@@ -343,7 +344,9 @@ class _Worker:
         with self._starting:
             if self._killed:
                 raise ShardError("the verification was ended")
-            self._process = subprocess.Popen(READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(
+                READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _READER_ENVIRONMENT
+            )
             return self._process
 
     @staticmethod
