@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from stages.runtime.client import GuardedClient
 
 DRIFTS_SHOWN_MAX = 3
+_RECEIPT_BYTES = 3 * 1024
+"""Of a receipt with 64 committed consultations in it (`closed_remembered`): 2,588, and what a stream adds."""
 _PROBE_BYTES = 4096
 
 
@@ -217,12 +219,25 @@ def _settings_checks(chosen: list[str] | None) -> list[Check]:
         resolved = given_settings(chosen)
         otlp_endpoint(resolved.settings, os.environ)
         layers = Counter(source.layer for source in resolved.sources.values())
-        return ", ".join(f"{count} from {layer}" for layer, count in layers.items())
+        counts = ", ".join(f"{count} from {layer}" for layer, count in layers.items())
+        return counts + _receipts_advice(resolved.settings)
 
     file = _try("settings file", lambda: _file_words(given_file()))
     if file.exit_code:
         return [file, Check(name="settings", result="not checked", detail="mend the settings file first")]
     return [file, _try("settings", together)]
+
+
+def _receipts_advice(settings: Settings) -> str:
+    """What a stream of receipts that will be too small had better be: a full one stops commits."""
+    bytes_max = settings.partitions * settings.receipts_kept * _RECEIPT_BYTES
+    if 2 * bytes_max <= settings.receipts_bytes_max:
+        return ""
+    return (
+        f". But receipts_kept of {settings.partitions} partitions can take {bytes_max} bytes, and seal records, kept "
+        f"for ever, come beside them; receipts_bytes_max is {settings.receipts_bytes_max}, and commits stop when "
+        "that is full: raise it to twice as much, or keep fewer"
+    )
 
 
 def _settings(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> Settings:

@@ -180,6 +180,12 @@ def test_check_passes_good_settings_and_starts_nothing(place: Path, capsys: Capt
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "ok"]
 
 
+def test_check_says_when_receipts_will_not_fit_their_stream(place: Path, capsys: Captured) -> None:
+    for partitions, told in ((8, False), (512, True)):
+        code, found = checked(capsys, "--set", f"partitions={partitions}")
+        assert (code, "commits stop" in found["settings"]["detail"]) == (0, told)
+
+
 def test_check_names_a_wrong_setting_and_then_tries_nothing_else(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
