@@ -340,10 +340,11 @@ class PartitionFiles:
     def is_old(self, share: float = 1.0) -> bool:
         """True when the live shard's oldest commit has reached the age limit, or that share of it.
 
-        Also when its commits hold no events: `FI_EVENTS` keeps what is not sealed, duplicates and refused ones too.
+        Also when its commits hold no events: `FI_EVENTS` keeps what is not sealed, duplicates and refused ones too. And
+        when that lies so far in the future: the clock was put back, and the shard would grow old when it catches up.
         """
         age_ns_max = share * self._settings.shard_age_s_max * 1e9
-        return self._first_ns is not None and self._clock_ns() - self._first_ns >= age_ns_max
+        return self._first_ns is not None and abs(self._clock_ns() - self._first_ns) >= age_ns_max
 
     def wants_next(self) -> bool:
         """True when the live shard is full enough for the next one to be prepared, and it was not yet."""

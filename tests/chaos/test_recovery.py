@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import zlib
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from crash.lane import PARTITION
+from crash.lane import PARTITION, SETTINGS
+from crash.source import NOW_NS
 from crash.stand import Stand
 
 from cluster.testing.disk import flip
@@ -18,6 +20,7 @@ from contracts.errors import ShardCorruptError, ShardError
 from stages.persist.header import HEADER_BYTES, encode_header, read_live_header, read_sealed_header
 from stages.persist.live import open_live
 from stages.persist.names import live_name, next_name, tmp_path
+from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
 from stages.persist.verify import verify_store
 
@@ -277,3 +280,18 @@ def test_readers_see_all_of_a_full_shard_again_after_its_watermark_was_lost(stan
     lane.close()
     with open_live(path) as live:
         assert live.watermark() == live.commits == 4
+
+
+def test_a_live_shard_is_old_after_an_hour_and_when_the_clock_was_put_back(stand: Stand) -> None:
+    lane = stand.lane()
+    lane.open()
+    lane.commit(3)
+    lane.close()
+    limit_ns = int(SETTINGS.shard_age_s_max * 1e9)
+    for elapsed_ns in (0, limit_ns - 1, limit_ns, 1 - limit_ns, -limit_ns):
+        now_ns = NOW_NS + elapsed_ns
+        with contextlib.closing(
+            PartitionFiles.open(stand.store, PARTITION, lane.receipt, SETTINGS, lambda now_ns=now_ns: now_ns)
+        ) as files:
+            assert files.is_old() is (abs(elapsed_ns) == limit_ns), elapsed_ns
+            assert files.is_old(share=0) is not files.is_empty()

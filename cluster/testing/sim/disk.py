@@ -261,7 +261,7 @@ class MemoryFiles:
     def is_old(self, share: float = 1.0) -> bool:
         """See `PartitionFiles.is_old`."""
         age_ns_max = share * self._settings.shard_age_s_max * 1e9
-        return self._first_ns is not None and self._clock_ns() - self._first_ns >= age_ns_max
+        return self._first_ns is not None and abs(self._clock_ns() - self._first_ns) >= age_ns_max
 
     def is_flushed(self, target: int) -> bool:
         """See `PartitionFiles.is_flushed`."""
