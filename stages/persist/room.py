@@ -11,6 +11,7 @@ import logging
 from typing import Final
 
 import msgspec
+from nats.errors import Error as NatsError
 
 from contracts.subjects import EVENTS
 from stages.runtime.api import Api
@@ -34,6 +35,9 @@ class _Info(msgspec.Struct):
     state: _State
 
 
+_decode_info = msgspec.json.Decoder(_Info).decode
+
+
 class EventsRoom:
     """See the module's text.
 
@@ -48,21 +52,23 @@ class EventsRoom:
         self.short = False
 
     async def look(self) -> bool:
-        """Looks, once every `probe_s` at most, and gives `short`.
-
-        Raises:
-            RequestRefusedError: the stream is not there.
-            ClusterUnavailableError: the connection was closed.
-        """
-        loop = asyncio.get_running_loop()
+        """Looks, once every `probe_s` at most, and gives `short`: as it was, where the stream does not answer."""
+        loop, settings = asyncio.get_running_loop(), self._api.settings
         async with self._asking:
-            if loop.time() >= self._next_s:
-                info = msgspec.json.decode(
-                    await self._api.request(EVENTS, f"$JS.API.STREAM.INFO.{EVENTS}", b""), type=_Info
-                )
-                self._next_s = loop.time() + self._api.settings.probe_s
-                taken, limit = info.state.bytes, info.config.max_bytes
-                was_short, self.short = self.short, 0 < SHORT_AT * limit < taken
-                if self.short and not was_short:
-                    log.warning("%s is nearly full (%d of %d bytes): shards are sealed sooner", EVENTS, taken, limit)
-        return self.short
+            if loop.time() < self._next_s:
+                return self.short
+            subject = f"$JS.API.STREAM.INFO.{EVENTS}"
+            try:
+                # Once: what waits for this must go on trimming, also while nobody leads the stream.
+                answer = await self._api.client.request(subject, b"", timeout=settings.api_timeout_s)
+                info = _decode_info(answer.data)
+            except (NatsError, msgspec.MsgspecError) as error:
+                log.debug("%s: %r", subject, error)
+                return self.short
+            finally:
+                self._next_s = loop.time() + settings.probe_s
+            taken, limit = info.state.bytes, info.config.max_bytes
+            was_short, self.short = self.short, 0 < SHORT_AT * limit < taken
+            if self.short and not was_short:
+                log.warning("%s is nearly full (%d of %d bytes): shards are sealed sooner", EVENTS, taken, limit)
+            return self.short
