@@ -1,8 +1,9 @@
-"""The command line `fictl`: one module for each group of verbs, registered here by name.
+"""The command line `fictl`: one module for each group of verbs, named here.
 
 The script is there as `fi` too, for callers by path: as a bare word that is a keyword of every shell.
 Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 failed, 2 usage, 3 not ready, 4 corruption found.
-A verb imports what is heavy when it runs, so that ``fictl --help`` stays quick.
+A process runs one verb, and each stage is one: the verb's module is imported and its command built when it is asked
+for. A verb imports what is heavy when it runs, so that ``fictl --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -10,39 +11,127 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from collections import UserDict
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperGroup
 
-from cluster.cli import config, dlq, keys, members, partitions, policy, proof, store, topology
-from cluster.cli.capacity import capacity
 from cluster.cli.common import FAILED, USAGE, config_option, exit_code, say
-from cluster.cli.demo import demo
-from cluster.cli.export import export
-from cluster.cli.flush import flush
-from cluster.cli.health import health
-from cluster.cli.metrics import metrics
-from cluster.cli.publish import publish
-from cluster.cli.run import run
-from cluster.cli.schema import schema
-from cluster.cli.status import status
-from cluster.cli.top import top
-from cluster.cli.up import down, up
 from contracts.errors import FiError
+
+
+class Group(NamedTuple):
+    """Verbs under one word.
+
+    Attributes:
+        help: what the verbs are about.
+        verbs: name → the function's place, as in `VERBS`.
+    """
+
+    help: str
+    verbs: dict[str, str]
+
+
+VERBS: Final[dict[str, str | Group]] = {
+    "demo": "demo:demo",
+    "up": "up:up",
+    "down": "up:down",
+    "run": "run:run",
+    "publish": "publish:publish",
+    "events": "store:events",
+    "export": "export:export",
+    "verify": "store:verify",
+    "shards": "store:shards",
+    "schema": "schema:schema",
+    "members": "members:members",
+    "scale": "members:scale",
+    "restart": "members:restart",
+    "pause": "members:pause",
+    "resume": "members:resume",
+    "drain": "members:drain",
+    "flush": "flush:flush",
+    "status": "status:status",
+    "top": "top:top",
+    "health": "health:health",
+    "metrics": "metrics:metrics",
+    "capacity": "capacity:capacity",
+    "prove": "proof:prove",
+    "check-proof": "proof:check_proof",
+    "consistency": "proof:consistency",
+    "rebuild": "partitions:rebuild",
+    "cluster": Group(
+        "The streams of a cluster: what they should be, and how they are.",
+        {"plan": "topology:plan", "apply": "topology:apply", "status": "topology:status"},
+    ),
+    "config": Group(
+        "Settings: where each comes from, and whether they hold.",
+        {"show": "config:show", "check": "config:check", "budgets": "config:budgets"},
+    ),
+    "dlq": Group(
+        "Dead letters: events that were refused, with the reason.",
+        {"ls": "dlq:ls", "show": "dlq:show", "replay": "dlq:replay", "drop": "dlq:drop"},
+    ),
+    "key": Group(
+        "Keys that persist signs receipts and seal records with.",
+        {"new": "keys:new", "public": "keys:public"},
+    ),
+    "partitions": Group(
+        "Partitions: who owns which, and moving one.",
+        {"ls": "partitions:list_partitions", "move": "partitions:move"},
+    ),
+    "policy": Group(
+        "The rules that segment holds events to: look, change, look back.",
+        {"show": "policy:show", "set": "policy:set_", "history": "policy:history"},
+    ),
+}
+"""Every verb by its name, in the order of `fictl --help`: the module of this package, and the function in it."""
+
+
+@cache
+def _command(name: str) -> Any:
+    """What typer makes of the verb or group `name` of `VERBS`."""
+    found = VERBS[name]
+    if isinstance(found, Group):
+        group = typer.Typer(name=name, help=found.help, no_args_is_help=True)
+        for verb, place in found.verbs.items():
+            group.command(verb)(_function(place))
+        return typer.main.get_group(group)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(_function(found))
+    return typer.main.get_command(alone)
+
+
+def _function(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+class _Commands(UserDict[str, Any]):
+    """The verbs' commands by name, each made when it is first asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+
+class _Verbs(TyperGroup):
+    """`fictl` itself."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands = _Commands(VERBS)
+
 
 app = typer.Typer(
     name="fictl",
+    cls=_Verbs,
     help="Carries medical-consultation events through NATS JetStream into HDF5 shards, each exactly once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Settings: where each comes from, and whether they hold.", no_args_is_help=True)
-key_app = typer.Typer(help="Keys that persist signs receipts and seal records with.", no_args_is_help=True)
-partitions_app = typer.Typer(help="Partitions: who owns which, and moving one.", no_args_is_help=True)
-cluster_app = typer.Typer(help="The streams of a cluster: what they should be, and how they are.", no_args_is_help=True)
-policy_app = typer.Typer(help="The rules that segment holds events to: look, change, look back.", no_args_is_help=True)
-dlq_app = typer.Typer(help="Dead letters: events that were refused, with the reason.", no_args_is_help=True)
 
 
 @app.callback()
@@ -59,37 +148,6 @@ def options(
     context.call_on_close(lambda: config_option.reset(before))
     level = logging.DEBUG if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="fi: %(message)s", force=True)
-
-
-for verb in (demo, up, down, run, publish, store.events, export, store.verify, store.shards, schema):
-    app.command()(verb)
-for running in (members.members, members.scale, members.restart, members.pause, members.resume, members.drain, flush):
-    app.command()(running)
-for watching in (status, top, health, metrics, capacity):
-    app.command()(watching)
-for proving in (proof.prove, proof.check_proof, proof.consistency):
-    app.command()(proving)
-config_app.command("show")(config.show)
-config_app.command("check")(config.check)
-config_app.command("budgets")(config.budgets)
-key_app.command("new")(keys.new)
-key_app.command("public")(keys.public)
-app.command()(partitions.rebuild)
-partitions_app.command("ls")(partitions.list_partitions)
-partitions_app.command("move")(partitions.move)
-for verb in (topology.plan, topology.apply, topology.status):
-    cluster_app.command()(verb)
-policy_app.command("show")(policy.show)
-policy_app.command("set")(policy.set_)
-policy_app.command("history")(policy.history)
-for dlq_verb in (dlq.ls, dlq.show, dlq.replay, dlq.drop):
-    dlq_app.command()(dlq_verb)
-app.add_typer(cluster_app, name="cluster")
-app.add_typer(config_app, name="config")
-app.add_typer(dlq_app, name="dlq")
-app.add_typer(key_app, name="key")
-app.add_typer(partitions_app, name="partitions")
-app.add_typer(policy_app, name="policy")
 
 
 def _open_closed_streams() -> None:

@@ -58,19 +58,21 @@ def test_schema_for_people_names_every_field_and_rule(capsys: Captured) -> None:
         assert word in out
 
 
-VERBS = [
-    (), ("demo",), ("run",), ("up",), ("down",), ("publish",), ("schema",), ("events",), ("export",), ("verify",),
-    ("shards",), ("prove",), ("check-proof",), ("consistency",), ("key",), ("key", "new"), ("key", "public"),
-    ("cluster",), ("cluster", "plan"), ("cluster", "apply"), ("cluster", "status"),
-]  # fmt: skip
+GROUPS = {name: found.verbs for name, found in cluster.cli.VERBS.items() if isinstance(found, cluster.cli.Group)}
+VERBS = [(), *((name,) for name in cluster.cli.VERBS), *((name, verb) for name in GROUPS for verb in GROUPS[name])]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], capsys: Captured) -> None:
     assert fictl(*verb, "--help") == 0
     out = capsys.readouterr().out
-    if verb not in ((), ("cluster",), ("key",)):
+    if " ".join(verb) not in ("", *GROUPS):
         assert "Example: fictl " in " ".join(out.split())
+
+
+def test_a_mistyped_verb_gets_the_one_that_was_meant(capsys: Captured) -> None:
+    assert fictl("statsu") == 2
+    assert "Did you mean 'status'" in capsys.readouterr().err
 
 
 NO_URLS = (
@@ -277,8 +279,26 @@ def test_settings_come_from_options_before_the_environment(monkeypatch: pytest.M
     assert find_servers(tmp_path, ["nats://a:1", "nats://b:2"]) == ("nats://a:1", "nats://b:2")
 
 
+def in_fresh_interpreter(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("h5py", "numpy", "nats", "uvloop", "opentelemetry", "rich.progress")
-    code = f"import sys, cluster.cli; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
-    assert done.stdout.strip() == b"[]"
+    code = (
+        "import sys, typer, cluster.cli\n"
+        "commands = dict(typer.main.get_command(cluster.cli.app).commands)\n"
+        f"print(len(commands), [name for name in {heavy} if name in sys.modules])"
+    )
+    assert in_fresh_interpreter(code) == f"{len(cluster.cli.VERBS)} []"
+
+
+def test_a_process_loads_the_module_of_its_own_verb_and_of_no_other() -> None:
+    code = (
+        "import sys, cluster.cli\n"
+        "try: cluster.cli.main(['run', 'no-such-stage'])\n"
+        "except SystemExit as ended: print(ended.code)\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('cluster.cli.')))"
+    )
+    assert in_fresh_interpreter(code).split() == ["2", "cluster.cli.common", "cluster.cli.run"]
