@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -47,6 +46,8 @@ def read_file(path: Path) -> SettingsFile:
 
 def parse_file(data: bytes, path: str) -> SettingsFile:
     """What the TOML text `data` of the file `path` says. Raises `SettingsError`, naming the line of a mistake."""
+    import tomllib
+
     try:
         values = tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
 import socket
 import sys
@@ -213,6 +212,8 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
 
 def login_name() -> str:
     """Who runs this command."""
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):
