@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DIR ?= .fi
 export TESTCONTAINERS_RYUK_DISABLED := true
+# Tests and benchmarks start hundreds of processes, each of which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo up down check test test-slow simulate fuzz image crash chaos bench bench-check bench-full bench-soak bench-storage bench-restart bench-backlog clean
 .DEFAULT_GOAL := help
@@ -33,7 +35,7 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## everything that must hold, five to nine minutes (JOBS=4 test processes)
+test: check ## everything that must hold, six to ten minutes (JOBS=4 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile
 
 test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
