@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import sys
@@ -63,6 +64,18 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A setting, e.g. replicas=1; repeatable. Stronger than FI_NAME."),
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """For the `callback` of options that take a number: ``nan`` is neither below `min` nor above `max`.
+
+    Raises:
+        typer.BadParameter: nan or inf.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number that can be used here")
+    return value
+
 
 config_option: ContextVar[str | None] = ContextVar("config_option", default=None)
 """What `--config` names in this command; None without it."""

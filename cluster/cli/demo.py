@@ -19,6 +19,7 @@ from cluster.cli.common import (
     SetOption,
     check_directory,
     console,
+    finite,
     given_settings,
     plain,
     print_json,
@@ -43,7 +44,9 @@ def demo(
         Path | None, typer.Option("--input", help="NDJSON file of events. Default: made-up consultations.")
     ] = None,
     events: Annotated[int, typer.Option(min=1, help="How many to make up without --input.")] = 5000,
-    rate: Annotated[float | None, typer.Option(min=0.1, help="Events a second. Default: as fast as accepted.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, callback=finite, help="Events a second. Default: as fast as accepted.")
+    ] = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where cluster and shards live. Default: a new one below .fi.")
     ] = None,

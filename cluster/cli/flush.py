@@ -17,6 +17,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    finite,
     login_place,
     print_json,
     progress_bar,
@@ -36,7 +37,9 @@ def flush(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     partitions: Annotated[str | None, typer.Option("--partition", help="Only these, e.g. 0,2,5-7.")] = None,
-    limit_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait at most.")] = FLUSH.s,
+    limit_s: Annotated[
+        float, typer.Option("--timeout", min=0, callback=finite, help="Seconds to wait at most.")
+    ] = FLUSH.s,
     seal: Annotated[bool, typer.Option("--seal/--no-seal", help="Seal too, or commit only.")] = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,6 +21,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    finite,
     login_place,
     print_json,
     progress_bar,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(STAGES)}.", show_default=False)]
-WaitOption = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it at most.")]
+WaitOption = Annotated[float, typer.Option("--wait", min=0, callback=finite, help="Seconds to wait for it at most.")]
 
 
 def members(

@@ -22,6 +22,7 @@ from cluster.cli.common import (
     console,
     find_servers,
     find_settings,
+    finite,
     print_json,
     progress_bar,
     run_async,
@@ -40,7 +41,8 @@ ShardsOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 WaitOption = Annotated[
-    float, typer.Option("--wait", min=0, metavar="S", help="Wait until it has caught up; 0: do not wait.")
+    float,
+    typer.Option("--wait", min=0, callback=finite, metavar="S", help="Wait until it has caught up; 0: do not wait."),
 ]
 
 

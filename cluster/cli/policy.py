@@ -20,6 +20,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    finite,
     login_place,
     print_json,
     progress_bar,
@@ -124,7 +125,9 @@ def set_(
     note: Annotated[str, typer.Option(help="Why; kept with the version.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change; set nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every process judges by it.")] = True,
-    limit_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait at most.")] = POLICY_SPREAD.s,
+    limit_s: Annotated[
+        float, typer.Option("--timeout", min=0, callback=finite, help="Seconds to wait at most.")
+    ] = POLICY_SPREAD.s,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     as_json: JsonOption = False,

@@ -24,6 +24,7 @@ from cluster.cli.common import (
     connected,
     console,
     find_servers,
+    finite,
     given_settings,
     print_json,
     run_async,
@@ -44,14 +45,19 @@ def publish(
     file: Annotated[Path, typer.Argument(help="One event a line (NDJSON), or - for stdin.", show_default=False)],
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
-    rate: Annotated[float | None, typer.Option(min=0.001, metavar="PER_S", help="Events a second at most.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, callback=finite, metavar="PER_S", help="Events a second at most.")
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, max=4096, help="Up to so many waiting events of a consultation go in one message.")
     ] = 1,
     in_flight: Annotated[int, typer.Option(min=1, max=65536, help="Messages on their way at once.")] = 256,
     site: Annotated[str | None, typer.Option(help="Site of events without metadata.site_id.")] = None,
     deadline: Annotated[
-        float | None, typer.Option(min=0.001, metavar="S", help="Give up on a message after so long. Default: never.")
+        float | None,
+        typer.Option(
+            min=0.001, callback=finite, metavar="S", help="Give up on a message after so long. Default: never."
+        ),
     ] = None,
     check_only: Annotated[bool, typer.Option("--check-only", help="Check the lines, publish nothing.")] = False,
     as_json: JsonOption = False,

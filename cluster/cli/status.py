@@ -15,6 +15,7 @@ from cluster.cli.common import (
     NatsOption,
     console,
     find_servers,
+    finite,
     print_json,
     run_async,
 )
@@ -52,7 +53,10 @@ def status(
     directory: RunOption = None,
     nats: NatsOption = None,
     window_s: Annotated[
-        float, typer.Option("--window", min=0.1, max=60, help="Seconds between the two looks that rates are from.")
+        float,
+        typer.Option(
+            "--window", min=0.1, max=60, callback=finite, help="Seconds between the two looks that rates are from."
+        ),
     ] = STATUS_WINDOW.s,
     by_partition: PartitionsOption = False,
     as_json: JsonOption = False,

@@ -5,7 +5,6 @@ None of them needs a running cluster, but for `fictl verify --receipts`.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from cluster.cli.common import (
     StoreArgument,
     console,
     find_servers,
+    finite,
     plain,
     print_json,
     progress_bar,
@@ -119,7 +119,7 @@ def verify(
     nats: NatsOption = None,
     public_key: PublicKeyOption = None,
     shard_timeout: Annotated[
-        float, typer.Option(min=1, max=86_400, metavar="S", help="Longest a shard may take.")
+        float, typer.Option(min=1, max=86_400, callback=finite, metavar="S", help="Longest a shard may take.")
     ] = SHARD_CHECK.s,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,8 +139,6 @@ def verify(
     from stages.persist.export.manifest import find_manifest
     from stages.persist.verify import verify_store
 
-    if math.isnan(shard_timeout):
-        raise SettingsError("--shard-timeout nan: give seconds")
     if public_key and not receipts:
         raise SettingsError("--public-key is for the signatures of receipts: give --receipts too")
     if (manifest := find_manifest(path)) is not None:

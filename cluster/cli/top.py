@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import NatsOption, console, run_async
+from cluster.cli.common import NatsOption, console, finite, run_async
 from cluster.cli.status import RunOption, find_run, title
 from contracts.budgets import TOP_INTERVAL
 from contracts.errors import SettingsError
@@ -17,7 +17,7 @@ def top(
     directory: RunOption = None,
     nats: NatsOption = None,
     interval_s: Annotated[
-        float, typer.Option("--interval", min=0.2, max=60, help="Seconds from one look to the next.")
+        float, typer.Option("--interval", min=0.2, max=60, callback=finite, help="Seconds from one look to the next.")
     ] = TOP_INTERVAL.s,
 ) -> None:
     """Shows what `fictl status` shows, live, with sparklines: what is wrong first, and what to do about it.
