@@ -16,8 +16,9 @@ WORSE_MAX = 0.30
 def judge_ratios(kept: Mapping[str, Sequence[float]], found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Each ratio that was found: ``{"figure", "kept", "found", "verdict", "words"}``.
 
-    A ratio is ``worse`` when its median is more than `WORSE_MAX` below the kept one and every repetition is below every
-    kept one; ``unknown`` when there is nothing to compare it with; else ``ok``. Higher is better for all of them.
+    A ratio is ``worse`` when its median is more than `WORSE_MAX` below the kept one and every repetition is so, too, or
+    below every kept one: a bad repetition among the kept ones excuses nothing. It is ``unknown`` when there is nothing
+    to compare it with; else ``ok``. Higher is better for all of them.
 
     Args:
         kept: figure → one value for each repetition of the kept run.
@@ -31,7 +32,8 @@ def _judge(figure: str, before: Sequence[float], values: Sequence[float]) -> dic
         why = "is not in the kept result; run `make bench`" if values else "was not measured now"
         return {"figure": figure, "kept": None, "found": None, "verdict": "unknown", "words": f"{figure} {why}"}
     was, now = statistics.median(before), statistics.median(values)
-    worse = now < (1 - WORSE_MAX) * was and max(values) < min(before)
+    limit = (1 - WORSE_MAX) * was
+    worse = now < limit and max(values) < max(limit, min(before))
     return {
         "figure": figure,
         "kept": was,

@@ -147,7 +147,8 @@ def test_a_comparison_goes_into_nested_figures_and_leaves_out_what_has_no_partne
     [
         ([0.80, 0.75, 0.85], [0.50, 0.40, 0.55], "worse"),
         ([0.80, 0.75, 0.85], [0.60, 0.58, 0.61], "ok"),  # less than 30 % below
-        ([0.80, 0.45, 0.85], [0.50, 0.40, 0.55], "ok"),  # a kept repetition was as low
+        ([0.80, 0.45, 0.85], [0.50, 0.40, 0.55], "worse"),  # that a kept repetition was as low excuses nothing
+        ([0.80, 0.45, 0.85], [0.50, 0.40, 0.60], "ok"),  # one repetition now was not so low, nor below every kept one
         ([0.80, 0.75, 0.85], [0.40, 0.45, 0.90], "ok"),  # one repetition now was as high
         ([0.80], [1.60], "ok"),
         ([], [0.8], "unknown"),
