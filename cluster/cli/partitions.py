@@ -191,7 +191,7 @@ def _take_back(
         check_directory("--shards", shards)
     urls, settings = find_servers(directory, nats), find_settings(directory, nats, None)
 
-    async def run() -> tuple[list[Rewind], list[str], list[int]]:
+    async def run() -> tuple[list[Rewind], list[str], list[int], int]:
         import time
 
         from cluster.rewind import Rewinder, wait_caught_up
@@ -203,6 +203,7 @@ def _take_back(
         done: list[Rewind] = []
         failed: list[str] = []
         passed: list[int] = []
+        looked_at = 0
         async with connected(urls) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
@@ -219,6 +220,7 @@ def _take_back(
                     receipt, _ = await last_receipt(api, partition)
                     if receipt is None or receipt.store != store.store_id:
                         continue
+                looked_at += 1
                 try:
                     rewind = await work(rewinder, partition)
                 except NotOursError as error:
@@ -236,15 +238,19 @@ def _take_back(
                     done.append(rewind)
             if wait_s and done and not dry_run:
                 await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
-        return done, failed, passed
+        return done, failed, passed, looked_at
 
     with progress_bar("reading shards" if dry_run else "making events again") as progress:
-        done, failed, passed = run_async(run())
+        done, failed, passed, looked_at = run_async(run())
     if as_json:
         rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done]
         print_json([*rows, *({"partition": partition, "passed_over": PASSED_OVER} for partition in passed)])
     else:
-        _show(done, dry_run, nothing=not (done or failed or passed))
+        _show(done, dry_run)
+        if not looked_at:
+            print("nothing to do: this store owns no partition; `fictl partitions ls` shows which store owns which")
+        elif not (done or failed or passed):
+            print("nothing to do: every file is as the records say")
     for partition in passed:
         say(f"fi: partition {partition} is passed over: {PASSED_OVER}")
     for reason in failed:
@@ -253,7 +259,7 @@ def _take_back(
         raise typer.Exit(FAILED)
 
 
-def _show(done: list[Rewind], dry_run: bool, *, nothing: bool) -> None:
+def _show(done: list[Rewind], dry_run: bool) -> None:
     verb = "would go" if dry_run else "went"
     for rewind in done:
         if rewind.why:
@@ -266,5 +272,3 @@ def _show(done: list[Rewind], dry_run: bool, *, nothing: bool) -> None:
         )
         for name in rewind.aside:
             print(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")
-    if nothing:
-        print("nothing to do: every file is as the records say")

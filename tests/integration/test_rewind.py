@@ -111,6 +111,11 @@ async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(tmp_path:
         code, out, err = await fictl(pipeline, *move)
         assert (code, "would go back" in out) == (0, True), err
         assert set(there.iterdir()) == before
+        code, out, err = await fictl(pipeline, "rebuild", "--dry-run", "--shards", there)
+        assert (code, "owns no partition" in out) == (0, True), err
+        await pipeline.supervisor.hold_down("persist-0")
+        code, out, err = await fictl(pipeline, "rebuild", "--dry-run")
+        assert (code, "every file is as the records say" in out) == (0, True), err
 
 
 @pytest.mark.slow
