@@ -126,7 +126,7 @@ def set_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change; set nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every process judges by it.")] = True,
     limit_s: Annotated[
-        float, typer.Option("--timeout", min=0, callback=finite, help="Seconds to wait at most.")
+        float, typer.Option("--timeout", min=0, callback=finite, help="Seconds to wait for the processes at most.")
     ] = POLICY_SPREAD.s,
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
