@@ -7,11 +7,13 @@ import asyncio
 import msgspec
 import pytest
 from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import StreamConfig, StreamInfo
 
 from cluster.apply import apply, plan
 from cluster.status import ClusterStatus, status
 from cluster.testing.waiting import until
-from cluster.topology import Drift
+from cluster.topology import Drift, streams
 from contracts import subjects
 from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.frames import Frame, encode_frame
@@ -90,6 +92,41 @@ async def test_planning_changes_nothing(client: Client) -> None:
 async def test_applies_at_once_agree_on_one_cluster(client: Client) -> None:
     plans = await asyncio.gather(*(apply(client, SETTINGS) for _ in range(6)))
     assert {plan.cluster_id for plan in plans} == {(await read_cluster(client)).cluster_id}
+
+
+async def test_events_are_accepted_by_nothing_before_every_other_stream_is_there(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = JetStreamContext.add_stream
+    there: set[str] = set()
+    before: list[set[str]] = []
+
+    async def told(jetstream: JetStreamContext, config: StreamConfig) -> StreamInfo:
+        if config.name == subjects.EVENTS:
+            before.append(set(there))
+        info = await create(jetstream, config)
+        there.add(str(config.name))
+        return info
+
+    monkeypatch.setattr(JetStreamContext, "add_stream", told)
+    await apply(client, SETTINGS)
+    assert before == [set(subjects.STREAMS) - {subjects.EVENTS}]
+
+
+async def test_an_apply_that_was_faster_gives_the_cluster_its_id(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = JetStreamContext.add_stream
+    theirs = next(config for config in streams(SETTINGS, "f" * 32) if config.name == subjects.RECEIPTS)
+
+    async def beaten(jetstream: JetStreamContext, config: StreamConfig) -> StreamInfo:
+        if config.name == subjects.RECEIPTS:
+            await create(jetstream, theirs)
+        return await create(jetstream, config)
+
+    monkeypatch.setattr(JetStreamContext, "add_stream", beaten)
+    assert (await apply(client, SETTINGS)).cluster_id == "f" * 32
+    assert (await read_cluster(client)).cluster_id == "f" * 32
 
 
 async def test_drift_is_shown_field_by_field_and_repaired(client: Client) -> None:
