@@ -32,9 +32,11 @@ from stages.persist.audit import in_force
 from stages.persist.disk import LOCAL, Disk
 from stages.persist.names import list_shards
 from stages.persist.partition import PartitionFiles
+from stages.persist.room import EventsRoom
 from stages.persist.seal import SealedInfo
 from stages.persist.store import EventStore
 from stages.persist.storedir import Store, open_store
+from stages.persist.trim import Trimmer
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import read_cluster
@@ -69,9 +71,9 @@ class Cluster:
         async with going(*lanes):
             yield
 
-    def persist(self, store: Store, disk: Disk = LOCAL, **changes: Any) -> PersistLane:
+    def persist(self, store: Store, disk: Disk = LOCAL, room: EventsRoom | None = None, **changes: Any) -> PersistLane:
         api = Api(self.client, msgspec.structs.replace(self.api.settings, **changes))
-        return PersistLane(api, store, 0, self.name(), lambda _: None, disk=disk)
+        return PersistLane(api, store, 0, self.name(), lambda _: None, room=room, disk=disk)
 
     async def send(self, event_id: UUID, filling: str = "", event_type: str = "CORE_STATE_CHANGED") -> None:
         body = {
@@ -282,3 +284,44 @@ async def test_what_no_shard_shows_does_not_fill_the_stream_until_the_shard_is_o
                 await until(takes, f"after {number}, one more is taken; there is room for 16", 60)
             await until(cluster.is_committed, "all is committed", 60)
     assert (await cluster.receipt()).dead_lettered == len(cluster.accepted)
+
+
+async def test_a_stream_that_others_fill_does_not_have_young_shards_sealed(client: Client, tmp_path: Path) -> None:
+    cluster = await ready(client, events_bytes_max=8 * MIB, dead_share_max=1.0, shard_age_s_max=300 * 86_400.0)
+    store = await new_store(client, tmp_path / "store")
+
+    class Counted(EventsRoom):
+        looks_when_short = 0
+
+        async def look(self) -> bool:
+            short = await super().look()
+            self.looks_when_short += short
+            return short
+
+    async def takes() -> bool:
+        return await cluster.takes(uuid4(), "x" * 500_000, "NO_SUCH_TYPE")
+
+    async def claimed() -> bool:
+        return (await last_receipt(cluster.api, 0))[0] is not None
+
+    async def looked() -> bool:
+        return room.looks_when_short >= 5
+
+    room = Counted(cluster.api)
+    async with cluster.upstream(), going(cluster.persist(store, room=room, seal_on_drain=False)):
+        await until(claimed, "persist has the partition", 60)
+        await cluster.publish(1)
+        while await takes():
+            pass
+        await until(looked, "it was seen that there is no room", 60)
+        assert [shard.sealed for shard in list_shards(store.directory)[0]] == [False]
+
+
+async def test_what_was_sealed_while_a_claim_was_made_waits_for_the_next_claim(client: Client) -> None:
+    cluster = await ready(client)
+    trimmer = Trimmer(cluster.api, 0, EventsRoom(cluster.api), lambda: None)
+    trimmer.sealed(5)
+    claiming = trimmer.unclaimed
+    trimmer.sealed(9)
+    trimmer.claimed(claiming)
+    assert (claiming, trimmer.unclaimed) == (5, 9)
