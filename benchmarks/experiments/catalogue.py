@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.experiments import ablation, capacity, hashes, sequential, stores
+from benchmarks.experiments import ablation, capacity, ceilings, hashes, sequential, stores
 from benchmarks.experiments.curves import CURVES
 from benchmarks.experiments.curves import present as present_curve
 from benchmarks.experiments.harness import Bench, Row, measure_cases
@@ -44,6 +44,7 @@ def _curve(title: str, name: str) -> Experiment:
 EXPERIMENTS: dict[str, Experiment] = {
     "sequential": Experiment("1,000 events one after the other", sequential.measure_sequential, sequential.present),
     "senders": Experiment("50 senders at the same time", sequential.measure_senders, sequential.present),
+    "ceilings": Experiment("Ceilings: who publishes, and to what", ceilings.measure, ceilings.present),
     "storage": Experiment("Storage and append cost", stores.measure, stores.present),
     "hashes": Experiment("The audit hash and its alternatives", hashes.measure, hashes.present, plot_hashes),
     "workers": _curve("Processes of each stage", "workers"),

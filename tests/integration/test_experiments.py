@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 async def test_experiments_keep_their_own_sections_and_feed_the_model(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    await run(["senders", "batch"], {}, 1, True, tmp_path, results)
+    await run(["senders", "ceilings", "batch"], {}, 1, True, tmp_path, results)
     measured = await run(["model"], read_kept(results), 1, True, tmp_path, results)
     assert list(measured) == ["model"]
     kept = read_kept(results)
-    assert list(kept) == ["senders", "batch", "model"]
+    assert list(kept) == ["senders", "ceilings", "batch", "model"]
+    assert all(row["events_per_s"] > 0 for row in kept["ceilings"]["rows"])
     assert [row["at"] for row in kept["batch"]["rows"]] == list(BATCHES)
     for row in kept["batch"]["rows"]:
         assert row["full"]["events_per_s"] > 0

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.experiments import ablation, capacity, hashes, stores
+from benchmarks.experiments import ablation, capacity, ceilings, hashes, stores
 from benchmarks.experiments.__main__ import read_kept, write_results
 from benchmarks.experiments.catalogue import as_markdown, picture_of
 from benchmarks.experiments.costs import Spent, per_event, stages_us
@@ -110,6 +110,16 @@ COSTS = Costs(
     stream_messages_per_s=20_000,
 )
 ALL_OF_IT = {"busiest": 1.0, "use_max": 1.0}
+
+
+def test_ours_is_held_against_the_ceiling_of_its_own_turn() -> None:
+    cpu_us = {**dict.fromkeys(STAGES, 2.0), "server": 30.0, "load": 14.0}
+    rows = [
+        {"turn": turn, "variant": variant, "events_per_s": rate, "cpu_us": cpu_us}
+        for turn, rates in enumerate([(10_000, 20_000), (30_000, 40_000), (20_000, 25_000)])
+        for variant, rate in zip((ceilings.OURS, "bare"), rates, strict=True)
+    ]
+    assert "| bare | 25,000 (20,000-40,000) | 0.75 (0.50-0.80) | 30.0 | 14.0 | 8.0 |" in ceilings.present(rows[::-1])
 
 
 def test_each_resource_bounds_the_rate_and_the_tightest_comes_first() -> None:
