@@ -196,7 +196,7 @@ def is_nested_beyond_reading(text: bytes) -> bool:
     Asked before a parser, whose own limit moves with its caller's depth: the same message must always be taken apart
     in the same way, or its letters and its frame's counts would differ when it is read again.
     """
-    if text.count(b"{") + text.count(b"[") <= NESTING_MAX:
+    if len(text) <= NESTING_MAX or text.count(b"{") + text.count(b"[") <= NESTING_MAX:
         return False
     depth = at = 0
     quoted = False

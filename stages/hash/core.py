@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from contracts.errors import InvalidEventError
-from contracts.events import Event
+from contracts.events import NESTING_MAX, Event, is_nested_beyond_reading
 from contracts.hashing import INCREMENTAL_BYTES_MIN, audit_hash, audit_hash_incremental
 from contracts.subjects import Stage
 from stages.runtime.messages import StoredMessage
@@ -20,6 +20,9 @@ def payload_hash(payload: bytes) -> bytes:
     Raises:
         InvalidEventError: the payload has no canonical form (ingest refuses these; this is the second line).
     """
+    # Asked first: some interpreters go deeper than others, and the same event must come out of each in the same way.
+    if is_nested_beyond_reading(payload):
+        raise InvalidEventError("payload.unhashable", "payload", f"nested deeper than {NESTING_MAX}")
     try:
         value = _decode(payload)
         return audit_hash_incremental(value) if len(payload) > INCREMENTAL_BYTES_MIN else audit_hash(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from contextlib import nullcontext
 from hashlib import sha256
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.errors import FiError
+from contracts.errors import FiError, InvalidEventError
 from contracts.events import (
     MESSAGE_BYTES_MAX,
     NESTING_MAX,
@@ -165,6 +166,13 @@ def test_brackets_in_strings_are_no_nesting_wherever_the_string_begins(escapes: 
     assert not is_nested_beyond_reading(text + b"]")
     assert not is_nested_beyond_reading(text + b"[" * (NESTING_MAX - 1))
     assert is_nested_beyond_reading(text + b"[" * NESTING_MAX)
+
+
+@pytest.mark.parametrize("depth", [NESTING_MAX, NESTING_MAX + 1, 600, 5000])
+def test_what_is_hashed_does_not_depend_on_how_deep_the_interpreter_goes(depth: int) -> None:
+    payload = b'{"a":' * depth + b"1" + b"}" * depth
+    with nullcontext() if depth <= NESTING_MAX else pytest.raises(InvalidEventError, match="nested deeper than 500"):
+        payload_hash(payload)
 
 
 def from_deep_within(frames: int, body: bytes) -> list[tuple[int, bytes]]:
