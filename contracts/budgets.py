@@ -69,12 +69,12 @@ LET_GO: Final = _limit(
     1.0, "a lane that another process waits for: its frame in hand", "it is cut off, and the other makes that again"
 )
 CANCEL_REPEAT: Final = _pause(0.5, "whoever ends a task: the task to take its cancellation", "cancels it again")
-LEADER_LOOK: Final = _pause(3.0, "a process: between two looks at the streams in memory that it writes", "it looks")
+LEADER_LOOK: Final = _pause(3.0, "a process: between two looks at the streams in memory that it uses", "it looks")
 LEADER_GONE: Final = _limit(
     12.0, "the same: a stream in memory to have a leader again, as an election gives it one", "the stream is made again"
 )
 STREAM_REMADE: Final = _limit(
-    6.0, "who asks a stream in memory that is not there: its being made again", "it fails: run `fictl cluster apply`"
+    12.0, "who asks a stream in memory that is not there: its being made again", "it fails: run `fictl cluster apply`"
 )
 STANDBY: Final = _pause(
     1.0, "persist: a partition's shards to become its own, or a damaged file to change", "it looks again"

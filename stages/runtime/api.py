@@ -43,7 +43,7 @@ NOT_NOW: Final = frozenset({500, 503})
 CIRCUIT_FAILURES: Final = 5
 
 REMADE: Final = frozenset({*HOPS, MEMBERS})
-"""Streams that are made again when they are gone (`stages.runtime.leaders`, `fictl cluster apply`)."""
+"""Streams that are made again when they are gone (`stages.runtime.remake`, `fictl cluster apply`)."""
 
 _STATUS: Final = "Status"
 _END_OF_ANSWERS: Final = "204"
@@ -154,15 +154,16 @@ class Api:
             ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`.
         """
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + STREAM_REMADE.s
+        missing_s: float | None = None
         async with self._patience(stream):
             while True:
                 answer, error_part = await self._try(stream, subject, body)
                 if answer is not None and error_part is None:
                     return answer
                 if error_part is not None and error_part.code not in NOT_NOW:
-                    is_remade = error_part.err_code == NO_STREAM and stream in REMADE and loop.time() < until_s
-                    if not is_remade:
+                    missing_s = loop.time() if missing_s is None else missing_s
+                    is_remade = error_part.err_code == NO_STREAM and stream in REMADE
+                    if not is_remade or loop.time() - missing_s >= STREAM_REMADE.s:
                         raise RequestRefusedError(subject, error_part)
                 await self.pause()
 

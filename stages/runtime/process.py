@@ -21,15 +21,15 @@ from typing import Any, Protocol, TypeVar
 from contracts.errors import SettingsError
 from contracts.membership import Member
 from contracts.settings import Settings
-from contracts.subjects import MEMBERS, OUTPUT_STREAM, Stage, is_token, pause_subject
-from stages.runtime.api import Api
+from contracts.subjects import INPUT_STREAM, MEMBERS, OUTPUT_STREAM, Stage, is_token, pause_subject
+from stages.runtime.api import REMADE, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect_near
 from stages.runtime.control import Control
 from stages.runtime.facts import ClusterFacts, read_cluster
 from stages.runtime.lanes import LaneSet, RunnableLane
-from stages.runtime.leaders import LeaderWatch
 from stages.runtime.membership import Membership
+from stages.runtime.remake import Remaker
 from stages.runtime.tasks import end_tasks
 from stages.runtime.watch import Watch
 
@@ -203,7 +203,9 @@ class StageProcess:
 
     async def _work(self, api: Api, lanes: LaneSet, membership: Membership, listening: asyncio.Task[None]) -> None:
         sharing = asyncio.create_task(membership.run(), name="membership")
-        leaders = asyncio.create_task(LeaderWatch(api, (OUTPUT_STREAM[self._stage], MEMBERS)).run(), name="leaders")
+        # A hop is looked at from both its ends: either may be down, and not know what it was like.
+        streams = {INPUT_STREAM[self._stage], OUTPUT_STREAM[self._stage], MEMBERS} & REMADE
+        remaking = asyncio.create_task(Remaker(api, sorted(streams)).run(), name="remaking")
         failing = asyncio.create_task(lanes.failed(), name="lane failure")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         try:
@@ -214,7 +216,7 @@ class StageProcess:
             membership.leave()
             await lanes.drain(self._settings.drain_s, handing_over=membership.heirs)
         finally:
-            await end_tasks(sharing, leaders, failing, stopping)
+            await end_tasks(sharing, remaking, failing, stopping)
             await lanes.close()
             await membership.say_goodbye()
 

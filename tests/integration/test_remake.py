@@ -11,15 +11,15 @@ from pipeline import Load, Pipeline, running, settings, under_load, workload
 
 from contracts.budgets import LEADER_GONE
 from contracts.subjects import HOPS, MEMBERS
-from stages.runtime import leaders
-from stages.runtime.leaders import LeaderWatch
+from stages.runtime import remake
+from stages.runtime.remake import Remaker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
-    async with running(tmp_path_factory.mktemp("leaders"), settings()) as started:
+    async with running(tmp_path_factory.mktemp("remake"), settings()) as started:
         yield started
 
 
@@ -27,11 +27,11 @@ async def test_making_every_stream_in_memory_again_under_load_loses_nothing(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if each had been found without a leader: the worst that a wrong look can do."""
-    monkeypatch.setattr(leaders, "_is_headless", lambda info: True)
-    monkeypatch.setattr(leaders, "LEADER_GONE", msgspec.structs.replace(LEADER_GONE, s=0.0))
+    monkeypatch.setattr(remake, "_is_headless", lambda info: True)
+    monkeypatch.setattr(remake, "LEADER_GONE", msgspec.structs.replace(LEADER_GONE, s=0.0))
     pids = {process.name: process.pid for process in pipeline.supervisor.processes}
     load = Load(workload(seed=71, events=2000))
-    watch = LeaderWatch(pipeline.api, ())
+    watch = Remaker(pipeline.api, ())
     async with under_load(load, pipeline.client, rate_per_s=500):
         for number, stream in enumerate((*HOPS, MEMBERS)):
             await load.reached(300 * number + 200)
@@ -44,4 +44,25 @@ async def test_making_every_stream_in_memory_again_under_load_loses_nothing(
             assert after.config.num_replicas == before.config.num_replicas
             assert after.config.allow_direct == before.config.allow_direct
     await pipeline.assert_whole(load)
+    assert {process.name: process.pid for process in pipeline.supervisor.processes} == pids
+
+
+async def test_streams_in_memory_that_somebody_deletes_under_load_come_back_and_nothing_is_lost(
+    pipeline: Pipeline,
+) -> None:
+    pids = {process.name: process.pid for process in pipeline.supervisor.processes}
+    jetstream = pipeline.client.jetstream(timeout=30)
+    streams = (*HOPS, MEMBERS)
+    before = [await jetstream.stream_info(stream) for stream in streams]
+    load = Load(workload(seed=72, events=1200))
+    async with under_load(load, pipeline.client, rate_per_s=100):
+        # So long that every process has looked at them.
+        await load.reached(900)
+        for stream in streams:
+            await jetstream.delete_stream(stream)
+    await pipeline.assert_whole(load)
+    for was in before:
+        now = await jetstream.stream_info(str(was.config.name))
+        assert now.created != was.created
+        assert now.config == was.config
     assert {process.name: process.pid for process in pipeline.supervisor.processes} == pids

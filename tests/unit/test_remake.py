@@ -1,4 +1,4 @@
-"""A stream in memory that nobody leads is made again, after longer than an election takes; nothing else ever is."""
+"""A stream in memory that nobody leads, or that is gone, is made again; nothing else ever is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from contracts.budgets import LEADER_GONE
 from contracts.settings import Settings
 from contracts.subjects import SEGMENT
-from stages.runtime.leaders import LeaderWatch
+from stages.runtime.remake import Remaker
 
 HEADLESS = {"created": "t1", "config": {"name": SEGMENT, "storage": "memory"}, "cluster": {}}
 LED = HEADLESS | {"cluster": {"leader": "n1"}}
@@ -44,9 +44,9 @@ async def looked(*answers: tuple[float, dict[str, Any] | None]) -> list[str]:
     """What was asked when (seconds, answer to INFO) come one after the other, without the INFOs."""
     api = Script([answer for _, answer in answers])
     now_s = [0.0]
-    watch = LeaderWatch(api, (SEGMENT,), lambda: now_s[0])  # type: ignore[arg-type]
+    remaker = Remaker(api, (SEGMENT,), lambda: now_s[0])  # type: ignore[arg-type]
     for now_s[0], _ in answers:
-        await watch.look(SEGMENT)
+        await remaker.look(SEGMENT)
     return [verb for verb in api.asked if verb != "INFO"]
 
 
@@ -80,6 +80,23 @@ async def test_a_stream_is_left_alone_that_is(info: dict[str, Any]) -> None:
     assert await looked((0, info), (LATE, info), (2 * LATE, info)) == []
 
 
-async def test_one_that_another_process_deleted_and_left_is_created() -> None:
-    assert await looked((0, HEADLESS), (LATE, GONE)) == []
-    assert await looked((0, GONE), (LATE, GONE)) == []
+@pytest.mark.parametrize("seen", [LED, HEADLESS, LED | {"cluster": None}], ids=["led", "headless", "of one server"])
+async def test_one_that_is_gone_at_two_looks_is_created(seen: dict[str, Any]) -> None:
+    assert await looked((0, seen), (1, GONE)) == []
+    assert await looked((0, seen), (1, GONE), (2, GONE)) == ["CREATE"]
+
+
+@pytest.mark.parametrize(
+    "between", [LED, None, {"error": {"code": 503, "err_code": 10008}}], ids=["there", "nobody answers", "no leader"]
+)
+async def test_two_looks_are_one_after_the_other(between: dict[str, Any] | None) -> None:
+    assert await looked((0, LED), (1, GONE), (2, between), (3, GONE)) == []
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], [LED | {"config": {"name": SEGMENT, "storage": "file"}}], [LED, LED | {"config": {"storage": "file"}}]],
+    ids=["never seen", "on disk", "on disk now"],
+)
+async def test_one_is_not_created_that_was(before: list[dict[str, Any]]) -> None:
+    assert await looked(*[(0, info) for info in before], (1, GONE), (2, GONE), (3, GONE)) == []

@@ -1,10 +1,13 @@
-"""Streams in memory that no server will ever lead again are made again.
+"""Streams in memory that are gone, or that no server will ever lead again, are made again.
 
 Servers that are restarted one after the other, each before the one before it has caught up, can leave a replicated
 stream in memory without a leader for good: the only member with its log waits for a snapshot that nobody has
-("catchup aborted, no leader", nats-server 2.15.1). What such streams hold can be made again: hops from `FI_EVENTS` and
-the last receipts, announcements by the processes they are of. So a stream in memory that had no leader for
-`LEADER_GONE`, while the cluster answers for it, is deleted and created with the configuration that the answer gives.
+("catchup aborted, no leader", nats-server 2.15.1). And a stream can be deleted: by hand, or by a request of a moment
+ago that a new leader of the cluster finds in its log and carries out, when it had already been given up.
+
+What such streams hold can be made again: hops from `FI_EVENTS` and the last receipts, announcements by the processes
+they are of. So one that had no leader for `LEADER_GONE`, while the cluster answers for it, is deleted, and one that was
+seen and is not there at two looks is created, with the configuration that it had.
 
 A stream on disk is never touched. Two processes that do it at once, or one that is wrong about it, cost a rebuild and
 nothing else; one that dies in between leaves it to the others, which saw the same.
@@ -37,19 +40,25 @@ class _Info(msgspec.Struct):
     cluster: _Cluster | None = None
 
 
-class _Gone(msgspec.Struct):
-    """A stream without a leader. `condemned`: its time is over, and it is to be made again."""
+class _Seen(msgspec.Struct):
+    """A replicated stream in memory as it was when it was there.
 
-    since_s: float
+    Attributes:
+        created, config: of it.
+        headless_s: since when it has had no leader; None: it has one.
+        is_missing: it was not there at the last look.
+    """
+
     created: str
     config: dict[str, Any]
-    condemned: bool = False
+    headless_s: float | None = None
+    is_missing: bool = False
 
 
 _decode_info = msgspec.json.Decoder(_Info).decode
 
 
-class LeaderWatch:
+class Remaker:
     """Looks at some streams from time to time.
 
     Args:
@@ -62,7 +71,7 @@ class LeaderWatch:
         self._api = api
         self._streams = streams
         self._now_s = now_s or asyncio.get_running_loop().time
-        self._gone: dict[str, _Gone] = {}
+        self._seen: dict[str, _Seen] = {}
 
     async def run(self) -> None:
         """Looks until cancelled."""
@@ -72,40 +81,54 @@ class LeaderWatch:
                 await self.look(stream)
 
     async def look(self, stream: str) -> None:
-        """Asks after one stream, and makes it again if its time is over. Never raises for what the cluster answers."""
+        """Asks after one stream, and makes it again if it must be. Never raises for what the cluster answers."""
         info = await self._ask(f"$JS.API.STREAM.INFO.{stream}", b"")
-        gone = self._gone.get(stream)
-        if info is not None and info.error is not None and info.error.err_code == NO_STREAM:
-            if gone is not None and gone.condemned:
-                await self._create(stream, gone)
+        if info is None or info.error is not None:
+            is_missing = info is not None and info.error is not None and info.error.err_code == NO_STREAM
+            await self._not_shown(stream, is_missing)
+        elif _is_in_memory(info):
+            await self._shown(stream, info)
+        else:
+            self._seen.pop(stream, None)
+
+    async def _not_shown(self, stream: str, is_missing: bool) -> None:
+        """Without an answer nothing is known: an election of the cluster's own leader is under way."""
+        seen = self._seen.get(stream)
+        if seen is None:
             return
-        if info is None or info.error is not None or not _is_headless(info):
-            # Without an answer nothing is known: an election of the cluster's own leader is under way.
-            self._gone.pop(stream, None)
+        was_missing, seen.is_missing, seen.headless_s = seen.is_missing, is_missing, None
+        if is_missing and was_missing:
+            log.error("%s is gone: it is made again. What it held comes again from what is on disk", stream)
+            await self._create(stream, seen.config)
+
+    async def _shown(self, stream: str, info: _Info) -> None:
+        seen = self._seen.get(stream)
+        if seen is None or seen.created != info.created:
+            seen = self._seen[stream] = _Seen(info.created, info.config)
+        seen.config, seen.is_missing = info.config, False
+        if not _is_headless(info):
+            seen.headless_s = None
             return
         now_s = self._now_s()
-        if gone is None or gone.created != info.created:
-            self._gone[stream] = gone = _Gone(now_s, info.created, info.config)
-        if now_s - gone.since_s < LEADER_GONE.s:
+        seen.headless_s = now_s if seen.headless_s is None else seen.headless_s
+        if now_s - seen.headless_s < LEADER_GONE.s:
             return
-        gone.condemned = True
         log.error(
             "%s has had no leader for %.0f s: it is made again. What it held comes again from what is on disk",
             stream,
-            now_s - gone.since_s,
+            now_s - seen.headless_s,
         )
         deleted = await self._ask(f"$JS.API.STREAM.DELETE.{stream}", b"")
         if deleted is not None and deleted.error is None:
-            await self._create(stream, gone)
+            await self._create(stream, seen.config)
 
-    async def _create(self, stream: str, gone: _Gone) -> None:
+    async def _create(self, stream: str, config: dict[str, Any]) -> None:
         # The server adds keys of its own under this prefix, and refuses to be told them.
-        metadata = {key: text for key, text in gone.config.get("metadata", {}).items() if not key.startswith("_nats.")}
-        config = gone.config | {"metadata": metadata}
-        answer = await self._ask(f"$JS.API.STREAM.CREATE.{stream}", msgspec.json.encode(config))
+        metadata = {key: text for key, text in config.get("metadata", {}).items() if not key.startswith("_nats.")}
+        body = msgspec.json.encode(config | {"metadata": metadata})
+        answer = await self._ask(f"$JS.API.STREAM.CREATE.{stream}", body)
         if answer is not None and answer.error is None:
             log.warning("%s was made again", stream)
-            self._gone.pop(stream, None)
         elif answer is not None and answer.error is not None:
             log.error("%s cannot be made again: %s", stream, answer.error.description)
 
@@ -119,5 +142,9 @@ class LeaderWatch:
             return None
 
 
+def _is_in_memory(info: _Info) -> bool:
+    return info.config.get("storage") == "memory"
+
+
 def _is_headless(info: _Info) -> bool:
-    return info.config.get("storage") == "memory" and info.cluster is not None and not info.cluster.leader
+    return info.cluster is not None and not info.cluster.leader
