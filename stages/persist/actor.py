@@ -25,7 +25,7 @@ from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import CIRCUIT_TRIPS, EVENT_PERSIST_FAILED, EVENT_PERSISTED, TARGET_DISK
 from stages.persist.core import Group, plan_group
-from stages.persist.disk import LOCAL, Disk, Files
+from stages.persist.disk import LOCAL, Disk, Files, Lock
 from stages.persist.flush import Flushes
 from stages.persist.moved import let_go, signed
 from stages.persist.records import record_of
@@ -90,6 +90,7 @@ class PersistLane(LaneBase):
         self._writer = FencedWriter(api, RECEIPTS, self._subject, nonce)
         self._receipt: Receipt
         self._files: Files
+        self._lock: Lock
         self._background: list[asyncio.Task[None]] = []
         self._files_lock = asyncio.Lock()
         """Held while a thread changes the partition's state in memory."""
@@ -111,11 +112,11 @@ class PersistLane(LaneBase):
 
     async def _session(self, nonce: str) -> None:
         try:
-            lock = await run_blocking(self._disk.lock, self._store, self._partition, undo=methodcaller("close"))
+            self._lock = await run_blocking(self._disk.lock, self._store, self._partition, undo=methodcaller("close"))
             try:
                 await self._own(nonce)
             finally:
-                lock.close()
+                self._lock.close()
         except NotOursError as error:
             if not self._standing_by:
                 log.warning("persist partition %d stands by: %s", self._partition, error)
@@ -296,6 +297,7 @@ class PersistLane(LaneBase):
 
     def _commit(self, group: Group) -> Receipt:
         """In a thread, which also takes the root and the signature off the event loop: the receipt of the commit."""
+        self._lock.check()
         begun_s = time.perf_counter()
         durable_ns = self._files.commit(group)
         self._probe.synced(begun_s, len(group.records))

@@ -45,6 +45,9 @@ class Seen(Protocol):
 class Lock(Protocol):
     """A partition's lock while it is held."""
 
+    def check(self) -> None:
+        """As `PartitionLock.check`."""
+
     def close(self) -> None:
         """Lets go."""
 

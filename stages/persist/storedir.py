@@ -145,12 +145,18 @@ def read_store(directory: Path) -> Store:
 
 
 class PartitionLock:
-    """A partition's files are this process's own while it is held. Ends with `close` or the process."""
+    """A partition's files are this process's own while it is held. Ends with `close` or the process.
 
-    def __init__(self, fd: int) -> None:
+    Args:
+        path: of the lock file.
+        fd: the file, open.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
         self._fd = fd
 
-    def take(self, path: Path) -> None:
+    def take(self) -> None:
         """Locks the open file, and writes into it who holds it.
 
         Raises:
@@ -161,9 +167,28 @@ class PartitionLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
-            raise NotOursError(f"{path}: held by {holder}; stop it, or leave the partition to it") from error
+            raise NotOursError(f"{self._path}: held by {holder}; stop it, or leave the partition to it") from error
         os.ftruncate(self._fd, 0)
         write_all_at(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def check(self) -> None:
+        """Holds that the file is still the one at its path: whoever opens the path now must meet this lock.
+
+        It is not once somebody removed the file, or moved, mounted over or unmounted the store's directory.
+
+        Raises:
+            StoreFailedError: it is not. Nothing more may be written to the partition's files.
+        """
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                return
+            why = "another file has its name"
+        except OSError as error:
+            why = str(error.strerror)
+        raise StoreFailedError(
+            f"{self._path}: is no longer the file that this process locked ({why}). Was it removed, or the store moved "
+            "or mounted over? Nothing more is written there; the partition goes on by itself once the store is back"
+        )
 
     def close(self) -> None:
         """Lets go. Closing again does nothing."""
@@ -177,13 +202,14 @@ def lock_partition(store: Store, partition: int) -> PartitionLock:
 
     Raises:
         NotOursError: another process holds it.
-        StoreFailedError: the lock file cannot be made.
+        StoreFailedError: the lock file cannot be made, or the directory holds another store now, or none.
     """
     path = store.directory / lock_name(partition)
+    _check_there(store)
     with disk_of(store):
-        lock = PartitionLock(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        lock = PartitionLock(path, os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
         try:
-            lock.take(path)
+            lock.take()
         except BaseException:
             lock.close()
             raise
@@ -203,18 +229,35 @@ def disk_of(store: Store) -> Iterator[None]:
 
 
 def probe_disk(store: Store, partition: int, room_bytes: int) -> None:
-    """Holds that the store's disk takes a durable write again and has `room_bytes` free.
+    """Holds that the store is there, and that its disk takes a durable write again and has `room_bytes` free.
 
     Raises:
         StoreFailedError: it does not.
     """
     path = store.directory / probe_name(partition)
+    _check_there(store)
     with disk_of(store):
         write_new_file(path, bytes(_PROBE_BYTES))
         remove_file(path)
         free_bytes = shutil.disk_usage(store.directory).free
         if free_bytes < room_bytes:
             raise OSError(errno.ENOSPC, f"{free_bytes} bytes are free, {room_bytes} are needed", str(store.directory))
+
+
+def _check_there(store: Store) -> None:
+    """Raises `StoreFailedError` if the directory holds another store, or none: a disk that is not mounted, say."""
+    try:
+        with disk_of(store):
+            found = read_store(store.directory).store_id
+    except ShardError as error:
+        raise StoreFailedError(
+            f"{error}; is its disk mounted? The partition goes on by itself once the store is back"
+        ) from error
+    if found != store.store_id:
+        raise StoreFailedError(
+            f"{store.directory}: holds store {found} now, not {store.store_id}, which this process began with; put "
+            "that one back, or restart the process to work with this one"
+        )
 
 
 def _make_directory(directory: Path) -> None:
