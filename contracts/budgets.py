@@ -47,6 +47,9 @@ RECONNECT_PAUSE: Final = _pause(0.1, "a client: between two attempts to connect"
 PING_INTERVAL: Final = _pause(
     1.0, "a client: between two pings of its server", "pings again; the third in vain counts as a lost connection"
 )
+REFUSAL_TOLD: Final = _limit(
+    10.0, "a client: how long a refusal that its server sent by itself counts", "the next one is told in the log again"
+)
 GREETING: Final = _limit(
     2.0, "a stage or publisher that connects: a server to say its name, a stream its leader", "it takes any server"
 )
@@ -94,6 +97,9 @@ CONTROL_LOOK: Final = _pause(
 )
 POLICY_FRESH: Final = _limit(
     3.0, "a segment lane that opens: the bucket to say which policy is in force", "it goes on by the one it knows"
+)
+MEMBERS_UNSEEN: Final = _limit(
+    10.0, "membership: the bucket to show the processes, as an election lets it again", "it says why at /readyz"
 )
 MEMBER_EXPIRED: Final = _pause(0.1, "membership: between two looks for a key that must have expired", "it looks")
 

@@ -57,6 +57,9 @@ class ApiError(msgspec.Struct, frozen=True):
     err_code: int = 0
     description: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.description} ({self.err_code})"
+
 
 class RequestRefusedError(DefiniteError):
     """The JetStream API refused a request.
@@ -67,7 +70,7 @@ class RequestRefusedError(DefiniteError):
 
     def __init__(self, subject: str, error: ApiError) -> None:
         self.error = error
-        super().__init__(f"{subject}: {error.description} ({error.err_code})")
+        super().__init__(f"{subject}: {error}")
 
 
 class _RawMessage(msgspec.Struct):
@@ -178,12 +181,12 @@ class Api:
             answer = await self.client.request(subject, body, timeout=self.settings.api_timeout_s)
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed") from error
-        except (TimeoutError, OutboundBufferLimitError, NatsError):
-            gate.failed(begun_s)
+        except (TimeoutError, OutboundBufferLimitError, NatsError) as error:
+            gate.failed(begun_s, f"no answer ({type(error).__name__})")
             return None, None
         error_part = _answer_decoder.decode(answer.data).error
         if error_part is not None and error_part.code in NOT_NOW:
-            gate.failed(begun_s)
+            gate.failed(begun_s, f"{subject}: {error_part}")
         else:
             gate.answered()
         return answer.data, error_part

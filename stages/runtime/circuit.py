@@ -34,6 +34,10 @@ class Circuit:
         try_s_max: the longest that a try takes.
         jitter: gives a number in [0, 1).
         trips: counts how often it opened after having been closed.
+
+    Attributes:
+        is_open: it was opened, and nothing was answered since.
+        why: in words, what the last failure was.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Circuit:
         self._trips = trips
         self._failures = 0
         self.is_open = False
+        self.why = ""
         self._pauses = 0
         self._next_s = 0.0
         self._answered_s = float("-inf")
@@ -66,6 +71,10 @@ class Circuit:
         if not self.is_open:
             return "closed"
         return "open" if self._tried_s is None and now_s < self._next_s else "half-open"
+
+    def is_silent(self, now_s: float) -> bool:
+        """True while it is not answered: in a pause, or while one tries. Not when nobody has anything to try."""
+        return self.is_open and now_s < self._next_s
 
     def ask(self, now_s: float) -> float:
         """0: try now. Else how many seconds to wait before asking again."""
@@ -84,8 +93,9 @@ class Circuit:
         self._answered_s = now_s
         return was_open
 
-    def failed(self, now_s: float, begun_s: float) -> bool:
+    def failed(self, now_s: float, begun_s: float, why: str = "") -> bool:
         """A try that began at `begun_s` got no answer. True when that trips it: it was closed and is open now."""
+        self.why = why
         if self.is_open:
             if self._tried_s is not None and begun_s >= self._tried_s:
                 self._pause(now_s)
@@ -147,12 +157,12 @@ class Gate:
             self._told(f"circuit closed after {now_s - self._tripped_s:.1f} s")
             self._wake()
 
-    def failed(self, begun_s: float) -> None:
-        """The try that began at `begun_s` got no answer."""
+    def failed(self, begun_s: float, why: str = "no answer") -> None:
+        """The try that began at `begun_s` failed: `why` in words."""
         now_s = asyncio.get_running_loop().time()
-        if self._circuit.failed(now_s, begun_s):
+        if self._circuit.failed(now_s, begun_s, why):
             self._tripped_s = now_s
-            self._told("circuit open: no answer; one try at a time until there is one. What is in hand is kept")
+            self._told(f"circuit open: {why}; one try at a time until there is an answer. What is in hand is kept")
 
     def poke(self) -> None:
         """A sign that the target is back."""

@@ -13,6 +13,8 @@ read to their taker without a stream, a queue or a task between them (`stages.ru
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import re
 from itertools import count
 from typing import Final
@@ -22,8 +24,11 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionDrainingError, NoRespondersError
 
+from contracts.budgets import REFUSAL_TOLD
 from stages.runtime.answers import Answers
 from stages.runtime.parser import Sink, SinkParser
+
+log = logging.getLogger(__name__)
 
 _CRLF: Final = b"\r\n"
 _SPACE: Final = " \t\n\r\v\f"
@@ -74,7 +79,22 @@ class GuardedClient(Client):
         self._request_inbox = ""
         self._answers = Answers()
         self._will_depart = False
+        self._refusal = ""
+        self._refused_s = -math.inf
         self._ps: SinkParser = SinkParser(self)
+
+    @property
+    def refusal(self) -> str:
+        """What the server said last that it does not allow, if that was within `REFUSAL_TOLD`; else empty."""
+        is_recent = asyncio.get_running_loop().time() < self._refused_s + REFUSAL_TOLD.s
+        return self._refusal if is_recent else ""
+
+    def note_refusal(self, text: str) -> None:
+        """The server sent an error by itself. Whoever asked for what it refuses gets no answer, and cannot know why."""
+        text = text.removeprefix("nats: ").strip("' \r\n")
+        if not self.refusal:
+            log.warning("the server refuses: %s", text)
+        self._refusal, self._refused_s = text, asyncio.get_running_loop().time()
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
         """Has everything on `subject` taken by `sink`, without any limit on what is pending: there is no queue.
@@ -220,6 +240,10 @@ class GuardedClient(Client):
             return await super()._process_headers(headers)
         except (ValueError, IndexError):
             return parse_headers(headers)
+
+    async def _process_err(self, err_msg: str) -> None:
+        self.note_refusal(err_msg)
+        await super()._process_err(err_msg)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._ended = status == Client.CLOSED

@@ -44,6 +44,9 @@ async def connect(
     """
 
     async def on_error(error: Exception) -> None:
+        # What a server says to a try to connect. (Whatever else there is has a class of its own.)
+        if type(error) is NatsError:
+            client.note_refusal(str(error))
         log.debug("connection error: %r", error)
 
     async def on_disconnect() -> None:

@@ -24,7 +24,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 
-from contracts.budgets import MEMBER_EXPIRED, MEMBER_LOOK
+from contracts.budgets import MEMBER_EXPIRED, MEMBER_LOOK, MEMBERS_UNSEEN
 from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
 from contracts.membership import Member, decode_member, encode_member, shares
 from contracts.receipts import Receipt
@@ -37,6 +37,7 @@ from contracts.subjects import (
 from contracts.telemetry import HEADER_EXPECTED_STREAM, HEADER_KV_OPERATION, HEADER_TTL, KV_DELETED
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.checkpoint import last_receipt
+from stages.runtime.health import Check
 from stages.runtime.lanes import LaneSet
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import side_by_side
@@ -78,7 +79,11 @@ class Membership:
         self._lanes = lanes
         self._subject = member_subject(me.stage, me.node, me.name)
         self._said = b""
+        self._unsaid = ""
+        """Why the last announcement was not taken."""
         self._seen_s: float | None = None
+        self._blind_s: float | None = None
+        self._problem = ""
         self._tried_s = 0.0
         self._doubt_until_s = 0.0
         self._superseded = False
@@ -195,11 +200,10 @@ class Membership:
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed") from error
         except NatsError as error:
-            log.debug("%s: announcement to be repeated: %r", self._subject, error)
+            self._unsaid = repr(error)
             return False
         answer = decode_pub_answer(reply.data)
-        if answer.error is not None:
-            log.info("%s: announcement to be repeated: %s", self._subject, answer.error.description)
+        self._unsaid = "" if answer.error is None else str(answer.error)
         return answer.error is None
 
     async def _look(self) -> bool:
@@ -208,7 +212,7 @@ class Membership:
             members = await self._api.last_messages(MEMBERS, [members_pattern(self._me.stage)])
             await self._look_at_owners(set(members) != set(self._members))
         except ClusterUnavailableError as error:
-            log.debug("members: %s", error)
+            self._note_blindness(str(error))
             return False
         self._raw = {subject: message.data for subject, message in members.items()}
         self._heard = {s: data for s, data in self._heard.items() if self._raw.get(s, b"") != data}
@@ -218,7 +222,9 @@ class Membership:
         mine = seen.get(self._subject)
         self._judge_name(mine)
         if not self._superseded and (mine is None or mine.nonce != self._me.nonce):
+            self._note_blindness(f"{MEMBERS} does not show this process: {self._unsaid}")
             return False
+        self._blind_s, self._problem = None, ""
         settings = self._api.settings
         # Was there nothing to be seen for so long, keys of living processes may have expired.
         if self._seen_s is not None and now_s - self._seen_s > settings.member_ttl_s - settings.member_renew_s:
@@ -229,6 +235,19 @@ class Membership:
             seen = silent | seen
         self._members = seen
         return self._owners is not None
+
+    def _note_blindness(self, why: str) -> None:
+        """An election is over before this is told."""
+        now_s = _now_s()
+        self._blind_s = now_s if self._blind_s is None else self._blind_s
+        if now_s >= self._blind_s + MEMBERS_UNSEEN.s:
+            if not self._problem:
+                log.warning("the processes of the stage cannot be seen, so no partition comes or goes here: %s", why)
+            self._problem = why
+
+    def check(self) -> Check:
+        """Whether this process sees the others, and they it."""
+        return Check(not self._problem, self._problem or "sees the others")
 
     def _judge_name(self, mine: Member | None) -> None:
         """Of two processes with one name the later stands, so that a restarted one has its predecessor's share."""

@@ -208,6 +208,11 @@ class Meters(Telemetry):
             states[TARGET_DISK] = max(disks, key=lambda state: _CIRCUIT_VALUES[state])
         return states
 
+    def silent(self) -> dict[str, str]:
+        """Streams that are known not to answer now → what the last try met."""
+        now_s = time.monotonic()
+        return {target: circuit.why for target, circuit in tuple(self._circuits.items()) if circuit.is_silent(now_s)}
+
     def breaker(self, stage: Stage, breaker: Tripping) -> None:
         """See `Telemetry.breaker`."""
         self.read_from(BREAKER_OPEN, lambda: [({"stage": stage}, int(breaker.is_open))])

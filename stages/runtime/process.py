@@ -196,6 +196,7 @@ class StageProcess:
         lanes = LaneSet(make, self._changed)
         membership = Membership(api, me, facts.partitions, lanes, self._changed, self._actor.describe)
         self._lanes, self._membership = lanes, membership
+        self._watch.takes_part(membership)
         hearing = control.listen(pause_subject(self._stage), membership.pause)
         await self._unless_stopped(hearing, listening)
         if not self._stop.is_set():

@@ -78,6 +78,8 @@ class OrderedReader:
         self._arrived = asyncio.Event()
         self._woken_up = False
         self._reset()
+        self.refused = ""
+        """Why the stream refuses to be read; empty while it does not."""
         self.opened = 0
         """How many consumers were made so far: more than one means that the reader healed itself."""
 
@@ -182,7 +184,7 @@ class OrderedReader:
                 except RequestRefusedError as error:
                     if error.error.err_code == NO_STREAM:
                         raise TopologyError(f"stream {self._stream} is gone; run `fictl cluster apply`") from error
-                    log.warning("%s: reader reopens: %s", self._filter, error)
+                    self._note_refusal(str(error.error))
                     await self._api.pause()
                 except NatsError as error:
                     log.info("%s: reader reopens: %r", self._filter, error)
@@ -219,7 +221,13 @@ class OrderedReader:
         except BaseException:
             await self._drop(subscription)
             raise
+        self._note_refusal("")
         return subscription
+
+    def _note_refusal(self, why: str) -> None:
+        if why and why != self.refused:
+            log.warning("%s: %s refuses to be read: %s; asking again", self._filter, self._stream, why)
+        self.refused = why
 
     async def _create_consumer(self, start: int) -> None:
         config = {

@@ -33,6 +33,8 @@ class ReadingFrom(Protocol):
 
     pending: int
     """Messages the server had not delivered when it sent the last one."""
+    refused: str
+    """Why the stream refuses to be read; empty while it does not."""
 
     @property
     def buffered(self) -> int:

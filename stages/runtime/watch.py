@@ -26,11 +26,13 @@ from stages.runtime.api import Api, ApiError
 from stages.runtime.control import Control
 from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
 from stages.runtime.instruments import Counter, Histogram
+from stages.runtime.keeping import StreamRules, keeping_problem
 from stages.runtime.observing import Observed
 from stages.runtime.tasks import end_tasks
 from stages.runtime.telemetry import OFF, StreamFacts, Telemetry, otlp_endpoint
 
 if TYPE_CHECKING:
+    from stages.runtime.membership import Membership
     from stages.runtime.meters import Meters
 
 log = logging.getLogger(__name__)
@@ -60,15 +62,12 @@ class _Told(msgspec.Struct):
         messages: int
         bytes: int
 
-    class Config(msgspec.Struct):
-        max_bytes: int = -1
-
     class Cluster(msgspec.Struct):
         leader: str = ""
 
     error: ApiError | None = None
     state: State | None = None
-    config: Config | None = None
+    config: StreamRules | None = None
     cluster: Cluster | None = None
 
 
@@ -111,6 +110,7 @@ class Watch:
         self._tasks: list[asyncio.Task[None]] = []
         self._api: Api | None = None
         self._control: Control | None = None
+        self._membership: Membership | None = None
         self._draining = False
         self._beat_s = time.monotonic()
         self._loop_lag_s = 0.0
@@ -159,6 +159,10 @@ class Watch:
         """The process is connected."""
         self._api, self._control = api, control
         self._connected.set()
+
+    def takes_part(self, membership: Membership) -> None:
+        """The process announces itself and looks at the others."""
+        self._membership = membership
 
     def planned(self) -> None:
         """The lanes of its first share were made."""
@@ -236,7 +240,12 @@ class Watch:
         if told.state is not None and told.config is not None:
             limit = max(0, told.config.max_bytes)
             meters.streams[stream] = StreamFacts(told.state.messages, told.state.bytes, limit)
-        return "" if told.cluster is None or told.cluster.leader else "has no leader"
+        if told.cluster is not None and not told.cluster.leader:
+            return "has no leader"
+        problem = "" if told.config is None else keeping_problem(told.config)
+        if problem and problem != self._streams.get(stream):
+            log.error("%s %s", stream, problem)
+        return problem
 
     async def _look_at_disk(self, meters: Meters) -> str:
         if self._store is None:
@@ -262,38 +271,57 @@ class Watch:
         assert self._observed is not None
         meters = self._observed.meters
         await self._look(meters)
-        connected = self._api is not None and self._api.client.is_connected
-        url = self._api.client.connected_url if self._api is not None and connected else None
         bad = [f"{name}: {problem}" for name, problem in self._streams.items() if problem]
-        opening = [lane.partition for lane in meters.lanes.values() if lane.state == "opening" and not lane.is_leaving]
-        stopped = [lane.partition for lane in meters.lanes.values() if lane.state == "stopped"]
-        if not self._planned:
-            lanes = Check(False, "not made yet")
-        elif stopped:
-            lanes = Check(False, f"partitions {stopped} have stopped: their disk or files failed; see the log")
-        elif opening:
-            lanes = Check(False, f"partitions {opening} have not found their place")
-        else:
-            standby = sum(lane.state == "standby" for lane in meters.lanes.values())
-            lanes = Check(True, f"{len(meters.lanes) - standby} read, {standby} stand by")
-        circuits = meters.circuits()
-        open_ = [target for target, state in circuits.items() if state == "open"]
-        trying = [target for target, state in circuits.items() if state == "half-open"]
-        words = [f"{', '.join(names)} {state}" for names, state in ((open_, "open"), (trying, "half-open")) if names]
         checks = {
-            "connected": Check(connected, f"{url.hostname}:{url.port}" if url else "no server answers; trying again"),
+            "connected": self._connection(),
             "streams": Check(not bad, "; ".join(bad) or f"{', '.join(self._streams)} have leaders"),
-            "lanes": lanes,
-            "circuits": Check(not open_, "; ".join(words) or "closed"),
+            "lanes": self._lanes(meters),
+            "circuits": _circuits(meters),
             "control": Check(False, "not listening yet") if self._control is None else self._control.check(),
+            "members": Check(False, "not taking part yet") if self._membership is None else self._membership.check(),
             "running": Check(not self._draining, "draining" if self._draining else "not draining"),
         }
         if self._store is not None:
             checks["disk"] = self._disk
         return self._report(checks)
 
+    def _lanes(self, meters: Meters) -> Check:
+        lanes = tuple(meters.lanes.values())
+        opening = [lane.partition for lane in lanes if lane.state == "opening" and not lane.is_leaving]
+        stopped = [lane.partition for lane in lanes if lane.state == "stopped"]
+        refused = {lane.partition: lane.feed.reader.refused for lane in lanes if lane.feed and lane.feed.reader.refused}
+        if not self._planned:
+            return Check(False, "not made yet")
+        if stopped:
+            return Check(False, f"partitions {stopped} have stopped: their disk or files failed; see the log")
+        if opening:
+            return Check(False, f"partitions {opening} have not found their place")
+        if refused:
+            why = "; ".join(sorted(set(refused.values())))
+            return Check(False, f"partitions {sorted(refused)} are refused their input: {why}")
+        standby = sum(lane.state == "standby" for lane in lanes)
+        return Check(True, f"{len(lanes) - standby} read, {standby} stand by")
+
+    def _connection(self) -> Check:
+        client = None if self._api is None else self._api.client
+        url = client.connected_url if client is not None and client.is_connected else None
+        place = f"{url.hostname}:{url.port}" if url else "no connection; trying again"
+        refusal = "" if client is None else client.refusal
+        return Check(url is not None and not refusal, f"{place}; a server refuses: {refusal}" if refusal else place)
+
     def _report(self, checks: dict[str, Check]) -> Report:
         return Report(all(check.ok for check in checks.values()), self._name, self._stage, checks)
+
+
+def _circuits(meters: Meters) -> Check:
+    """Not well while it is known that a target does not answer; the one who tries does not know better yet."""
+    silent = meters.silent()
+    states = {target: state for target, state in meters.circuits().items() if state != "closed"}
+    words = [
+        f"{target} {state}{f' ({silent[target]})' if silent.get(target) else ''}" for target, state in states.items()
+    ]
+    is_ok = not silent and "open" not in states.values()
+    return Check(is_ok, "; ".join(words) or "closed")
 
 
 def _check_disk(store: Path, floor_bytes: int, meters: Meters) -> Check:

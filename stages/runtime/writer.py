@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 WRONG_LAST_SEQUENCE: Final = 10071
 STILL_IN_PROCESS: Final = frozenset({10158, 10164})
-STREAM_FULL: Final = frozenset({10077, 10023, 10028, 10047})
-NEVER: Final = frozenset({10054, 10097, 10060, 10052})
+STREAM_FULL: Final = frozenset({10077, 10023, 10028, 10047, 10002})
+"""The stream's own limit, the servers' storage or memory, the account's limits."""
+NEVER: Final = frozenset({10054, 10097, 10060, 10109})
 """Message too large; its headers too large; another stream's subject; stream sealed: no retry can help."""
 BAD_REQUEST: Final = 400
 
@@ -115,6 +116,7 @@ class FencedWriter:
         self.expected_seq = 0
         self.full_since: float | None = None
         self.held_s = 0.0
+        self._told: ApiError | None = None
 
     async def publish(self, data: bytes, key: str, headers: dict[str, str] | None = None) -> int:
         """Stores `data` as the subject's next message and returns its stream sequence.
@@ -144,6 +146,7 @@ class FencedWriter:
                 answer = await self._attempt(data, dict(fixed))
                 if answer is not None:
                     self.expected_seq = answer.seq
+                    self._told = None
                     return answer.seq
                 await self._api.pause()
         finally:
@@ -165,7 +168,7 @@ class FencedWriter:
             ) from error
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
-            self._gate.failed(turn_s)
+            self._gate.failed(turn_s, f"no answer ({type(error).__name__})")
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
@@ -173,7 +176,7 @@ class FencedWriter:
         if _says_something(answer.error):
             self._gate.answered()
         else:
-            self._gate.failed(turn_s)
+            self._gate.failed(turn_s, str(answer.error))
         self._probe.sent(begun_s, error_type(answer.error))
         if answer.error is None:
             return answer
@@ -193,9 +196,10 @@ class FencedWriter:
                 self.full_since = time.monotonic()
                 self._probe.holding(self.full_since)
                 log.warning("%s: stream %s is full; holding (%s)", self._subject, self._stream, error.description)
-        elif error.err_code not in STILL_IN_PROCESS:
+        elif error.err_code not in STILL_IN_PROCESS and error != self._told:
+            self._told = error
             level = logging.WARNING if error.code == BAD_REQUEST else logging.INFO
-            log.log(level, "%s: publish to be retried: %s (%d)", self._subject, error.description, error.err_code)
+            log.log(level, "%s: publish to be retried until it is taken: %s", self._subject, error)
 
     def _note_room(self) -> None:
         if self.full_since is not None:

@@ -58,7 +58,8 @@ async def said_open(pipeline: Pipeline, stage: str) -> bool:
     file = next(f for f in read_health_files(pipeline.supervisor.directory) if f.name == f"{stage}-0")
     report = json.loads((await get(f"http://{file.host}:{file.port}/readyz"))[1])
     circuits = report["checks"]["circuits"]
-    assert circuits["ok"] == (" open" not in circuits["why"])
+    # Half-open is not well either while the one who tries waits for an answer.
+    assert circuits["ok"] or "open" in circuits["why"]
     return not report["ok"] and not circuits["ok"]
 
 

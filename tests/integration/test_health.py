@@ -39,7 +39,8 @@ async def test_a_process_that_works_is_live_and_ready_and_its_metrics_parse(tmp_
             status, ready = await ask(pipeline, f"{stage}-0", "/readyz")
             assert (status, ready["ok"]) == (200, True), ready
             disk = {"disk"} if stage == "persist" else set()
-            assert set(ready["checks"]) == {"connected", "streams", "lanes", "circuits", "control", "running"} | disk
+            always = {"connected", "streams", "lanes", "circuits", "control", "members", "running"}
+            assert set(ready["checks"]) == always | disk
 
         load = Load(workload(7, 300))
         await load.publish(pipeline.client)

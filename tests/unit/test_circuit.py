@@ -68,6 +68,19 @@ def test_one_is_let_through_at_a_time_and_a_lost_one_is_replaced_when_its_time_i
     assert circuit.ask(1.0 + TRY_S_MAX) == 0
 
 
+def test_it_is_silent_in_a_pause_and_while_one_tries_but_not_when_nobody_has_anything_to_try() -> None:
+    circuit = make()
+    assert not circuit.is_silent(0.0)
+    tripped(circuit, 0.0)
+    assert circuit.is_silent(0.0)
+    assert not circuit.is_silent(1.0)
+    assert circuit.ask(1.0) == 0
+    assert circuit.is_silent(1.0 + TRY_S_MAX / 2)
+    assert not circuit.is_silent(1.0 + TRY_S_MAX)
+    circuit.answered(1.5)
+    assert not circuit.is_silent(1.5)
+
+
 def test_what_began_before_the_last_answer_or_the_last_try_says_nothing_new() -> None:
     circuit = make()
     circuit.answered(1.0)

@@ -1,0 +1,94 @@
+"""Streams that somebody changed by hand under a running pipeline: it is told where an operator looks, until mended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from nats.js.api import DiscardPolicy
+from pipeline import Load, Pipeline, running, settings, until, workload
+
+from cluster.health import get, read_health_files
+from contracts.subjects import DLQ, EVENTS, MEMBERS, SEGMENT
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+
+LIMIT_S = 60.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    async with running(tmp_path_factory.mktemp("refusals"), settings(partitions=2, health_port=0)) as started:
+        yield started
+
+
+async def checks(pipeline: Pipeline, name: str) -> dict[str, str]:
+    """What is not well at a process's `/readyz`, by check."""
+    file = next((file for file in read_health_files(pipeline.supervisor.directory) if file.name == name), None)
+    if file is None:
+        return {}
+    try:
+        _, body = await get(f"http://{file.host}:{file.port}/readyz")
+    except OSError:
+        return {}
+    return {check: found["why"] for check, found in json.loads(body)["checks"].items() if not found["ok"]}
+
+
+async def says(pipeline: Pipeline, name: str, check: str, words: str) -> None:
+    """Returns when the process says so."""
+
+    async def said() -> bool:
+        return words in (await checks(pipeline, name)).get(check, "")
+
+    await until(said, f"{name} says {words!r}", LIMIT_S)
+
+
+async def change(pipeline: Pipeline, stream: str, **fields: Any) -> None:
+    """Changes a stream's configuration, as anybody may."""
+    jetstream = pipeline.client.jetstream(timeout=30)
+    found = (await jetstream.stream_info(stream)).config
+    metadata = {key: text for key, text in (found.metadata or {}).items() if not key.startswith("_nats.")}
+    await jetstream.update_stream(found.evolve(**fields | {"metadata": metadata}))
+
+
+async def test_a_stream_that_takes_no_more_consumers_is_told_once_and_read_when_it_does(pipeline: Pipeline) -> None:
+    await change(pipeline, SEGMENT, max_consumers=1)
+    await pipeline.supervisor.kill("segment-0")
+    await says(pipeline, "segment-0", "lanes", "maximum consumers limit reached")
+    log = (pipeline.supervisor.directory / "logs" / "segment-0.log").read_text()
+    assert 1 <= log.count("refuses to be read") <= pipeline.settings.partitions
+    await change(pipeline, SEGMENT, max_consumers=-1)
+    load = Load(workload(seed=51, events=100))
+    await load.publish(pipeline.client)
+    await pipeline.assert_whole(load)
+
+
+async def test_a_process_that_cannot_see_the_others_says_why(pipeline: Pipeline) -> None:
+    await change(pipeline, MEMBERS, allow_direct=False)
+    await says(pipeline, "hash-0", "members", "cannot be read now")
+    assert "cannot be seen" in (pipeline.supervisor.directory / "logs" / "hash-0.log").read_text()
+    await change(pipeline, MEMBERS, allow_direct=True)
+
+    async def sees() -> bool:
+        return not await checks(pipeline, "hash-0")
+
+    await until(sees, "it sees them again", LIMIT_S)
+
+
+async def test_a_stream_that_was_made_to_drop_messages_or_to_keep_them_all_is_told(pipeline: Pipeline) -> None:
+    await change(pipeline, EVENTS, discard=DiscardPolicy.OLD)
+    await says(pipeline, "ingest-0", "streams", f"{EVENTS}: drops messages to make room")
+    await change(pipeline, EVENTS, discard=DiscardPolicy.NEW)
+    await change(pipeline, DLQ, max_age=3600)
+    await says(pipeline, "hash-0", "streams", f"{DLQ}: drops messages for their age")
+    await change(pipeline, DLQ, max_age=0)
+    await change(pipeline, SEGMENT, deny_purge=True)
+    await says(pipeline, "segment-0", "streams", f"{SEGMENT}: cannot be emptied")
+    load = Load(workload(seed=52, events=300))
+    await load.publish(pipeline.client)
+    await pipeline.assert_whole(load)
+    # Nothing is trimmed any more, and the servers' words for it are there.
+    await says(pipeline, "persist-0", "circuits", "purge not permitted")
