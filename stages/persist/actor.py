@@ -32,7 +32,7 @@ from stages.persist.records import record_of
 from stages.persist.resume import BEGINNING
 from stages.persist.room import EventsRoom
 from stages.persist.seal import SealedInfo
-from stages.persist.storedir import Store
+from stages.persist.storedir import Store, disk_of
 from stages.persist.trim import Trimmer
 from stages.runtime.api import Api
 from stages.runtime.base import InputFeed, LaneBase
@@ -165,7 +165,10 @@ class PersistLane(LaneBase):
 
     async def _state(self) -> object:
         _, seq = await last_receipt(self._api, self._partition)
-        return seq, await run_blocking(self._disk.state, self._store.directory, self._partition)
+        try:
+            return seq, await run_blocking(self._disk.state, self._store.directory, self._partition)
+        except OSError as error:
+            return seq, str(error)
 
     async def _own(self, nonce: str) -> None:
         """Takes the partition over and works until stopped or fenced."""
@@ -290,7 +293,8 @@ class PersistLane(LaneBase):
 
     def _store_group(self, messages: Sequence[StoredMessage], origin: int) -> tuple[Group | None, Receipt | None]:
         """In a thread: the group, and its receipt once it is durable; None for that when the shard has no room."""
-        group = plan_group(messages, origin, self._files.seen.seen)
+        with disk_of(self._store):
+            group = plan_group(messages, origin, self._files.seen.seen)
         if group is None or not self._files.fits(group) or self._files.is_old():
             return group, None
         return group, self._commit(group)
@@ -396,7 +400,8 @@ class PersistLane(LaneBase):
         if summary is None:
             return False
         async with self._sealing:
-            await run_blocking(summary.make)
+            with disk_of(self._store):
+                await run_blocking(summary.make)
         async with self._files_lock:
             await run_blocking(summary.take)
         log.info("ids summarized", extra={"partition": self._partition, "shards": summary.shards})

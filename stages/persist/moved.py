@@ -67,8 +67,9 @@ async def let_go(
     """
     partition = last.partition
     end = last.ends.get(store.store_id)
-    if end is None or not await run_blocking(given_up, store, partition, end):
-        return
+    with disk_of(store):
+        if end is None or not await run_blocking(given_up, store, partition, end):
+            return
     witness = signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
     await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
     with disk_of(store):

@@ -379,7 +379,8 @@ class PartitionFiles:
 
     def sealed_info(self, shard: int) -> SealedInfo:
         """Facts of an already sealed shard, for a seal record that was not published yet."""
-        return sealed_info(self.sealed[shard])
+        with disk_of(self._store):
+            return sealed_info(self.sealed[shard])
 
     def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
         """What the partition can go on from after a sealed shard, from the point before it."""

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from stages.persist import files
 from stages.persist.actor import PersistLane
 from stages.persist.disk import LOCAL, Disk
 from stages.persist.header import read_live_header
-from stages.persist.names import FIRST_SHARD, live_name
+from stages.persist.names import FIRST_SHARD, live_name, partition_state
 from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
 from stages.persist.seal import SealedInfo
@@ -107,6 +107,80 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
             assert await pipeline.totals() == before
         await pipeline.assert_whole(second)
         await pipeline.assert_whole(first)
+
+
+async def test_sealed_ids_that_cannot_be_read_stop_their_partition_alone_until_they_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = threading.Event()
+
+    def opened(*arguments: Any) -> PartitionFiles:
+        files = PartitionFiles.open(*arguments)
+        seen = files.seen.seen
+
+        def unreadable(ids: Sequence[bytes]) -> list[bool]:
+            if failing.is_set() and arguments[1] == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return seen(ids)
+
+        files.seen.seen = unreadable  # type: ignore[method-assign]
+        return files
+
+    async with (
+        running(tmp_path, settings(partitions=PARTITIONS), {"persist": 0}) as pipeline,
+        lanes_here(pipeline, LOCAL._replace(open=opened)) as tasks,
+    ):
+        failing.set()
+        load = Load(workload(seed=27, events=200))
+        await load.publish(pipeline.client)
+
+        async def only_one_is_behind() -> bool:
+            return set(await pipeline.unsettled()) == {0}
+
+        await until(only_one_is_behind, "the other partition goes on")
+
+        async def stopped() -> bool:
+            return any(record.message == EVENT_PERSIST_FAILED for record in caplog.records)
+
+        await until(stopped, "the partition says that it stops")
+        assert not any(task.done() for task in tasks)
+        failing.clear()
+        await pipeline.assert_whole(load)
+
+
+async def test_a_store_that_goes_away_while_a_damaged_shard_is_waited_for_ends_no_lane(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = settings(partitions=PARTITIONS, seal_on_drain=False)
+    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
+        load = Load(workload(seed=28, events=200))
+        async with lanes_here(pipeline):
+            await load.publish(pipeline.client)
+            await pipeline.settled()
+        path = pipeline.shards / live_name(0, FIRST_SHARD)
+        whole = path.read_bytes()
+        flip(path, read_live_header(path).index.offset + ROW_BYTES // 2)
+        missed = threading.Event()
+
+        def look(directory: Path, partition: int) -> object:
+            try:
+                return partition_state(directory, partition)
+            except OSError:
+                missed.set()
+                raise
+
+        async with lanes_here(pipeline, LOCAL._replace(state=look)) as tasks:
+
+            async def stopped() -> bool:
+                return any("rebuild it" in record.__dict__.get("reason", "") for record in caplog.records)
+
+            await until(stopped, "the partition says that it stops")
+            pipeline.shards.rename(tmp_path / "away")
+            assert await asyncio.to_thread(missed.wait, 60)
+            (tmp_path / "away").rename(pipeline.shards)
+            path.write_bytes(whole)
+            await pipeline.assert_whole(load)
+            assert not any(task.done() for task in tasks)
 
 
 class Turns(asyncio.Lock):
