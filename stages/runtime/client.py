@@ -22,7 +22,7 @@ from typing import Final
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionDrainingError, NoRespondersError
+from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
 
 from contracts.budgets import REFUSAL_TOLD
 from stages.runtime.answers import Answers
@@ -170,12 +170,19 @@ class GuardedClient(Client):
             await super().publish(subject, payload, reply, headers)
 
     def _send_soon(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
-        """Takes a message that is well-formed and that can be sent now; False for any other: nats-py's to judge."""
+        """Takes a message that is well-formed and that can be sent now; False for any other: nats-py's to judge.
+
+        Raises:
+            MaxPayloadError: it and its headers are larger than the server takes.
+        """
         text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()]) if headers else ""
+        head = f"NATS/1.0\r\n{text}\r\n".encode() if headers else b""
+        # Of such a message the server says nothing to who sent it: it closes the connection.
+        if len(head) + len(payload) > self._max_payload:
+            raise MaxPayloadError
         if (
             self._status != Client.CONNECTED
             or self._pending_data_size > BACKLOG_BYTES_MAX
-            or len(payload) > self._max_payload
             or not subject
             or _INVALID(subject)
             # Values may be a gateway's own: one with a line break must not become two headers.
@@ -185,7 +192,6 @@ class GuardedClient(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(payload)
         if headers:
-            head = f"NATS/1.0\r\n{text}\r\n".encode()
             sizes = f"HPUB {subject} {reply} {len(head)} {len(head) + len(payload)}\r\n".encode()
             command = b"".join((sizes, head, payload, _CRLF))
         else:

@@ -146,11 +146,10 @@ class FencedWriter:
                 answer = await self._attempt(data, dict(fixed))
                 if answer is not None:
                     self.expected_seq = answer.seq
-                    self._told = None
                     return answer.seq
                 await self._api.pause()
         finally:
-            self._note_room()
+            self._note_end()
 
     async def _attempt(self, data: bytes, headers: dict[str, str]) -> PubAnswer | None:
         """One try, when its turn has come: the acceptance, or None to try again."""
@@ -164,7 +163,8 @@ class FencedWriter:
             raise ClusterUnavailableError("the connection was closed") from error
         except MaxPayloadError as error:
             raise DefiniteError(
-                f"{self._subject}: {len(data)} bytes are more than the servers' max_payload takes; raise it to 8 MiB"
+                f"{self._subject}: {len(data)} bytes and their headers are more than the servers' max_payload takes; "
+                "raise it to 8 MiB"
             ) from error
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
@@ -201,7 +201,9 @@ class FencedWriter:
             level = logging.WARNING if error.code == BAD_REQUEST else logging.INFO
             log.log(level, "%s: publish to be retried until it is taken: %s", self._subject, error)
 
-    def _note_room(self) -> None:
+    def _note_end(self) -> None:
+        """The publish is over, in whatever way."""
+        self._told = None
         if self.full_since is not None:
             held_s = time.monotonic() - self.full_since
             self.held_s += held_s

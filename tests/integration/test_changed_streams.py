@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline import Load, Pipeline, running, settings, until, workload
 
 from cluster.health import get, read_health_files
 from contracts.subjects import DLQ, EVENTS, MEMBERS, SEGMENT
+from contracts.telemetry import READERS_OPENED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -58,6 +60,14 @@ async def test_a_stream_that_takes_no_more_consumers_is_told_once_and_read_when_
     await change(pipeline, SEGMENT, max_consumers=1)
     await pipeline.supervisor.kill("segment-0")
     await says(pipeline, "segment-0", "lanes", "maximum consumers limit reached")
+
+    async def asked_often() -> bool:
+        file = next(file for file in read_health_files(pipeline.supervisor.directory) if file.name == "segment-0")
+        _, body = await get(f"http://{file.host}:{file.port}/metrics")
+        values = re.findall(rf"^{READERS_OPENED.prometheus_name}{{.*}} (\S+)$", body.decode(), re.MULTILINE)
+        return sum(map(float, values)) > 5 * pipeline.settings.partitions
+
+    await until(asked_often, "its readers have tried again", LIMIT_S)
     log = (pipeline.supervisor.directory / "logs" / "segment-0.log").read_text()
     assert 1 <= log.count("refuses to be read") <= pipeline.settings.partitions
     await change(pipeline, SEGMENT, max_consumers=-1)

@@ -60,8 +60,28 @@ async def test_a_permission_that_is_missing_is_told_in_the_log_and_at_readyz(
             check = (await watch.ready()).checks["connected"]
         assert not check.ok
         assert "permissions violation for publish" in check.why
-    told = [record for record in caplog.records if "the server refuses" in record.getMessage()]
-    assert len(told) == 1
+        told = [record for record in caplog.records if "the server refuses" in record.getMessage()]
+        assert len(told) == 1
+        # What ends the connection is told too.
+        client._transport.write(b"NONSENSE\r\n")  # type: ignore[union-attr]
+
+        async def closed() -> bool:
+            return client.is_closed
+
+        await until(closed, "the server closes the connection", LIMIT_S)
+        assert "unknown protocol" in client.refusal
+
+
+async def test_a_message_that_is_too_large_by_its_headers_alone_is_refused_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would close the connection over it, again and again, and never say why."""
+    async with one_server(tmp_path, monkeypatch, "") as client:
+        await client.jetstream(timeout=30).add_stream(name="ROOM", subjects=["room"], storage="memory")
+        writer = FencedWriter(Api(client, Settings()), "ROOM", "room", "nonce")
+        with pytest.raises(DefiniteError, match="max_payload"):
+            await writer.publish(bytes(client.max_payload), "1")
+        assert client.is_connected
 
 
 @pytest.mark.parametrize("storage", [StorageType.FILE, StorageType.MEMORY])
