@@ -47,8 +47,8 @@ RECONNECT_PAUSE: Final = _pause(0.1, "a client: between two attempts to connect"
 PING_INTERVAL: Final = _pause(
     1.0, "a client: between two pings of its server", "pings again; the third in vain counts as a lost connection"
 )
-REFUSAL_TOLD: Final = _limit(
-    10.0, "a client: how long a refusal that its server sent by itself counts", "the next one is told in the log again"
+TROUBLE_COUNTS: Final = _limit(
+    10.0, "a client: how long trouble with its connection counts", "it is over, or told in the log again"
 )
 GREETING: Final = _limit(
     2.0, "a stage or publisher that connects: a server to say its name, a stream its leader", "it takes any server"

@@ -24,7 +24,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
 
-from contracts.budgets import REFUSAL_TOLD
+from contracts.budgets import TROUBLE_COUNTS
 from stages.runtime.answers import Answers
 from stages.runtime.parser import Sink, SinkParser
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _CRLF: Final = b"\r\n"
 _SPACE: Final = " \t\n\r\v\f"
+_QUOTED: Final = "' \r\n"
 _FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
@@ -63,6 +64,11 @@ def read_headers(block: bytes) -> dict[str, str]:
     return headers
 
 
+def refusal(text: str) -> str:
+    """An error that a server sent by itself, in words. Whoever asked for what it refuses gets no answer."""
+    return f"a server refuses: {text.removeprefix('nats: ').strip(_QUOTED)}"
+
+
 class GuardedClient(Client):
     """A client whose read loop survives any message the server delivers, and that ends when it is closed.
 
@@ -79,22 +85,25 @@ class GuardedClient(Client):
         self._request_inbox = ""
         self._answers = Answers()
         self._will_depart = False
-        self._refusal = ""
-        self._refused_s = -math.inf
+        self._trouble = ""
+        self._trouble_s = -math.inf
         self._ps: SinkParser = SinkParser(self)
 
     @property
-    def refusal(self) -> str:
-        """What the server said last that it does not allow, if that was within `REFUSAL_TOLD`; else empty."""
-        is_recent = asyncio.get_running_loop().time() < self._refused_s + REFUSAL_TOLD.s
-        return self._refusal if is_recent else ""
+    def trouble(self) -> str:
+        """What went wrong last with the connection, if that was within `TROUBLE_COUNTS`; empty if nothing did."""
+        is_recent = asyncio.get_running_loop().time() < self._trouble_s + TROUBLE_COUNTS.s
+        return self._trouble if is_recent else ""
 
-    def note_refusal(self, text: str) -> None:
-        """The server sent an error by itself. Whoever asked for what it refuses gets no answer, and cannot know why."""
-        text = text.removeprefix("nats: ").strip("' \r\n")
-        if not self.refusal:
-            log.warning("the server refuses: %s", text)
-        self._refusal, self._refused_s = text, asyncio.get_running_loop().time()
+    def note_trouble(self, text: str) -> None:
+        """Something is wrong that no request is told of. The log says so, but for a connection that never was."""
+        if not self.trouble and (self.is_connected or self.is_reconnecting):
+            log.warning("%s", text)
+        self._trouble, self._trouble_s = text, asyncio.get_running_loop().time()
+
+    def forget_trouble(self) -> None:
+        """The connection is new."""
+        self._trouble = ""
 
     async def subscribe_sink(self, subject: str, sink: Sink) -> Subscription:
         """Has everything on `subject` taken by `sink`, without any limit on what is pending: there is no queue.
@@ -248,7 +257,7 @@ class GuardedClient(Client):
             return parse_headers(headers)
 
     async def _process_err(self, err_msg: str) -> None:
-        self.note_refusal(err_msg)
+        self.note_trouble(refusal(err_msg))
         await super()._process_err(err_msg)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:

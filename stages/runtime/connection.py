@@ -13,7 +13,7 @@ from nats.errors import Error as NatsError
 from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_INTERVAL, RECONNECT_PAUSE
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
-from stages.runtime.client import GuardedClient
+from stages.runtime.client import GuardedClient, refusal
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,11 @@ async def connect(
     """
 
     async def on_error(error: Exception) -> None:
-        # What a server says to a try to connect. (Whatever else there is has a class of its own.)
+        # What a server itself says has no class of its own.
         if type(error) is NatsError:
-            client.note_refusal(str(error))
+            client.note_trouble(refusal(str(error)))
+        elif client.is_reconnecting:
+            client.note_trouble(f"no connection: {error!r}")
         log.debug("connection error: %r", error)
 
     async def on_disconnect() -> None:
@@ -55,6 +57,7 @@ async def connect(
 
     async def on_reconnect() -> None:
         log.info("reconnected")
+        client.forget_trouble()
         if reconnected is not None:
             reconnected()
 
@@ -83,7 +86,7 @@ async def connect(
     except (NatsError, OSError) as error:
         shown = ", ".join(map(hide_credentials, urls))
         raise ClusterUnavailableError(
-            f"no NATS server answers at {shown} ({error!r}); is it up? Try `fictl cluster status`"
+            f"no NATS server answers at {shown} ({client.trouble or repr(error)}); is it up? Try `fictl cluster status`"
         ) from error
     client.options["max_reconnect_attempts"] = -1
     return client

@@ -306,8 +306,8 @@ class Watch:
         client = None if self._api is None else self._api.client
         url = client.connected_url if client is not None and client.is_connected else None
         place = f"{url.hostname}:{url.port}" if url else "no connection; trying again"
-        refusal = "" if client is None else client.refusal
-        return Check(url is not None and not refusal, f"{place}; a server refuses: {refusal}" if refusal else place)
+        trouble = "" if client is None else client.trouble
+        return Check(url is not None and not trouble, f"{place}; {trouble}" if trouble else place)
 
     def _report(self, checks: dict[str, Check]) -> Report:
         return Report(all(check.ok for check in checks.values()), self._name, self._stage, checks)

@@ -14,7 +14,7 @@ from pipeline import until
 
 from cluster import nodes
 from cluster.nodes import EmbeddedCluster
-from contracts.errors import DefiniteError
+from contracts.errors import ClusterUnavailableError, DefiniteError
 from contracts.settings import Settings
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
@@ -60,7 +60,7 @@ async def test_a_permission_that_is_missing_is_told_in_the_log_and_at_readyz(
             check = (await watch.ready()).checks["connected"]
         assert not check.ok
         assert "permissions violation for publish" in check.why
-        told = [record for record in caplog.records if "the server refuses" in record.getMessage()]
+        told = [record for record in caplog.records if "a server refuses" in record.getMessage()]
         assert len(told) == 1
         # What ends the connection is told too.
         client._transport.write(b"NONSENSE\r\n")  # type: ignore[union-attr]
@@ -69,7 +69,40 @@ async def test_a_permission_that_is_missing_is_told_in_the_log_and_at_readyz(
             return client.is_closed
 
         await until(closed, "the server closes the connection", LIMIT_S)
-        assert "unknown protocol" in client.refusal
+        assert "unknown protocol" in client.trouble
+
+
+async def test_why_there_is_no_connection_is_told_until_there_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with EmbeddedCluster(tmp_path, 1) as cluster:
+        client = await connect(cluster.urls, "cut off")
+        try:
+            await cluster.nodes[0].stop()
+
+            async def told() -> bool:
+                return "no connection: ConnectionRefusedError" in client.trouble
+
+            await until(told, "it says why there is no connection", LIMIT_S)
+            assert any("no connection: " in record.getMessage() for record in caplog.records)
+            await cluster.nodes[0].start()
+
+            async def is_back() -> bool:
+                return client.is_connected and not client.trouble
+
+            await until(is_back, "it is connected, and nothing is wrong any more", LIMIT_S)
+        finally:
+            await client.close()
+
+
+async def test_who_may_not_connect_at_all_is_told_what_the_server_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = "users: [{user: a, password: a}, {user: b, password: b}]"
+    async with one_server(tmp_path, monkeypatch, f"authorization {{ {users} }}\nno_auth_user: b") as client:
+        url = f"nats://a:wrong@{client.connected_url.netloc}"
+        with pytest.raises(ClusterUnavailableError, match="a server refuses: Authorization Violation"):
+            await connect([url], "wrong", wait_s=1)
 
 
 async def test_a_message_that_is_too_large_by_its_headers_alone_is_refused_here(
