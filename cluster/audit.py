@@ -30,8 +30,9 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         store: what `verify_store` found, and in its problems what the receipts and seal records contradict.
-        receipts, seals: how many the shards were held against.
+        receipts, seals: how many of this store the shards were held against.
         signed: how many of these are signed.
+        elsewhere: partitions that other stores own now, each with its store and node: what those hold was not read.
         rewinds: the receipts with which a partition went back; what was committed after their origins was given up and
             made again.
     """
@@ -40,6 +41,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     receipts: int
     seals: int
     signed: int
+    elsewhere: dict[int, str]
     rewinds: list[Receipt]
 
 
@@ -140,13 +142,21 @@ async def audit_store(
             lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted
         )
     records = [
-        record for part in (before.receipts, newer.receipts, before.seals) for lane in part.values() for record in lane
+        record
+        for part in (before.receipts, newer.receipts, before.seals)
+        for lane in part.values()
+        for record in lane
+        if record.store == store.store_id
     ]
+    owners = {lane: rows[-1] for part in (before, newer) for lane, rows in part.receipts.items() if rows}
     return AuditReport(
         store=replace(report, ok=not problems, problems=problems),
         receipts=sum(isinstance(record, Receipt) for record in records),
         seals=sum(isinstance(record, SealRecord) for record in records),
         signed=sum(isinstance(record.signature, msgspec.Struct) for record in records),
+        elsewhere={
+            lane: f"store {last.store} on {last.node}" for lane, last in owners.items() if last.store != store.store_id
+        },
         rewinds=[record for lane in before.rewinds.values() for record in lane],
     )
 

@@ -167,8 +167,11 @@ def verify(
         _show_report(report)
         if audit is not None:
             print(
-                f"held against {audit.receipts} receipts and {audit.seals} seal records, {audit.signed} of them signed"
+                f"held against {audit.receipts} receipts and {audit.seals} seal records of this store, "
+                f"{audit.signed} of them signed"
             )
+            for partition, owner in audit.elsewhere.items():
+                print(f"partition {partition} belongs to {owner}: what is there was not read")
             for rewind in audit.rewinds:
                 print(
                     f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) "

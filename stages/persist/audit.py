@@ -65,7 +65,8 @@ def audit_partition(
         partition: lane.
         shards: all of the partition in `store`, by number.
         witnesses: from the cluster that the store belongs to.
-        store: its identity; witnesses of other stores (the partition was moved) say nothing of its files.
+        store: its identity; witnesses of other stores (the partition was moved) say nothing of its files, and what no
+            witness of its own speaks of was added.
         shown_origin: how far readers see now, later than `shards` were read: a commit is shown just after its receipt.
         trusted: public keys (64 hex digits). With any given, the last receipt must be signed by one, and so must
             everything after the first signed record: what came before that is vouched for by the later roots.
@@ -78,7 +79,9 @@ def audit_partition(
     receipts = [receipt for receipt in everything if receipt.store == store.store_id]
     seals = [seal for seal in witnesses.seals if seal.store == store.store_id]
     last = next((receipt for receipt in reversed(witnesses.receipts) if receipt.store == store.store_id), None)
-    audit.check_ends(last, receipts, shown_origin, moved=bool(everything), rewinds=witnesses.rewinds)
+    audit.check_missing(last, shown_origin)
+    origins = [*(receipt.origin for receipt in receipts), *(seal.last_origin for seal in seals)]
+    audit.check_added(max(origins, default=0), everything[-1] if everything else None, witnesses.rewinds, store)
     audit.check_totals(receipts)
     for seal in seals:
         audit.check_seal(seal)
@@ -158,18 +161,9 @@ class _Audit:
                     f"{before.persisted} up to {before.origin}",
                 )
 
-    def check_ends(
-        self,
-        last: Receipt | None,
-        receipts: Sequence[Receipt],
-        shown_origin: int,
-        *,
-        moved: bool,
-        rewinds: Sequence[Receipt],
-    ) -> None:
-        """Nothing is missing after the shards' last commit, and no commit lies beyond every receipt."""
-        end = max((contents.check.last_origin or 0 for contents in self._shards), default=0)
-        events = sum(contents.check.events for contents in self._shards)
+    def check_missing(self, last: Receipt | None, shown_origin: int) -> None:
+        """Nothing is missing before the shards' first commit or after their last one. `last`: the store's receipt."""
+        end, events = self._end(), sum(contents.check.events for contents in self._shards)
         first = next((one.check.prev_origin for one in self._shards if one.check.prev_origin is not None), 0)
         if last is not None and len(last.ends) == 1 and first:
             self._report(f"origins up to {first}", "no other store ever held the partition, but they are not here")
@@ -182,21 +176,38 @@ class _Audit:
                 f"end at origin {end} with {events}: commits were removed from the end, or the watermark was lowered "
                 f"(or a power cut did so and persist was not started since){hidden}",
             )
-        reached = max((receipt.origin for receipt in receipts), default=0)
-        # Without a receipt of this store among them, the partition was moved long ago.
-        if end > reached and (receipts or not moved):
-            added = [
-                _ids_between(contents, int(np.searchsorted(_settled(contents)[:, 0], reached, "right")))
-                for contents in self._shards
-                if (contents.check.last_origin or 0) > reached
-            ]
-            why = f"no receipt commits anything after {reached}: it was added"
-            if any(rewind.origin >= reached for rewind in rewinds):
-                why = f"the partition went back to {reached} since: start persist here, and it moves the rest aside"
-            self._report(
-                _name_ids(b"".join(added)) or f"origins after {reached}",
-                f"the shards go on to origin {end}, but {why}",
+
+    def check_added(self, reached: int, newest: Receipt | None, rewinds: Sequence[Receipt], store: Store) -> None:
+        """No commit lies beyond every witness.
+
+        Args:
+            reached: the last origin that a receipt or seal record of this store speaks of.
+            newest: the partition's last receipt, whosever it is.
+            rewinds: as in `Witnesses`.
+            store: which.
+        """
+        end = self._end()
+        if end <= reached:
+            return
+        added = [
+            _ids_between(contents, int(np.searchsorted(_settled(contents)[:, 0], reached, "right")))
+            for contents in self._shards
+            if (contents.check.last_origin or 0) > reached
+        ]
+        why = f"no receipt or seal record of store {store.store_id} speaks of anything after {reached}: it was added"
+        if any(rewind.origin >= reached and store.store_id in rewind.ends for rewind in rewinds):
+            why = f"the partition went back to {reached} since: start persist here, and it moves the rest aside"
+        elif newest is not None and newest.store != store.store_id and store.store_id in newest.ends:
+            why = (
+                f"store {newest.store} on {newest.node} took the partition over after {reached}: start persist here, "
+                "and it moves the rest aside"
             )
+        self._report(
+            _name_ids(b"".join(added)) or f"origins after {reached}", f"the shards go on to origin {end}, but {why}"
+        )
+
+    def _end(self) -> int:
+        return max((contents.check.last_origin or 0 for contents in self._shards), default=0)
 
     def check_totals(self, receipts: Sequence[Receipt]) -> None:
         """Each receipt's origin is the end of a commit, with its totals over everything up to there."""

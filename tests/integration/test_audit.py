@@ -17,6 +17,7 @@ from pipeline import Load, Pipeline, running, settings, until, workload
 from cluster.audit import read_records
 from stages.persist.keys import create_key
 from stages.persist.store import EventStore, StoredEvent
+from stages.persist.storedir import open_store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -170,3 +171,16 @@ async def test_where_no_cluster_runs_verify_receipts_says_so(tmp_path: Path) -> 
     code, out, err = await run_fictl("verify", tmp_path, "--receipts")
     assert (code, out) == (3, "")
     assert "fictl up --dir" in err
+
+
+async def test_a_store_that_the_cluster_knows_nothing_of_is_told_so(signed: Signed, tmp_path: Path) -> None:
+    cluster_id = json.loads((signed.pipeline.shards / "store.json").read_text())["cluster_id"]
+    stranger = open_store(tmp_path / "stranger", cluster_id, now_ns=1)
+    code, report = await verified(signed, stranger.directory)
+    assert (code, report["store"]["shards"], report["receipts"], report["seals"], report["signed"]) == (0, 0, 0, 0, 0)
+    owner = json.loads((signed.pipeline.shards / "store.json").read_text())["store_id"]
+    assert [text.split(" on ")[0] for text in report["elsewhere"].values()] == [f"store {owner}"] * 2
+    code, out, _ = await run_fictl("verify", stranger.directory, "--receipts", "--dir", signed.directory)
+    assert code == 0
+    assert f"partition 1 belongs to store {owner} on " in out
+    assert (await verified(signed, signed.directory))[1]["elsewhere"] == {}

@@ -15,7 +15,7 @@ from witnessed import SIGNER, Witnessed, events_of
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
 from contracts.evidence import check_evidence
-from contracts.receipts import Receipt, SealRecord
+from contracts.receipts import Receipt, SealRecord, StoreEnd
 from stages.persist.audit import Witnesses, audit_partition, name_record
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
 from stages.persist.records import record_path
@@ -208,3 +208,60 @@ def test_a_kept_record_that_cannot_be_read_is_passed_over(honest: Witnessed) -> 
     first.write_bytes(b"{")
     assert kept_seals(honest.store.directory, 3) == honest.seals[1:]
     assert record_path(first.with_name(first.name.removesuffix(".seal.json"))) == first
+
+
+def of_another_name(honest: Witnessed, path: Path, change: Callable[[list[list[Event]]], None]) -> Witnessed:
+    """A forged store that says it is another one of the same cluster."""
+    path.mkdir()
+    identity = (honest.store.directory / "store.json").read_text()
+    (path / "store.json").write_text(identity.replace(honest.store.store_id, "f" * 32))
+    maker = Witnessed(path)
+    commits, origins = events_of(PartitionMaker(honest.store, 3))
+    change(commits)
+    maker.fill(commits, origins)
+    return maker
+
+
+def test_a_forged_store_under_another_name_is_not_taken_for_one_that_was_moved_away(
+    honest: Witnessed, tmp_path: Path
+) -> None:
+    stranger = of_another_name(honest, tmp_path / "forged", change_one)
+    assert stranger.store.store_id != honest.store.store_id
+    witnesses = Witnesses(honest.receipts, (), honest.seals)
+    text = audit(stranger, stranger.store.directory, witnesses)
+    assert f"no receipt or seal record of store {'f' * 32} speaks of anything after 0: it was added" in text
+    # Nor where the partition went back: that was said of the other store's files.
+    back = msgspec.structs.replace(honest.receipts[2], takeover=True)
+    text = audit(stranger, stranger.store.directory, Witnesses(honest.receipts, (), honest.seals, [back]))
+    assert "it was added" in text
+
+
+def moved_on(honest: Witnessed) -> Receipt:
+    """The receipt with which another store takes over after the last sealed shard."""
+    last = honest.seals[-1]
+    own = StoreEnd(shard=last.shard + 1, commits=0)
+    return SIGNER.sign(
+        msgspec.structs.replace(
+            honest.receipts[-1],
+            store="e" * 32,
+            node="n9",
+            ends={honest.store.store_id: own, "e" * 32: StoreEnd(shard=own.shard, commits=0, first=own.shard)},
+            origin=last.last_origin,
+            persisted=last.tree_size,
+            root=last.root,
+            takeover=True,
+        )
+    )
+
+
+def test_a_store_whose_partition_was_moved_away_long_ago_is_vouched_for_by_its_seal_records(
+    honest: Witnessed, tmp_path: Path
+) -> None:
+    taken = Witnesses([moved_on(honest)], (), honest.seals)
+    text = audit(honest, honest.store.directory, taken)
+    assert f"store {'e' * 32} on n9 took the partition over after" in text
+    assert len(text.splitlines()) == 1
+    next(honest.store.directory.glob("*.live.h5")).unlink()
+    assert audit(honest, honest.store.directory, taken) == ""
+    text = audit(honest, forged(honest, tmp_path / "forged", change_one), taken)
+    assert "not what was committed: the seal record of shard 1" in text
