@@ -19,12 +19,13 @@ from contracts.errors import ShardError, WireFormatError
 from contracts.events import Event, decode_event, decode_event_key
 from contracts.hashing import INCREMENTAL_BYTES_MIN, MerkleFrontier, audit_hash, audit_hash_incremental, leaf_hash
 from stages.persist.columns import Array, ColumnsBuilder
-from stages.persist.header import LiveHeader, SealedHeader
+from stages.persist.header import LiveHeader, SealedHeader, is_padding
 from stages.persist.live import LiveReader
 from stages.persist.names import parse_name
 from stages.persist.rows import CommitRow, blob_bytes, pack_blob, row_crc32, split_blob
 from stages.persist.seal import areas_of, sealed_info
 from stages.persist.sealed import SealedReader
+from stages.persist.structure import structure_problems
 
 PROBLEMS_MAX = 100
 """No more are reported of one shard."""
@@ -226,6 +227,7 @@ def _check_live(path: Path, check: ShardCheck) -> None:
                 f"commit {check.commits + 1}",
                 f"is empty or fails its checksum, though commits up to {shown} were accepted",
             )
+        _check_structure(path, header, check)
 
 
 def _split(row: CommitRow, blob: bytes, check: ShardCheck) -> list[bytes]:
@@ -260,9 +262,11 @@ def _check_sealed(path: Path, check: ShardCheck) -> None:
         contents.finish()
         _check_origins(header, rows, check)
         if readable and contents.columns is not None:
-            _check_columns(reader, contents.columns.finish(header.store), check)
+            columns = contents.columns.finish(header.store)
+            _check_columns(reader, columns, check)
+            _check_facts(header, columns, check)
             _check_tree(reader, check)
-        _check_attributes(reader, check)
+        _check_structure(path, header, check)
         if areas_of(path) != header.areas:
             check.report("header", "does not place the arrays where they are")
     finally:
@@ -356,6 +360,19 @@ def _check_columns(reader: SealedReader, expected: dict[str, Array], check: Shar
         check.report(where, "differs from the events' records")
 
 
+def _check_facts(header: SealedHeader, columns: dict[str, Array], check: ShardCheck) -> None:
+    """What readers go by before they read: a search by time passes over a shard whose times are not wanted."""
+    times = columns["timestamp_ns"]
+    facts = {
+        "timestamp_ns_min": int(times.min()) if len(times) else 0,
+        "timestamp_ns_max": int(times.max()) if len(times) else 0,
+        "record_bytes": int(columns["offset"][-1]),
+    }
+    for name, found in facts.items():
+        if getattr(header, name) != found:
+            check.report("header", f"says {name} is {getattr(header, name)}, the events say {found}")
+
+
 def _check_tree(reader: SealedReader, check: ShardCheck) -> None:
     header = reader.header
     try:
@@ -374,22 +391,12 @@ def _check_tree(reader: SealedReader, check: ShardCheck) -> None:
         check.report("merkle", "the frontiers in the file differ from those in its header")
 
 
-def _check_attributes(reader: SealedReader, check: ShardCheck) -> None:
-    header = reader.header
-    told = reader.attributes()
-    for name in (
-        "partition",
-        "shard",
-        "store",
-        "cluster",
-        "first_origin",
-        "last_origin",
-        "events",
-        "tree_size",
-        "root",
-    ):
-        if told.get(name) != getattr(header, name):
-            check.report(f"attribute {name}", f"is {told.get(name)}, the header says {getattr(header, name)}")
+def _check_structure(path: Path, header: LiveHeader | SealedHeader, check: ShardCheck) -> None:
+    """What HDF5 itself says of the file, for other programs; and the rest of the block that the header is in."""
+    for where, what in structure_problems(path, header):
+        check.report(where, what)
+    if not is_padding(path):
+        check.report("header", "is followed by something, where nothing but spaces may be")
 
 
 def _serve() -> None:

@@ -192,6 +192,14 @@ def read_header(path: Path) -> LiveHeader | SealedHeader:
     return header
 
 
+def is_padding(path: Path) -> bool:
+    """True when spaces and a line break follow a header that was read from `path`: no checksum is over them."""
+    with path.open("rb") as file:
+        block = file.read(HEADER_BYTES)
+    end = block.find(b"\n", len(_MAGIC)) + 1 + _CRC_CHARS
+    return block[end:] == b"\n".rjust(HEADER_BYTES - end)
+
+
 def read_live_header(path: Path) -> LiveHeader:
     """The header of a live (or prepared) shard. Raises as `read_header`, and `ShardError` for a sealed one."""
     header = read_header(path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import h5py
 import numpy as np
@@ -159,11 +159,6 @@ class SealedReader:
                 raise ValueError(f"claims to hold {dataset.nbytes} bytes")
             values: Array = dataset[()]
             return values
-
-    def attributes(self) -> dict[str, Any]:
-        """The file's HDF5 attributes."""
-        with self._reading("its attributes"):
-            return dict(self._open().attrs)
 
     def records(self, first: int = 0, last: int | None = None) -> Iterator[bytes]:
         """The records of events [first, last), counted from 0, in order; a few MB are held at a time."""
