@@ -125,9 +125,15 @@ def verify(
 ) -> None:
     """Reads every shard, recomputes every audit hash and checksum, and checks order and continuity.
 
+    So far the store is held against itself and the seal records beside it: that finds damage and careless changes. Who
+    can write the store can forge all of it so that it agrees, and remove events from its end.
+
+    With --public-key every sealed shard must have a record signed by that key beside it; this needs no cluster, and
+    leaves open only whether newer shards are missing, and live ones.
+
     With --receipts every receipt and seal record that the cluster retains must agree too: totals, origins, Merkle
-    roots and files. That finds what a store cannot know of itself, such as events removed from its end. With
-    --public-key the last receipt, and everything after the first signed record, must be signed by that key.
+    roots and files. Nothing is left open then. With both, the last receipt, and everything after the first signed
+    record, must be signed.
 
     A file that `fictl export --output` wrote is held against its manifest; so are those that lie in DIR.
 
@@ -139,11 +145,11 @@ def verify(
     from stages.persist.export.manifest import find_manifest
     from stages.persist.verify import verify_store
 
-    if public_key and not receipts:
-        raise SettingsError("--public-key is for the signatures of receipts: give --receipts too")
     if (manifest := find_manifest(path)) is not None:
         if receipts:
             raise SettingsError("--receipts is for a store; an exported file is held against its manifest")
+        if public_key:
+            raise SettingsError("--public-key is for a store; an exported file is not signed")
         verify_export(manifest, as_json)
         return
     if path.is_file():
@@ -160,12 +166,17 @@ def verify(
             )
             report = audit.store
         else:
-            report = verify_store(path, shard_timeout_s=shard_timeout, on_progress=progress)
+            report = verify_store(path, trusted=trusted, shard_timeout_s=shard_timeout, on_progress=progress)
     if as_json:
         print_json(report if audit is None else audit)
     else:
         _show_report(report)
-        if audit is not None:
+        if audit is None:
+            print(
+                f"held against itself and {report.seal_records} seal records beside the shards, "
+                f"{report.signed_records} of them signed; --receipts finds what that cannot"
+            )
+        else:
             print(
                 f"held against {audit.receipts} receipts and {audit.seals} seal records of this store, "
                 f"{audit.signed} of them signed"

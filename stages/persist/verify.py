@@ -1,8 +1,9 @@
 """Verifying a store: every byte of every shard, and that the shards of a partition join on to each other.
 
 Each shard is read by a process of its own kind (`check`) under a time limit, so that a file that hangs or crashes its
-reader is one problem among others. A store can only be held against itself here: events removed from its very end, with
-everything that speaks of them, show against the receipts in the cluster alone.
+reader is one problem among others. A store is held against itself here, and against the seal records beside its
+shards. Whoever can write it can lay it all down anew so that it agrees: what is sealed then shows against a public key,
+and all of it against the receipts in the cluster. Events removed from its very end show against the receipts alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from stages.persist.columns import as_text
 from stages.persist.export.manifest import check_export, list_manifests, manifest_path
 from stages.persist.idfilter import ID_BYTES
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name
+from stages.persist.records import KeptRecords
 from stages.persist.store import PartitionEnd, find_store
 from stages.persist.storedir import Store, read_store
 
@@ -85,6 +87,7 @@ class VerifyReport:
         unseen_commits: whole commits of live shards whose receipt was not known to be accepted.
         partitions: where each partition ends.
         exports: how many manifests of exports lay there; what is wrong with theirs is among the problems.
+        seal_records, signed_records: how many sealed shards have a seal record beside them, and a signed one.
     """
 
     shards: int
@@ -94,11 +97,14 @@ class VerifyReport:
     unseen_commits: int
     partitions: list[PartitionEnd]
     exports: int
+    seal_records: int
+    signed_records: int
 
 
 def verify_store(
     path: Path | str,
     *,
+    trusted: Collection[str] = (),
     shard_timeout_s: float = SHARD_CHECK.s,
     on_progress: Callable[[int, int], None] | None = None,
     on_shard: Callable[[ShardContents], None] | None = None,
@@ -109,6 +115,7 @@ def verify_store(
 
     Args:
         path: where.
+        trusted: public keys (64 hex digits); see `KeptRecords`.
         shard_timeout_s: how long reading one shard may take.
         on_progress: told how many shards of how many are done.
         on_shard: given what each shard holds, by partition and number.
@@ -126,7 +133,7 @@ def verify_store(
     with _Pool(shard_timeout_s) as pool:
         for done, (shard, check) in enumerate(pool.check_all(directory, shards), 1):
             problems += [Problem(shard.path.name, finding.where, finding.what) for finding in check.findings]
-            chain = chains.setdefault(shard.partition, _Chain(shard.partition))
+            chain = chains.setdefault(shard.partition, _Chain(shard.partition, KeptRecords(trusted)))
             problems += chain.join(shard, check, store)
             if on_shard is not None:
                 on_shard(ShardContents(shard, check, chain.before))
@@ -135,14 +142,16 @@ def verify_store(
             if on_progress is not None:
                 on_progress(done, len(shards))
     for chain in chains.values():
-        problems += chain.repeated_ids()
+        problems += [*chain.repeated_ids(), *chain.unrecorded()]
     ends = [chain.end() for chain in chains.values()]
     exports = [
         check_export(manifest) for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)
     ]
     for export in exports:
         problems += [Problem(export.path.name, finding.where, finding.what) for finding in export.findings]
-    return VerifyReport(len(shards), events, not problems, problems, unseen, ends, len(exports))
+    kept = [chain.records for chain in chains.values()]
+    found, signed = sum(one.found for one in kept), sum(one.signed for one in kept)
+    return VerifyReport(len(shards), events, not problems, problems, unseen, ends, len(exports), found, signed)
 
 
 def _strangers(directory: Path) -> list[str]:
@@ -160,6 +169,7 @@ class _Chain:
     """Holds each shard of one partition against the one before it."""
 
     partition: int
+    records: KeptRecords
     before: MerkleFrontier | None = None
     """The tree before the shard that joined last."""
     _number: int = FIRST_SHARD - 1
@@ -188,6 +198,8 @@ class _Chain:
         self._origin = check.last_origin if check.last_origin is not None else self._origin
         self._grow(shard, check, report)
         self._ids.append((shard.path.name, check.ids))
+        if shard.sealed and not check.missing:
+            found += [Problem(name, "seal record", what) for name, what in self.records.take(shard, check.sha256)]
         return found
 
     def _grow(self, shard: ShardFile, check: ShardCheck, report: Callable[[str, str], None]) -> None:
@@ -228,6 +240,10 @@ class _Chain:
             event_id = UUID(bytes=joined[row * ID_BYTES : (row + 1) * ID_BYTES])
             problems.append(Problem(name, f"event {event_id}", "is stored before in this partition"))
         return problems
+
+    def unrecorded(self) -> list[Problem]:
+        """What the seal records lack, now that all are known."""
+        return [Problem(name, "seal record", what) for name, what in self.records.end()]
 
     def end(self) -> PartitionEnd:
         """Where the partition ends."""

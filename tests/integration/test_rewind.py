@@ -118,6 +118,28 @@ async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(tmp_path:
         assert (code, "every file is as the records say" in out) == (0, True), err
 
 
+async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_again(tmp_path: Path) -> None:
+    """Its seal record was left lying, and is not that of the new file of the same name."""
+    async with running(tmp_path, settings(partitions=1)) as pipeline:
+        load = await published(pipeline, seed=41)
+        await sealed(pipeline)
+        (before,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
+        await pipeline.supervisor.hold_down("persist-0")
+        before.unlink()
+        code, _, err = await fictl(pipeline, "rebuild", "--wait", "0")
+        assert code == 0, err
+        await pipeline.supervisor.bring_back("persist-0")
+        await pipeline.assert_whole(load)
+        await sealed(pipeline)
+        (after,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
+        assert after == before
+        assert await assert_agrees(pipeline, pipeline.shards) == 1
+        wanted = str(UUID(bytes=stored(pipeline.shards)[0].event_id))
+        code, _, err = await fictl(pipeline, "prove", wanted, "--output", tmp_path / "proof.json")
+        assert (code, err.count("no receipt")) == (0, 0), err
+        assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0
+
+
 @pytest.mark.slow
 async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
