@@ -13,6 +13,7 @@ import numpy as np
 
 from contracts.events import Event
 from contracts.hashing import HASH_BYTES
+from contracts.policy import CRITICALITIES, GROUPS
 from stages.persist.idfilter import ID_BYTES, build_filter
 
 Array = np.ndarray[Any, Any]
@@ -126,8 +127,16 @@ def _by_consultation(ids: Array) -> dict[str, Array]:
 COMPRESSED = ("offset", "consultation_id", "site", "event_type", "timestamp_ns", "origin", "index", "commits")
 """Columns worth compressing; the others are random bytes, or are read in place."""
 
+RECORD_ABOUT = (
+    f"a MessagePack array of: version (1), {', '.join(Event.__struct_fields__)}. Ids are UUIDs' bytes; payload and "
+    "metadata are JSON texts, payload byte for byte as the gateway sent it; audit_hash is SHA-256 of Python's "
+    "json.dumps(json.loads(payload), sort_keys=True, ensure_ascii=False) in UTF-8; times are nanoseconds since "
+    f"1970-01-01 UTC; group counts from 0 in {', '.join(GROUPS)}, criticality in {', '.join(CRITICALITIES)}"
+)
+"""What a stored event's bytes are, for whoever has nothing but the file."""
+
 DESCRIPTIONS = {
-    "records": "the events' msgpack bytes, one after the other; event k is records[offset[k]:offset[k+1]]",
+    "records": f"the events' records, one after the other; event k is records[offset[k]:offset[k+1]], {RECORD_ABOUT}",
     "offset": "where each event's record begins, and where the last one ends",
     "event_id": "16 bytes (UUID)",
     "consultation_id": "16 bytes (UUID)",
@@ -146,7 +155,8 @@ DESCRIPTIONS = {
     "by_consultation/ids": "each consultation once, sorted",
     "by_consultation/start": "where each one's rows begin in by_consultation/rows, and where the last ones end",
     "by_consultation/rows": "events by consultation, in stored order within each",
-    "merkle/before": "frontier of the partition's RFC 6962 tree before the first event, largest subtree first",
+    "merkle/before": "frontier of the partition's RFC 6962 tree (SHA-256; the leaves' data are the events' records) "
+    "before the first event: the roots of its complete subtrees, largest first",
     "merkle/after": "and after the last one",
 }
 """What each dataset of a sealed shard holds; written as its `about` attribute."""

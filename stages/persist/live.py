@@ -22,6 +22,7 @@ import h5py
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import format_rfc3339
 from contracts.hashing import MerkleFrontier
+from stages.persist.columns import RECORD_ABOUT
 from stages.persist.files import (
     is_zero,
     publish_file,
@@ -52,9 +53,9 @@ _PAGE_BYTES = 4096
 
 _ABOUT = (
     "Live shard: being appended to. Only the first watermark[0] rows of index hold. Row k covers the bytes of frames "
-    "from the end_bytes of row k-1 (0 for the first) to its own: for each event a little-endian u32 length and that "
-    "many bytes of msgpack. crc32 is the CRC-32 of the row's other eight columns and then of those bytes. ordinal 0 is "
-    "an empty row."
+    "from the end_bytes of row k-1 (0 for the first) to its own: for each event a little-endian u32 length and a "
+    f"record of that many bytes, {RECORD_ABOUT}. crc32 is the CRC-32 of the row's other eight columns and then of "
+    "those bytes. ordinal 0 is an empty row."
 )
 
 

@@ -1,11 +1,20 @@
 """The README's Python runs as it stands, and shows what is stored. The gateway team's test is one of ours."""
 
+import base64
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from cryptography.exceptions import InvalidSignature
 from shard_maker import PartitionMaker, new_store
+from witnessed import SIGNER, Witnessed, events_of
+
+from contracts.evidence import encode_evidence
+from stages.persist.prove import prove_event
+from stages.persist.store import EventStore
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 CONSULTATION = UUID("aac18039-54dd-5c5d-a12f-d0aaa1882a18")
@@ -57,5 +66,37 @@ def test_the_plain_h5py_example_shows_every_committed_event_and_no_other(
     assert lines == [*expected, f"4 {first.event_type} {first.payload!r}"]
 
 
+def test_the_auditors_example_takes_a_proof_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = Witnessed(tmp_path / "store")
+    maker.fill(*events_of(maker))
+    monkeypatch.chdir(tmp_path)
+    ids = list(verified_ids(maker))
+    for number, event_id in enumerate(ids):
+        proof = prove_event(maker.store.directory, event_id, maker.receipts)
+        Path("proof.json").write_bytes(encode_evidence(proof))
+        exec(snippets()[2], {})
+        said = f"in partition 3 as event {number}, says {SIGNER.public_key}\n"
+        assert capsys.readouterr().out == said
+        whole = json.loads(Path("proof.json").read_bytes())
+        other = base64.b64encode(base64.b64decode(whole["record"]) + b"\0").decode()
+        for change in ({"record": other}, {"index": number + 1}, {"path": whole["path"][1:]}, {"path": ["00" * 32]}):
+            if change.get("path", None) == whole["path"]:
+                continue
+            Path("proof.json").write_text(json.dumps(whole | change))
+            with pytest.raises(AssertionError):
+                exec(snippets()[2], {})
+        head = whole["head"] | {"statement": whole["head"]["statement"] | {"origin": 1 << 40}}
+        Path("proof.json").write_text(json.dumps(whole | {"head": head}))
+        with pytest.raises(InvalidSignature):
+            exec(snippets()[2], {})
+
+
+def verified_ids(maker: Witnessed) -> Iterator[UUID]:
+    with EventStore(maker.store.directory) as store:
+        yield from [UUID(bytes=stored.event.event_id) for stored in store.iterate()]
+
+
 def test_the_gateway_teams_example_is_the_test_that_we_run() -> None:
-    assert snippets()[2] == (README.parent / "tests" / "integration" / "test_gateway_example.py").read_text()
+    assert snippets()[3] == (README.parent / "tests" / "integration" / "test_gateway_example.py").read_text()
