@@ -119,7 +119,10 @@ def verify(
     nats: NatsOption = None,
     public_key: PublicKeyOption = None,
     shard_timeout: Annotated[
-        float, typer.Option(min=1, max=86_400, callback=finite, metavar="S", help="Longest a shard may take.")
+        float,
+        typer.Option(
+            min=1, max=86_400, callback=finite, metavar="S", help="Longest a shard may take, or 256 MiB of an export."
+        ),
     ] = SHARD_CHECK.s,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +153,7 @@ def verify(
             raise SettingsError("--receipts is for a store; an exported file is held against its manifest")
         if public_key:
             raise SettingsError("--public-key is for a store; an exported file is not signed")
-        verify_export(manifest, as_json)
+        verify_export(manifest, as_json, shard_timeout)
         return
     if path.is_file():
         raise ShardError(f"{path}: has no manifest beside it to be held against; `fictl export --output` writes both")

@@ -1,13 +1,9 @@
-"""Checks one shard down to each byte. Run as a module it is the process that `verify` asks, one shard a line.
-
-A process of its own, because a damaged HDF5 file can hang or crash the library that reads it.
-"""
+"""Checks one shard down to each byte, in a process (`reading`) that it may hang or crash."""
 
 from __future__ import annotations
 
 import json
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -397,14 +393,3 @@ def _check_structure(path: Path, header: LiveHeader | SealedHeader, check: Shard
         check.report(where, what)
     if not is_padding(path):
         check.report("header", "is followed by something, where nothing but spaces may be")
-
-
-def _serve() -> None:
-    for line in sys.stdin:
-        result = check_shard(Path(msgspec.json.decode(line, type=str)))
-        sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
-        sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    _serve()

@@ -30,15 +30,18 @@ from contracts.errors import ShardError
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
-from stages.persist.export.manifest import check_export, list_manifests, manifest_path
+from stages.persist.export.manifest import exported_path, list_manifests, manifest_path
 from stages.persist.idfilter import ID_BYTES
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name
 from stages.persist.records import KeptRecords
 from stages.persist.store import PartitionEnd, find_store
 from stages.persist.storedir import Store, read_store
 
-READER_COMMAND = [sys.executable, "-m", "stages.persist.check"]
-"""The process that reads shards: paths in, results out, one JSON value a line."""
+READER_COMMAND = [sys.executable, "-m", "stages.persist.reading"]
+"""The process that reads files: paths in, results out, one JSON value a line."""
+
+EXPORT_PART_BYTES = 256 * 1024 * 1024
+"""An export may be of any size: each such part of it may take as long as a shard."""
 
 _READER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 _WORKERS_MAX = 2
@@ -129,6 +132,8 @@ def verify_store(
     shards = [shard for lane in list_shards(directory).values() for shard in lane]
     problems = [Problem(name, "file name", "is not the name of a shard") for name in _strangers(directory)]
     chains: dict[int, _Chain] = {}
+    exports = [manifest for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)]
+    exported: list[Problem] = []
     events = unseen = 0
     with _Pool(shard_timeout_s) as pool:
         for done, (shard, check) in enumerate(pool.check_all(directory, shards), 1):
@@ -141,17 +146,22 @@ def verify_store(
             unseen += check.unseen
             if on_progress is not None:
                 on_progress(done, len(shards))
+        for manifest in exports:
+            wrong = pool.check_export(manifest)
+            exported += [Problem(manifest.name, finding.where, finding.what) for finding in wrong]
     for chain in chains.values():
         problems += [*chain.repeated_ids(), *chain.unrecorded()]
     ends = [chain.end() for chain in chains.values()]
-    exports = [
-        check_export(manifest) for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)
-    ]
-    for export in exports:
-        problems += [Problem(export.path.name, finding.where, finding.what) for finding in export.findings]
+    problems += exported
     kept = [chain.records for chain in chains.values()]
     found, signed = sum(one.found for one in kept), sum(one.signed for one in kept)
     return VerifyReport(len(shards), events, not problems, problems, unseen, ends, len(exports), found, signed)
+
+
+def verify_export(manifest: Path, *, timeout_s: float) -> list[Finding]:
+    """What is wrong with the exported file that lies beside its manifest. `timeout_s`: for each `EXPORT_PART_BYTES`."""
+    with _Pool(timeout_s) as pool:
+        return pool.check_export(manifest)
 
 
 def _strangers(directory: Path) -> list[str]:
@@ -283,6 +293,18 @@ class _Pool:
     def check_all(self, directory: Path, shards: list[ShardFile]) -> Iterator[tuple[ShardFile, ShardCheck]]:
         """Every shard with its result, in order, as they come."""
         return self._threads.map(lambda shard: self._check(directory, shard), shards)
+
+    def check_export(self, manifest: Path) -> list[Finding]:
+        """What is wrong with an exported file."""
+        worker = self._worker()
+        try:
+            size_bytes = exported_path(manifest).stat().st_size
+        except OSError:
+            size_bytes = 0
+        try:
+            return worker.ask(manifest, self._timeout_s * (1 + size_bytes // EXPORT_PART_BYTES)).findings
+        finally:
+            self._idle.put(worker)
 
     def _check(self, directory: Path, shard: ShardFile) -> tuple[ShardFile, ShardCheck]:
         worker = self._worker()

@@ -138,6 +138,7 @@ def test_a_file_without_a_manifest_cannot_be_verified(place: Path, capsys: Captu
     assert "fictl export --output" in capsys.readouterr().err
     assert fictl("export", place, "--output", place / "x.csv") == 0
     assert fictl("verify", place / "x.csv", "--receipts") == 2
+    assert fictl("verify", place / "x.csv", "--public-key", "ab" * 32) == 2
 
 
 def test_an_export_stopped_by_a_signal_leaves_no_file_under_its_name(place: Path) -> None:

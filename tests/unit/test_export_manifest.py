@@ -26,7 +26,7 @@ from stages.persist.export.manifest import (
 )
 from stages.persist.export.write import export_file
 from stages.persist.store import EventStore
-from stages.persist.verify import verify_store
+from stages.persist.verify import verify_export, verify_store
 
 
 @pytest.fixture
@@ -128,3 +128,15 @@ def test_verifying_a_store_checks_the_exports_that_lie_in_it(place: Path) -> Non
     assert "in.h5: is not the name of a shard" in [
         f"{problem.shard}: {problem.what}" for problem in verify_store(place / "shards").problems
     ]
+
+
+def test_an_export_that_hangs_whoever_reads_it_is_a_problem_like_others(place: Path, tmp_path: Path) -> None:
+    exported(place, ExportFormat.HDF5_CONSULTATIONS)
+    path = place / "all.h5"
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(path, "r+") as file:
+        file["consultations/x"] = h5py.ExternalLink(str(tmp_path / "pipe"), "/")
+    rewrite(path, sha256=file_sha256(path), bytes=path.stat().st_size)
+    os.mkfifo(manifest_path(place / "other.csv"))
+    found = [verify_export(manifest_path(place / name), timeout_s=1) for name in ("all.h5", "other.csv")]
+    assert [finding.what for (finding,) in found] == ["reading it took longer than 1 s; it is damaged"] * 2

@@ -101,6 +101,11 @@ def manifest_path(exported: Path) -> Path:
     return exported.with_name(exported.name + MANIFEST_SUFFIX)
 
 
+def exported_path(manifest: Path) -> Path:
+    """The file that the manifest is of, by its own name."""
+    return manifest.with_name(manifest.name.removesuffix(MANIFEST_SUFFIX))
+
+
 def with_digest(manifest: Manifest) -> Manifest:
     """The manifest with the digest that belongs to its other fields."""
     return msgspec.structs.replace(manifest, digest=_digest(manifest))
