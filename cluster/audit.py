@@ -14,7 +14,7 @@ from contracts.errors import ShardError
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
-from stages.persist.audit import Witnesses, audit_partition, in_force
+from stages.persist.audit import Witnesses, audit_partition, in_force, repeated
 from stages.persist.store import EventStore, find_store
 from stages.persist.storedir import read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
@@ -53,6 +53,7 @@ class ClusterRecords:
         cluster_id: whose.
         receipts, seals: by partition, in stream order.
         rewinds: by partition, the receipts with which it went back.
+        repeated: by partition, those of them that are older than what they follow.
         last_seqs: by partition, the stream sequence of the last receipt; 0 without any.
     """
 
@@ -60,6 +61,7 @@ class ClusterRecords:
     receipts: dict[int, list[Receipt]]
     seals: dict[int, list[SealRecord]]
     rewinds: dict[int, list[Receipt]]
+    repeated: dict[int, list[Receipt]]
     last_seqs: dict[int, int]
 
 
@@ -87,9 +89,10 @@ async def read_records(
         found = await side_by_side(*(read_partition(api, lane, start) for lane, start in starts.items()))
     finally:
         await client.close()
-    records = ClusterRecords(facts.cluster_id, {}, {}, {}, {})
+    records = ClusterRecords(facts.cluster_id, {}, {}, {}, {}, {})
     for lane, (rows, last_seq) in zip(lanes, found, strict=True):
         records.receipts[lane], records.seals[lane], records.rewinds[lane] = in_force(rows)
+        records.repeated[lane] = repeated(rows)
         records.last_seqs[lane] = last_seq
     return records
 
@@ -136,7 +139,11 @@ async def audit_store(
     for lane in sorted({*before.receipts, *shards}):
         rewinds = [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())]
         witnesses = Witnesses(
-            before.receipts.get(lane, ()), newer.receipts.get(lane, ()), before.seals.get(lane, ()), rewinds
+            before.receipts.get(lane, ()),
+            newer.receipts.get(lane, ()),
+            before.seals.get(lane, ()),
+            rewinds,
+            before.repeated.get(lane, ()),
         )
         problems += audit_partition(
             lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted

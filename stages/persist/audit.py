@@ -42,12 +42,14 @@ class Witnesses:
         seals: in stream order.
         rewinds: the receipts with which the partition went back: what was committed after them was given up, and the
             records of that are not among the others.
+        repeated: see the function of that name.
     """
 
     receipts: Sequence[Receipt] = ()
     newer: Sequence[Receipt] = ()
     seals: Sequence[SealRecord] = ()
     rewinds: Sequence[Receipt] = ()
+    repeated: Sequence[Receipt] = ()
 
 
 def audit_partition(
@@ -70,12 +72,15 @@ def audit_partition(
         shown_origin: how far readers see now, later than `shards` were read: a commit is shown just after its receipt.
         trusted: public keys (64 hex digits). With any given, the last receipt must be signed by one, and so must
             everything after the first signed record: what came before that is vouched for by the later roots.
+            Nor may the partition have gone back with an old receipt: anybody can repeat one with its signature.
     """
     audit = _Audit(f"partition {partition}", shards)
     everything = [*witnesses.receipts, *witnesses.newer]
     for records in (everything, witnesses.seals):
         audit.check_signatures(records, trusted)
     audit.check_identity(partition, [*everything, *witnesses.seals], store)
+    if trusted:
+        audit.check_repeated(witnesses.repeated)
     receipts = [receipt for receipt in everything if receipt.store == store.store_id]
     seals = [seal for seal in witnesses.seals if seal.store == store.store_id]
     last = next((receipt for receipt in reversed(witnesses.receipts) if receipt.store == store.store_id), None)
@@ -115,6 +120,20 @@ def in_force(records: Sequence[Receipt | SealRecord]) -> tuple[list[Receipt], li
             seals = {shard: seal for shard, seal in seals.items() if seal.last_origin <= record.origin}
         receipts.append(record)
     return receipts, list(seals.values()), rewinds
+
+
+def repeated(records: Sequence[Receipt | SealRecord]) -> list[Receipt]:
+    """Takeovers among one partition's records, in stream order, that go back but are older than what they follow.
+
+    Signatures are over a receipt, not over its place in the stream. Persist goes back as it is told, by any clock: what
+    came of an old receipt that was published again is for an auditor to know.
+    """
+    receipts = [record for record in records if isinstance(record, Receipt)]
+    return [
+        after
+        for before, after in pairwise(receipts)
+        if after.takeover and after.origin < before.origin and after.committed_ns < before.committed_ns
+    ]
 
 
 def name_record(record: Receipt | SealRecord) -> str:
@@ -160,6 +179,15 @@ class _Audit:
                     f"commits {after.persisted} events up to origin {after.origin}, after one that committed "
                     f"{before.persisted} up to {before.origin}",
                 )
+
+    def check_repeated(self, records: Sequence[Receipt]) -> None:
+        """The partition did not go back with a receipt that was made before the one it follows."""
+        for record in records:
+            self._report(
+                name_record(record),
+                f"takes the partition back to {record.persisted} events, but is older than the receipt that it "
+                "follows: somebody published it again, or a clock was put back",
+            )
 
     def check_missing(self, last: Receipt | None, shown_origin: int) -> None:
         """Nothing is missing before the shards' first commit or after their last one. `last`: the store's receipt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -9,14 +10,14 @@ from uuid import UUID
 import h5py
 import msgspec
 import pytest
-from shard_maker import PartitionMaker, id_text
+from shard_maker import NOW_NS, PartitionMaker, id_text
 from witnessed import SIGNER, Witnessed, events_of
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
 from contracts.evidence import check_evidence
 from contracts.receipts import Receipt, SealRecord, StoreEnd
-from stages.persist.audit import Witnesses, audit_partition, name_record
+from stages.persist.audit import Witnesses, audit_partition, in_force, name_record, repeated
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
 from stages.persist.records import record_path
 from stages.persist.verify import ShardContents, verify_store
@@ -265,3 +266,39 @@ def test_a_store_whose_partition_was_moved_away_long_ago_is_vouched_for_by_its_s
     assert audit(honest, honest.store.directory, taken) == ""
     text = audit(honest, forged(honest, tmp_path / "forged", change_one), taken)
     assert "not what was committed: the seal record of shard 1" in text
+
+
+def test_an_old_receipt_published_again_does_not_pass_for_a_partition_that_went_back(
+    honest: Witnessed, tmp_path: Path
+) -> None:
+    """Its signature is right, and the store was cut to just what it says."""
+    receipts = [
+        SIGNER.sign(msgspec.structs.replace(one, committed_ns=NOW_NS + at)) for at, one in enumerate(honest.receipts)
+    ]
+    old = SIGNER.sign(msgspec.structs.replace(receipts[2], takeover=True))
+    stream: list[Receipt | SealRecord] = [*receipts[:3], old, *receipts[3:], *honest.seals, old]
+    cut = Witnessed(tmp_path / "cut")
+    shutil.copy(honest.store.directory / "store.json", cut.store.directory)
+    cut = Witnessed(cut.store.directory)
+    live = cut.begin()
+    commits, origins = events_of(PartitionMaker(honest.store, 3))
+    for events, origin in list(zip(commits, origins, strict=True))[:3]:
+        live.append(
+            [encode_event(event) for event in events],
+            prev_origin=cut.origin, origin=origin, duplicates=1, dead_lettered=0, committed_ns=NOW_NS,
+        )  # fmt: skip
+        cut.origin = origin
+    live.sync()
+    live.set_watermark(3)
+    cut.close()
+
+    def told(stream: list[Receipt | SealRecord], trusted: list[str] = KEYS) -> str:
+        receipts, seals, rewinds = in_force(stream)
+        witnesses = Witnesses(receipts, (), seals, rewinds, repeated(stream))
+        return audit(cut, cut.store.directory, witnesses, trusted)
+
+    assert f"{name_record(old)}: takes the partition back to 8 events, but is older" in told(stream)
+    # Without a key, whoever can publish can say anything. Made after what it follows, it says that a partition went back.
+    assert told(stream, []) == ""
+    now = SIGNER.sign(msgspec.structs.replace(old, committed_ns=receipts[-1].committed_ns + 1))
+    assert told([*stream[:-1], now]) == ""
