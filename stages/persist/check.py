@@ -100,6 +100,8 @@ def check_shard(path: Path) -> ShardCheck:
         check.missing = True
     except (ShardError, OSError) as error:
         check.report("file", str(error))
+    except MemoryError:
+        check.report("file", "takes more memory to read than any shard of its length; it was forged")
     except Exception as error:
         # A damaged file can make no sense in more ways than can be listed; each is a finding.
         check.report("file", f"cannot be understood: {type(error).__name__}: {error}")

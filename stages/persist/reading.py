@@ -1,10 +1,12 @@
 """The process that `verify` asks: paths in, what is wrong with each file out, one JSON value a line.
 
-A process of its own, because a damaged or hostile HDF5 file can hang or crash the library that reads it.
+A process of its own, because a damaged or hostile HDF5 file can hang or crash the library that reads it, or claim to
+hold more than the machine has memory for, on which persist may be at work.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 
@@ -12,6 +14,10 @@ import msgspec
 
 from stages.persist.check import ShardCheck, check_shard
 from stages.persist.export.manifest import MANIFEST_SUFFIX, check_export
+
+_MEMORY_BYTES_MIN = 2 * 1024 * 1024 * 1024
+_MEMORY_SHARE_MAX = 32
+"""Of a file's length. An event takes 1 KB here, and 80 bytes in a file that do not compress: its ids and hashes."""
 
 
 def check_file(path: Path) -> ShardCheck:
@@ -21,9 +27,22 @@ def check_file(path: Path) -> ShardCheck:
     return check_shard(path)
 
 
+def _limit_memory(path: Path) -> None:
+    """What goes beyond the limit fails as `MemoryError`, and so becomes a finding."""
+    try:
+        size_bytes = path.stat().st_size
+    except OSError:
+        size_bytes = 0
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = _MEMORY_BYTES_MIN + _MEMORY_SHARE_MAX * size_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
 def _serve() -> None:
     for line in sys.stdin:
-        result = check_file(Path(msgspec.json.decode(line, type=str)))
+        path = Path(msgspec.json.decode(line, type=str))
+        _limit_memory(path)
+        result = check_file(path)
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
         sys.stdout.buffer.flush()
 

@@ -126,6 +126,12 @@ async def test_the_store_agrees_with_every_signed_receipt_and_seal(signed: Signe
     assert (code, report["store"]["problems"]) == (0, [])
     assert report["seals"] >= 2
     assert report["signed"] == report["receipts"] + report["seals"]
+    code, out, err = await run_fictl("verify", signed.directory, "--public-key", signed.key)
+    assert (code, ", 0 of them signed" in out, " of them signed; --receipts finds what that cannot" in out) == (
+        *(0, False, True),
+    ), err
+    code, out, _ = await run_fictl("verify", signed.directory, "--public-key", "ab" * 32)
+    assert (code, "which is not the one given" in out) == (4, True)
 
 
 async def test_a_lowered_watermark_and_a_changed_file_are_found_and_named(signed: Signed, tmp_path: Path) -> None:

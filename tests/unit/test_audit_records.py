@@ -298,7 +298,7 @@ def test_an_old_receipt_published_again_does_not_pass_for_a_partition_that_went_
         return audit(cut, cut.store.directory, witnesses, trusted)
 
     assert f"{name_record(old)}: takes the partition back to 8 events, but is older" in told(stream)
-    # Without a key, whoever can publish can say anything. Made after what it follows, it says that a partition went back.
+    # Without a key whoever can publish can say anything; and made after what it follows, it is an honest one.
     assert told(stream, []) == ""
     now = SIGNER.sign(msgspec.structs.replace(old, committed_ns=receipts[-1].committed_ns + 1))
     assert told([*stream[:-1], now]) == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 from shard_maker import PartitionMaker, filled_store
 
+from stages.persist import verify as verify_module
 from stages.persist.header import HEADER_BYTES, LiveHeader, SealedHeader, encode_header, read_header
 from stages.persist.live import _structure_crc32
 from stages.persist.seal import areas_of
@@ -191,3 +193,26 @@ def test_what_is_written_behind_a_header_is_found(store: Path, of: Callable[[Pat
         file.seek(HEADER_BYTES - 100)
         file.write(b"\x89HDF\r\n\x1a\n")
     assert f"{path.name}: header: is followed by something" in told(store)
+
+
+def test_a_shard_that_claims_more_than_memory_holds_does_not_take_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sealed_in(store)
+    header = read_header(path)
+    with h5py.File(path, "r+", locking=False) as file:
+        attributes = dict(file["commits"].attrs)
+        del file["commits"]
+        # Chunks that were never written take no room in the file.
+        rows = file.create_dataset("commits", (2_000_000, 9), "<i8", chunks=(1000, 9), compression="gzip")
+        rows.attrs.update(attributes)
+    with path.open("ab") as longer:
+        longer.write(bytes(200_000))
+    reheaded(path, header)
+    little = "import stages.persist.reading as r; r._MEMORY_BYTES_MIN = 300 << 20; r._serve()"
+    monkeypatch.setattr(verify_module, "READER_COMMAND", [sys.executable, "-c", little])
+    report = verify_store(store)
+    assert [(one.shard, one.what) for one in report.problems if "memory" in one.what] == [
+        (path.name, "takes more memory to read than any shard of its length; it was forged")
+    ]
+    assert report.events == 28 + 28 + 7
