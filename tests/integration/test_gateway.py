@@ -24,6 +24,8 @@ from cluster.publish import LinePublisher, PublishReport, publish_lines
 from cluster.testing.waiting import until
 from cluster.workload import consultations
 from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.events import MESSAGE_BYTES_MAX
+from contracts.letters import FirstSeen
 from contracts.subjects import EVENTS
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
@@ -225,6 +227,20 @@ async def test_what_the_cluster_will_never_take_is_refused_and_the_rest_goes_on(
     assert [(refused.line, refused.reason) for refused in report.refused] == [(8, "message.refused")]
     with pytest.raises(RefusedError, match="too large"):
         await Gateway(client).publish(b"x" * 9_000_000, "a", str(UUID(int=1)), "id")
+
+
+async def test_the_largest_message_is_taken_with_all_of_its_headers(client: Client) -> None:
+    jetstream = await make_stream(client, max_msg_size=MESSAGE_BYTES_MAX)
+    gateway = Gateway(client)
+    await gateway.publish(
+        b"x" * gateway.message_bytes_max,
+        "clinic-1",
+        str(UUID(int=1)),
+        str(UUID(int=2)),
+        traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        first_seen=str(FirstSeen(2**63 - 1, 2**63 - 1, 32 * 1024)),
+    )
+    assert (await jetstream.stream_info(EVENTS)).state.messages == 1
 
 
 async def test_without_a_stream_a_gateway_tries_until_its_deadline(client: Client) -> None:
