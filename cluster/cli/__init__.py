@@ -14,6 +14,7 @@ import sys
 from collections import UserDict
 from functools import cache
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated, Any, Final, NamedTuple
 
 import typer
@@ -97,16 +98,19 @@ def _command(name: str) -> Any:
     if isinstance(found, Group):
         group = typer.Typer(name=name, help=found.help, no_args_is_help=True)
         for verb, place in found.verbs.items():
-            group.command(verb)(_function(place))
+            _add(group, verb, place)
         return typer.main.get_group(group)
     alone = typer.Typer(add_completion=False)
-    alone.command(name)(_function(found))
+    _add(alone, name, found)
     return typer.main.get_command(alone)
 
 
-def _function(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+def _add(verbs: typer.Typer, name: str, place: str) -> None:
+    module, _, function_name = place.partition(":")
+    function = getattr(import_module(f"{__name__}.{module}"), function_name)
+    # Each paragraph as one line: it is the terminal that breaks it.
+    paragraphs = (" ".join(text.split()) for text in (function.__doc__ or "").split("\n\n"))
+    verbs.command(name, help="\n\n".join(paragraphs))(function)
 
 
 class _Commands(UserDict[str, Any]):
@@ -162,9 +166,16 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
+def _print_any_text() -> None:
+    """Has stdout escape what its encoding does not have, as stderr does: no sign in an answer may cost the answer."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the verb that `arguments` (the process's own when None) name, and exits with its code."""
     _open_closed_streams()
+    _print_any_text()
     # numpy's OpenBLAS starts a thread for each core when it is loaded, and nothing here multiplies matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:

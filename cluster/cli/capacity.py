@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from cluster.cli.common import JsonOption, console, print_json
+from cluster.cli.common import JsonOption, console, make_table, print_json
 from contracts.errors import SettingsError
 
 _SENT = "events_per_s_batch_"
@@ -78,9 +78,7 @@ def capacity(
     if as_json:
         print_json(found)
         return
-    from rich.table import Table
-
-    table = Table("resource", "events/s", "sessions a day", "because")
+    table = make_table("resource", "events/s", "sessions a day", "because")
     for bound in found.bounds:
         table.add_row(bound.resource, f"{bound.events_per_s:,.0f}", f"{bound.sessions_per_day:,}", bound.why)
     out = console()

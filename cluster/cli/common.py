@@ -33,6 +33,7 @@ from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_cr
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from stages.runtime.api import Api
     from stages.runtime.client import GuardedClient
@@ -272,3 +273,11 @@ def console(*, stderr: bool = False) -> Console:
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, highlight=False, width=None if terminal else REDIRECTED_WIDTH)
+
+
+def make_table(*titles: str, title: str | None = None) -> Table:
+    """A table that cuts nothing off: what is wider than its column goes on in the next line."""
+    from rich.table import Column, Table
+
+    columns = (Column(name, overflow="fold") for name in titles)
+    return Table(*columns, title=title, title_justify="left")

@@ -27,6 +27,7 @@ from cluster.cli.common import (
     find_settings,
     given_file,
     given_settings,
+    make_table,
     print_json,
     run_async,
     say,
@@ -86,10 +87,9 @@ def show(chosen: SetOption = None, as_json: JsonOption = False) -> None:
         print_json({"file": None if file is None else str(Path(file.name).absolute()), "settings": settings})
         return
     from rich.markup import escape
-    from rich.table import Table
 
     console().print(f"settings file: {_file_words(file)}", markup=False, soft_wrap=True)
-    table = Table("setting", "value", "from")
+    table = make_table("setting", "value", "from")
     for name, (value, source) in rows.items():
         table.add_row(name, escape(msgspec.json.encode(value).decode()), escape(_source_words(source)))
     console().print(table)
@@ -131,9 +131,8 @@ def budgets(chosen: SetOption = None, as_json: JsonOption = False) -> None:
         print_json({"budgets": rows, "disorders": wrong})
         return
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("wait", "seconds", "from", "kind", "who waits for what", "then")
+    table = make_table("wait", "seconds", "from", "kind", "who waits for what", "then")
     for row in rows:
         seconds = f"{row['seconds']:g}"
         words = (str(row[key]) for key in ("source", "kind", "waits", "then"))

@@ -19,6 +19,7 @@ from cluster.cli.common import (
     find_servers,
     finite,
     login_place,
+    make_table,
     print_json,
     progress_bar,
     run_async,
@@ -86,9 +87,7 @@ def flush(
 
 
 def _show(report: FlushReport) -> None:
-    from rich.table import Table
-
-    table = Table("partition", "committed", "duplicates", "refused", "sealed", "shards", "bytes", "")
+    table = make_table("partition", "committed", "duplicates", "refused", "sealed", "shards", "bytes", "")
     for row in report.partitions:
         table.add_row(str(row.partition), *_numbers([row]), _state(row))
     table.add_row("all", *_numbers(report.partitions), f"{report.elapsed_s:.1f} s")

@@ -10,6 +10,7 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     console,
+    make_table,
     print_json,
     run_async,
     say,
@@ -31,9 +32,7 @@ def health(directory: DirectoryOption = DEFAULT_DIRECTORY, as_json: JsonOption =
     if as_json:
         print_json({"ready": ready, "processes": found})
     else:
-        from rich.table import Table
-
-        table = Table("process", "kind", "pid", "ready", "why not", "health port")
+        table = make_table("process", "kind", "pid", "ready", "why not", "health port")
         for process in found:
             cells = (process.name, process.kind, str(process.pid or "-"), "yes" if process.ready else "NO")
             table.add_row(*cells, process.why, process.url if process.kind != "server" else "")

@@ -23,6 +23,7 @@ from cluster.cli.common import (
     find_servers,
     finite,
     login_place,
+    make_table,
     print_json,
     progress_bar,
     run_async,
@@ -30,6 +31,7 @@ from cluster.cli.common import (
 )
 from cluster.cli.up import parse_scale
 from cluster.state import State, read_state
+from cluster.words import ranges
 from contracts.budgets import DRAINED, OBEYED, RESTART, SCALE, SETTLED
 from contracts.errors import ClusterUnavailableError, FiError, SettingsError
 from contracts.subjects import STAGES, Stage
@@ -300,12 +302,10 @@ async def _with_cluster(urls: tuple[str, ...], work: Callable[[GuardedClient, Ap
 
 
 def _show(report: MembersReport) -> None:
-    from rich.table import Table
-
     screen = console()
-    table = Table("stage", "name", "node", "pid", "partitions", "state", "seen, s ago", "store")
+    table = make_table("stage", "name", "node", "pid", "partitions", "state", "s ago", "store")
     for member in report.members:
-        lanes = ",".join(map(str, member.partitions)) + (" pinned" if member.pinned else "")
+        lanes = ranges(member.partitions) + (" pinned" if member.pinned else "")
         table.add_row(
             *(member.stage, member.name, member.node, str(member.pid), lanes),
             *(member.state, f"{member.age_s:.1f}", member.store[:8]),
@@ -318,4 +318,4 @@ def _show(report: MembersReport) -> None:
     for unheld in report.unheld:
         by_reason.setdefault((unheld.stage, unheld.why), []).append(unheld.partition)
     for (stage, why), partitions in by_reason.items():
-        screen.print(f"{stage} {','.join(map(str, partitions))}: {why}", markup=False)
+        screen.print(f"{stage} {ranges(partitions)}: {why}", markup=False)

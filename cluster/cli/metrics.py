@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import JsonOption, console, print_json
+from cluster.cli.common import JsonOption, console, make_table, print_json
 from contracts.telemetry import CATALOGUE
 
 
@@ -50,9 +50,7 @@ def metrics(
         for row in (titles, ("---",) * len(titles), *rows):
             print(f"| {' | '.join(row)} |")
         return
-    from rich.table import Table
-
-    table = Table(*titles)
+    table = make_table(*titles)
     for row in rows:
         table.add_row(*row)
     console().print(table)

@@ -23,6 +23,7 @@ from cluster.cli.common import (
     find_servers,
     find_settings,
     finite,
+    make_table,
     print_json,
     progress_bar,
     run_async,
@@ -164,9 +165,7 @@ def list_partitions(
     if as_json:
         print_json(found)
         return
-    from rich.table import Table
-
-    table = Table("partition", "store", "node", "committed origin", "events", "of them sealed")
+    table = make_table("partition", "store", "node", "committed origin", "events", "of them sealed")
     for row in found:
         names = ("partition", "store", "node", "origin", "events", "sealed_events")
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))

@@ -26,6 +26,7 @@ from cluster.cli.common import (
     find_servers,
     finite,
     given_settings,
+    make_table,
     print_json,
     run_async,
     say,
@@ -183,9 +184,7 @@ def _show_refused(report: PublishReport) -> None:
 
 
 def _show(report: PublishReport, check_only: bool) -> None:
-    from rich.table import Table
-
-    table = Table("", "events", title="checked" if check_only else "published", title_justify="left")
+    table = make_table("", "events", title="checked" if check_only else "published")
     rows = {"lines": report.lines}
     if not check_only:
         rows |= {"accepted": report.accepted, "of these known before": report.duplicates}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.cli.common import JsonOption, console, print_json
+from cluster.cli.common import JsonOption, console, make_table, print_json
 from contracts.events import gateway_schema
 
 
@@ -23,12 +23,10 @@ def schema(as_json: JsonOption = False) -> None:
 
 
 def _show(contract: dict[str, Any]) -> None:
-    from rich.table import Table
-
     screen = console()
     for name, heading in (("EventSchema", "event"), ("MetadataSchema", "event.metadata")):
         definition = contract["$defs"][name]
-        table = Table("field", "required", "type", title=heading, title_justify="left")
+        table = make_table("field", "required", "type", title=heading)
         for field, rule in definition["properties"].items():
             table.add_row(field, "yes" if field in definition.get("required", ()) else "", _describe(rule))
         screen.print(table)

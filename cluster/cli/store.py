@@ -24,6 +24,7 @@ from cluster.cli.common import (
     console,
     find_servers,
     finite,
+    make_table,
     plain,
     print_json,
     progress_bar,
@@ -96,9 +97,7 @@ def shards(directory: StoreArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([{**asdict(info), "path": str(info.path)} for info in found])
         return
-    from rich.table import Table
-
-    table = Table("file", "state", "partition", "origins", "commits", "events", "bytes")
+    table = make_table("file", "state", "partition", "origins", "commits", "events", "bytes")
     for info in found:
         origins = "" if info.first_origin is None else f"{info.first_origin} to {info.last_origin}"
         state = "sealed" if info.sealed else "live"
@@ -197,12 +196,11 @@ def verify(
 
 
 def _show_events(found: list[StoredEvent]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from contracts.events import format_rfc3339
 
-    table = Table("time", "type", "payload", "audit hash", "origin")
+    table = make_table("time", "type", "payload", "audit hash", "origin")
     for stored in found:
         event = stored.event
         payload = plain(event.payload.decode())

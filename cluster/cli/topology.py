@@ -18,6 +18,7 @@ from cluster.cli.common import (
     console,
     find_servers,
     find_settings,
+    make_table,
     print_json,
     progress_bar,
     run_async,
@@ -116,12 +117,10 @@ def _fields(found: ClusterStatus) -> dict[str, Any]:
 
 
 def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None:
-    from rich.table import Table
-
     if not changes:
         console().print(nothing)
         return
-    table = Table("stream", "action", "field", "found", "wanted", title=title, title_justify="left")
+    table = make_table("stream", "action", "field", "found", "wanted", title=title)
     for change in changes:
         if not change.drifts:
             table.add_row(change.stream, change.action, "", "", "")
@@ -131,13 +130,11 @@ def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None
 
 
 def _show_status(found: ClusterStatus) -> None:
-    from rich.table import Table
-
     screen = console()
-    servers = Table("server", "name", "answers", title_justify="left")
+    servers = make_table("server", "name", "answers")
     for server in found.servers:
         servers.add_row(server.url, server.name, "yes" if server.reachable else "NO")
-    streams = Table("stream", "messages", "bytes", "full", "leader", "followers", title_justify="left")
+    streams = make_table("stream", "messages", "bytes", "full", "leader", "followers")
     for stream in found.streams:
         followers = ", ".join(
             f"{replica.name}{'' if replica.current else ' OFFLINE' if replica.offline else ' behind'}"

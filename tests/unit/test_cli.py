@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import Captured, fictl
+from rich.console import Console
 
 import cluster.cli
-from cluster.cli.common import exit_code, find_servers, find_settings
+from cluster.cli.common import exit_code, find_servers, find_settings, make_table
 from cluster.cli.run import parse_partitions
 from cluster.state import State, process_started, write_state
 from cluster.workload import consultations
@@ -68,6 +70,36 @@ def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], ca
     out = capsys.readouterr().out
     if " ".join(verb) not in ("", *GROUPS):
         assert "Example: fictl " in " ".join(out.split())
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_breaks_its_lines_where_the_terminal_ends_and_nowhere_else(
+    verb: tuple[str, ...], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 3000)
+    assert fictl(*verb, "--help") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.partition("╭")[0].splitlines()]
+    assert not [after for before, after in pairwise(lines) if before and after]
+
+
+def test_an_answer_is_printed_also_where_the_locale_lacks_its_signs() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    command = (sys.executable, "-m", "cluster", "policy", "set", "--help")
+    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert r"NAME=VALUE\u2026" in asked.stdout
+
+
+def test_a_narrow_table_keeps_every_sign_of_its_cells() -> None:
+    table = make_table("file", "events")
+    table.add_row("p000-0000000001-0000000060.h5", "123456789")
+    with (screen := Console(width=20, color_system=None)).capture() as captured:
+        screen.print(table)
+    cells = [line.split("│")[1:3] for line in captured.get().splitlines() if line.startswith("│")]
+    assert ["".join(part.strip() for part in column) for column in zip(*cells, strict=True)] == [
+        "p000-0000000001-0000000060.h5",
+        "123456789",
+    ]
 
 
 def test_a_mistyped_verb_gets_the_one_that_was_meant(capsys: Captured) -> None:
