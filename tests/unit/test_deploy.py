@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -191,6 +192,16 @@ def test_a_latency_alert_compares_with_a_bound_of_the_histogram() -> None:
 def environment(name: str) -> dict[str, str]:
     lines = (DEPLOY / "systemd" / name).read_text().splitlines()
     return dict(line.split("=", 1) for line in lines)
+
+
+def test_a_shell_reads_the_units_settings_as_the_runbooks_have_it_do() -> None:
+    script = 'set -a; . ./fi.env; printf "%s\\n" $SERVERS; env'
+    told = subprocess.run(
+        ("sh", "-c", script), cwd=DEPLOY / "systemd", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("--nats\nnats://node1:4222\n--nats\nnats://node2:4222\n--nats\n")
+    assert "FI_HEALTH_HOST=0.0.0.0" in told.stdout.splitlines()
 
 
 def test_the_examples_agree_on_ports_settings_and_the_time_to_stop() -> None:
