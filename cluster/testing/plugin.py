@@ -51,15 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def fi_backend(request: pytest.FixtureRequest) -> str:
-    """``embedded`` or ``docker``, as ``--fi-backend`` says. Parametrize it, ``indirect``, to run a test on both."""
+    """``embedded`` or ``docker``, as ``--fi-backend`` says. Parametrize it, ``indirect``, to run a test on both.
+
+    Where no Docker engine answers, a test that a parameter puts there is skipped. One that the command line or
+    ``FICLUSTER_BACKEND`` puts there fails: a run that was asked for and did not happen must not look well.
+    """
     from cluster.testing.ficluster import choose_backend
 
-    chosen = choose_backend(getattr(request, "param", request.config.getoption("--fi-backend")))
+    by_parameter = hasattr(request, "param")
+    chosen = choose_backend(request.param if by_parameter else request.config.getoption("--fi-backend"))
     if chosen == "docker":
         from cluster.testing.containers import engine_missing
 
         if reason := engine_missing():
-            pytest.skip(f"needs a Docker engine: {reason}")
+            told = pytest.skip if by_parameter else pytest.fail
+            told(f"needs a Docker engine, or the backend embedded: {reason}")
     return chosen
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -206,3 +208,23 @@ async def meta_leader(node: Node) -> str:
             return str(json.load(answer)["meta_cluster"].get("leader", ""))
 
     return await asyncio.to_thread(ask)
+
+
+def test_without_an_engine_containers_that_were_asked_for_fail_a_test_and_a_parameters_skip_it(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "async def test_asked_for(fi_cluster): ...\n"
+        "@pytest.mark.parametrize('fi_backend', ['docker'], indirect=True)\n"
+        "async def test_on_both(fi_cluster): ...\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rsE", "--fi-backend=docker"],
+        cwd=tmp_path,
+        env={**os.environ, "DOCKER_HOST": "tcp://127.0.0.1:9", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ERROR test_it.py::test_asked_for - Failed: needs a Docker engine" in done.stdout, done.stdout
+    assert "1 skipped, 1 error" in done.stdout
