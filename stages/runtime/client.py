@@ -37,6 +37,8 @@ _FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
+TOLD_MAX: Final = 8
+"""Troubles in a row that are told: their words may hold names that are new each time."""
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
 
@@ -87,6 +89,7 @@ class GuardedClient(Client):
         self._will_depart = False
         self._trouble = ""
         self._trouble_s = -math.inf
+        self._told: set[str] = set()
         self._ps: SinkParser = SinkParser(self)
 
     @property
@@ -96,9 +99,13 @@ class GuardedClient(Client):
         return self._trouble if is_recent else ""
 
     def note_trouble(self, text: str) -> None:
-        """Something is wrong that no request is told of. The log says so, but for a connection that never was."""
-        if not self.trouble and (self.is_connected or self.is_reconnecting):
+        """Something is wrong that no request is told of. The log says so once, but for a connection that never was."""
+        if not self.trouble:
+            self._told.clear()
+        is_news = text not in self._told and len(self._told) < TOLD_MAX
+        if is_news and (self.is_connected or self.is_reconnecting):
             log.warning("%s", text)
+            self._told.add(text)
         self._trouble, self._trouble_s = text, asyncio.get_running_loop().time()
 
     def forget_trouble(self) -> None:
