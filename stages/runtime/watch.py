@@ -305,7 +305,7 @@ class Watch:
     def _connection(self) -> Check:
         client = None if self._api is None else self._api.client
         url = client.connected_url if client is not None and client.is_connected else None
-        place = f"{url.hostname}:{url.port}" if url else "no connection; trying again"
+        place = f"{url.hostname}:{url.port}" if url else "not connected; trying again"
         trouble = "" if client is None else client.trouble
         return Check(url is not None and not trouble, f"{place}; {trouble}" if trouble else place)
 
