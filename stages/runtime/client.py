@@ -17,12 +17,13 @@ import logging
 import math
 import re
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
+from nats.errors import Error as NatsError
 
 from contracts.budgets import TROUBLE_COUNTS
 from stages.runtime.answers import Answers
@@ -66,9 +67,9 @@ def read_headers(block: bytes) -> dict[str, str]:
     return headers
 
 
-def refusal(text: str) -> str:
-    """An error that a server sent by itself, in words. Whoever asked for what it refuses gets no answer."""
-    return f"a server refuses: {text.removeprefix('nats: ').strip(_QUOTED)}"
+def words_of(text: str) -> str:
+    """What a server said by itself, without the marks around it. Whoever asked for what it refuses gets no answer."""
+    return text.removeprefix("nats: ").strip(_QUOTED)
 
 
 class GuardedClient(Client):
@@ -264,12 +265,19 @@ class GuardedClient(Client):
             return parse_headers(headers)
 
     async def _process_err(self, err_msg: str) -> None:
-        self.note_trouble(refusal(err_msg))
+        self.note_trouble(f"a server refuses: {words_of(err_msg)}")
         await super()._process_err(err_msg)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._ended = status == Client.CLOSED
         await super()._close(status, do_cbs)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """As nats-py's, but a ``tls://`` URL is never served in plain text: nothing, nor a password, is sent then."""
+        server = self._current_server
+        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
+            raise NatsError("the URL says tls://, and this server does not speak TLS")
+        await super()._process_info(info, initial_connection)
 
     async def _process_connect_init(self) -> None:
         """As nats-py's, but a try that failed leaves no open socket behind, and none follows the end of the client.

@@ -13,7 +13,7 @@ from nats.errors import Error as NatsError
 from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_INTERVAL, RECONNECT_PAUSE
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
-from stages.runtime.client import GuardedClient, refusal
+from stages.runtime.client import GuardedClient, words_of
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
@@ -40,16 +40,21 @@ async def connect(
         reconnected: called after each later connection.
 
     Raises:
-        ClusterUnavailableError: no server answered within `wait_s`.
+        ClusterUnavailableError: no server took the connection within `wait_s`; says so where one refused it.
     """
 
+    refused = met = ""
+
     async def on_error(error: Exception) -> None:
+        nonlocal refused, met
+        met = repr(error)
         # What a server itself says has no class of its own.
         if type(error) is NatsError:
-            client.note_trouble(refusal(str(error)))
+            refused = words_of(str(error))
+            client.note_trouble(f"a server refuses: {refused}")
         elif client.is_reconnecting:
-            client.note_trouble(f"no connection: {error!r}")
-        log.debug("connection error: %r", error)
+            client.note_trouble(f"no connection: {met}")
+        log.debug("connection error: %s", met)
 
     async def on_disconnect() -> None:
         if not client.is_closed:
@@ -75,20 +80,21 @@ async def connect(
         "dont_randomize": in_order,
     }
     client = GuardedClient()
-    attempts = max(1, round(wait_s / (RECONNECT_PAUSE.s * len(urls))))
     # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
     connecting = asyncio.create_task(
-        client.connect(**options, max_reconnect_attempts=attempts),  # type: ignore[arg-type]
+        client.connect(**options, max_reconnect_attempts=-1),  # type: ignore[arg-type]
         name=f"connecting {name}",
     )
     try:
-        await _unless_cancelled(connecting, client)
-    except (NatsError, OSError) as error:
+        async with asyncio.timeout(wait_s):
+            await _unless_cancelled(connecting, client)
+    except (NatsError, OSError, TimeoutError) as error:
         shown = ", ".join(map(hide_credentials, urls))
-        raise ClusterUnavailableError(
-            f"no NATS server answers at {shown} ({client.trouble or repr(error)}); is it up? Try `fictl cluster status`"
-        ) from error
-    client.options["max_reconnect_attempts"] = -1
+        if refused:
+            text = f"{shown} refused the connection: {refused}; see the URL, or its user"
+        else:
+            text = f"no NATS server answers at {shown} within {wait_s:g} s ({met}); is it up? Try `fictl cluster status`"
+        raise ClusterUnavailableError(text) from error
     return client
 
 

@@ -13,8 +13,10 @@ from urllib.request import urlopen
 import pytest
 from nats.js.api import StreamConfig
 
-from cluster.nodes import EmbeddedCluster
+from cluster.nodes import EmbeddedCluster, find_nats_server
+from cluster.ports import HeldPorts
 from cluster.testing.waiting import until
+from contracts.errors import ClusterUnavailableError
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect, connect_beside, connect_near
 
@@ -57,6 +59,29 @@ async def test_where_no_leader_is_known_any_server_serves(cluster_urls: tuple[st
         client = await choose(cluster_urls, "NO_SUCH_STREAM", "anywhere")
         assert client.is_connected
         await client.close()
+
+
+async def test_a_tls_url_is_never_served_in_plain_text(cluster_urls: tuple[str, ...]) -> None:
+    with pytest.raises(ClusterUnavailableError, match="does not speak TLS"):
+        await connect([url.replace("nats://", "tls://") for url in cluster_urls], "test", wait_s=1.0)
+
+
+async def test_a_server_that_refuses_the_user_is_not_called_absent(tmp_path: Path) -> None:
+    with HeldPorts() as held:
+        (port,) = held.take(1)
+        config = tmp_path / "server.conf"
+        config.write_text(f'port: {port}\nauthorization {{ user: "a", password: "b" }}\n')
+        server = await asyncio.create_subprocess_exec(
+            find_nats_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL
+        )
+    try:
+        client = await connect([f"nats://a:b@127.0.0.1:{port}"], "test")
+        await client.close()
+        with pytest.raises(ClusterUnavailableError, match=r"nats://\*\*\*@\S+ refused .*Authorization Violation"):
+            await connect([f"nats://a:wrong@127.0.0.1:{port}"], "test", wait_s=1.0)
+    finally:
+        server.kill()
+        await server.wait()
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -101,7 +101,7 @@ async def test_who_may_not_connect_at_all_is_told_what_the_server_says(
     users = "users: [{user: a, password: a}, {user: b, password: b}]"
     async with one_server(tmp_path, monkeypatch, f"authorization {{ {users} }}\nno_auth_user: b") as client:
         url = f"nats://a:wrong@{client.connected_url.netloc}"
-        with pytest.raises(ClusterUnavailableError, match="a server refuses: Authorization Violation"):
+        with pytest.raises(ClusterUnavailableError, match="refused the connection: Authorization Violation"):
             await connect([url], "wrong", wait_s=1)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from contracts.errors import ClusterUnavailableError
 from stages.runtime.connection import connect
 
 GREETING = b'INFO {"server_id":"S","version":"2.15.1","max_payload":1048576,"headers":true}\r\n'
@@ -38,3 +41,16 @@ async def test_no_socket_is_kept_for_a_try_that_a_server_left_unanswered() -> No
         # The one that is being tried, and perhaps one whose end has not been read yet.
         assert open_now <= 2
         await client.close()
+
+
+async def test_a_server_that_says_nothing_is_given_up_when_the_time_is_over() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        # Each try takes as long as `CONNECT_ATTEMPT`: as many tries as refused connections would be a minute.
+        async with asyncio.timeout(30):
+            with pytest.raises(ClusterUnavailableError, match="within 5 s"):
+                await connect([f"nats://127.0.0.1:{port}"], "test", wait_s=5.0)
