@@ -307,7 +307,9 @@ def gateway_schema() -> dict[str, Any]:
             "rules": [
                 "consultation_id in the event equals the subject's last token; write it in lower case, always the same",
                 "metadata.site_id, when given, equals the subject's site token",
-                "header Nats-Msg-Id is the event_id; header traceparent (W3C) is kept",
+                "header Nats-Msg-Id names the message: for one event its event_id, for several an id of all of them",
+                "an event without event_id is stored twice when it is sent again after two minutes",
+                "header traceparent (W3C) is kept",
                 "the body is one JSON object, or several of the same consultation, one a line (NDJSON)",
             ],
         },
@@ -315,6 +317,7 @@ def gateway_schema() -> dict[str, Any]:
             "payload_bytes_max": PAYLOAD_BYTES_MAX,
             "payload_depth_max": PAYLOAD_DEPTH_MAX,
             "message_bytes_max": MESSAGE_BYTES_MAX,
+            "message_bytes_hold": "body and headers",
             "numbers": "no NaN or infinity",
         },
     }
