@@ -134,8 +134,8 @@ def verify(
     leaves open only whether newer shards are missing, and live ones.
 
     With --receipts every receipt and seal record that the cluster retains must agree too: totals, origins, Merkle
-    roots and files. Nothing is left open then. With both, the last receipt, and everything after the first signed
-    record, must be signed.
+    roots and files. That leaves open what somebody can forge who publishes and deletes receipts. With both, the last
+    receipt, and everything after the first signed record, must be signed.
 
     A file that `fictl export --output` wrote is held against its manifest; so are those that lie in DIR.
 
