@@ -93,7 +93,7 @@ async def connect(
         if refused:
             text = f"{shown} refused the connection: {refused}; see the URL, or its user"
         else:
-            text = f"no NATS server answers at {shown} within {wait_s:g} s ({met}); is it up? Try `fictl cluster status`"
+            text = f"no NATS server answers at {shown} within {wait_s:g} s ({met}); see `fictl cluster status`"
         raise ClusterUnavailableError(text) from error
     return client
 
