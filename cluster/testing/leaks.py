@@ -41,6 +41,8 @@ Undo = Callable[[], None]
 _undo: Final[list[Undo]] = []
 _deferred: Final[dict[str, Snapshot]] = {}
 """``since``: what there was before the first test of a cluster that several share."""
+_strangers: Final[dict[str, int]] = {}
+"""Process id → inode in ``/proc``, of those that were found to be none of ours. No later process has the same inode."""
 _directories: Final[list[Path]] = []
 """Where no file may be left: the working directory, and temporary files of this run."""
 
@@ -178,16 +180,19 @@ def _processes() -> Iterator[int]:
     if sys.platform != "linux":
         return
     own = os.getpid()
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) == own:
+    for entry in os.scandir("/proc"):
+        name = entry.name
+        if not name.isdecimal() or int(name) == own or _strangers.get(name) == entry.inode():
             continue
         try:
             state, parent, started = _state(name)
-            # What ran before us is nobody's leak.
-            if state in "ZX" or started < _BEGUN:
+            if state in "ZX":
                 continue
-            if parent == own or _is_marked(name):
+            # What ran before us is nobody's leak.
+            if started >= _BEGUN and (parent == own or _is_marked(name)):
                 yield int(name)
+            else:
+                _strangers[name] = entry.inode()
         except OSError:
             # It ended while we looked, or is somebody else's.
             continue
@@ -195,8 +200,9 @@ def _processes() -> Iterator[int]:
 
 def _state(name: str) -> tuple[str, int, int]:
     """A process's state, its parent, and its start in ticks since boot. Raises `OSError`."""
-    fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return fields[0], int(fields[1]), int(fields[19])
+    with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[1]), int(fields[19])
 
 
 _BEGUN: Final = _state("self")[2] if sys.platform == "linux" else 0

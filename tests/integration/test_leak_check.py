@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_a_process_that_is_just_becoming_another_program_is_ours(monkeypatch: py
     environments = iter([b"", b"", f"A=b\0{leaks._MARK}={leaks._RUN}\0".encode()])
     monkeypatch.setattr(Path, "read_bytes", lambda path: next(environments))
     assert leaks._is_marked("1")
+
+
+def test_a_process_with_the_number_of_one_that_was_none_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as ours:
+        monkeypatch.setitem(leaks._strangers, str(ours.pid), os.stat("/proc/self").st_ino)
+        assert ours.pid in list(leaks._processes())
 
 
 def test_what_a_wider_fixture_holds_open_is_no_leak_of_the_test(tmp_path: Path) -> None:
