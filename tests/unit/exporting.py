@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -30,18 +32,29 @@ NAMES = {
 
 def filled_place(directory: Path) -> Path:
     """A directory with a store of two partitions and 142 events in it, and room for exports beside it."""
-    store, maker = filled_store(directory / "shards")
-    other = PartitionMaker(store, 5)
-    other.begin()
-    other.commit(40)
-    other.seal()
-    other.begin()
-    other.commit(0)
-    # The same consultation in two partitions and five shards.
-    other.consultations = maker.consultations
-    other.commit(11)
-    other.close()
+    (directory / "shards").mkdir()
+    for name, data in _filled().items():
+        (directory / "shards" / name).write_bytes(data)
     return directory
+
+
+@functools.cache
+def _filled() -> dict[str, bytes]:
+    """The files of such a store: to make them takes ten times as long as to write them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "shards"
+        store, maker = filled_store(directory)
+        other = PartitionMaker(store, 5)
+        other.begin()
+        other.commit(40)
+        other.seal()
+        other.begin()
+        other.commit(0)
+        # The same consultation in two partitions and five shards.
+        other.consultations = maker.consultations
+        other.commit(11)
+        other.close()
+        return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def exported(place: Path, file_format: ExportFormat, wanted: Selection = ALL, **said: Any) -> Manifest:
