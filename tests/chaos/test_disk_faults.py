@@ -25,12 +25,18 @@ from stages.persist.storedir import lock_partition, open_store
 OPERATIONS_MIN = 30
 
 
-@pytest.fixture
-def stand(tmp_path: Path) -> Stand:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Stand:
     """One sealed shard, one that waits to be sealed, and a live one with two commits."""
-    stand = Stand(tmp_path / "shards")
+    stand = Stand(tmp_path_factory.mktemp("filled") / "shards")
     stand.fill(sealed=1, full=1, commits=2)
     return stand
+
+
+@pytest.fixture
+def stand(filled: Stand, tmp_path: Path) -> Stand:
+    """One such stand for each test."""
+    return filled.copy(tmp_path / "shards")
 
 
 class FailingDisk:
@@ -80,14 +86,13 @@ def work(lane: Lane) -> None:
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_whichever_disk_operation_is_refused_first_nothing_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    filled: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """One run for every `step`-th disk operation, which is the first that fails; the two kinds of error in turn."""
     failed = True
     first = 0
     while failed:
-        stand = Stand(tmp_path / str(first))
-        stand.fill(sealed=1, full=1, commits=2)
+        stand = filled.copy(tmp_path / str(first))
         lane = stand.lane()
         disk = FailingDisk(monkeypatch, (errno.ENOSPC, errno.EIO)[first // step % 2], first)
         try:

@@ -25,12 +25,18 @@ from stages.persist.rows import ROW_BYTES
 from stages.persist.verify import verify_store
 
 
-@pytest.fixture
-def stand(tmp_path: Path) -> Stand:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Stand:
     """Shards 1 and 2 are sealed, 3 is full, 4 is live with four commits."""
-    stand = Stand(tmp_path / "shards")
+    stand = Stand(tmp_path_factory.mktemp("filled") / "shards")
     stand.fill(sealed=2, full=1)
     return stand
+
+
+@pytest.fixture
+def stand(filled: Stand, tmp_path: Path) -> Stand:
+    """One such stand for each test."""
+    return filled.copy(tmp_path / "shards")
 
 
 def refused(stand: Stand, *texts: str, kind: type[ShardError] = ShardCorruptError) -> None:

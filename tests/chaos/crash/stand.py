@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from stages.persist.names import list_shards
@@ -49,6 +50,13 @@ class Stand:
         for _ in range(commits):
             lane.commit(3)
         lane.close()
+
+    def copy(self, directory: Path) -> Stand:
+        """One like it, which goes its own way. To fill one takes far longer."""
+        copy = Stand(directory)
+        shutil.copytree(self.directory, directory)
+        copy.source, copy.witness = self.source, self.witness.copy()
+        return copy
 
     def path(self, shard: int) -> Path:
         """The file of a shard: its sealed form, if it is there."""
