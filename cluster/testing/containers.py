@@ -49,6 +49,8 @@ clusters: Final[set[str]] = set()
 
 _INSIDE: Final = NodePorts(client=4222, monitor=8222, route=6222)
 _POLL_S: Final = 0.05
+_LOG_POLL_S: Final = 0.25
+"""To ask for a container's log costs the engine and us some 10 ms each."""
 _ENGINE_LIMIT_S: Final = 60
 
 
@@ -284,7 +286,7 @@ class DockerBackend(Backend):
                 raise ClusterUnavailableError(
                     f"{name} was not ready after {STAGE_READY.s:g} s:\n{self._containers[name].logs(tail=20).decode()}"
                 )
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_LOG_POLL_S)
 
     def _ready_lines(self, name: str) -> int:
         output: bytes = self._containers[name].logs(stdout=True, stderr=False)
