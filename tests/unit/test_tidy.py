@@ -192,3 +192,11 @@ def test_every_budget_is_used() -> None:
         if isinstance(node, ast.Name)
     }
     assert set(BUDGETS) - used == set()
+
+
+def test_every_decision_is_listed_by_its_title() -> None:
+    directory = ROOT / "contracts" / "decisions"
+    listed = [line for line in (directory / "README.md").read_text().splitlines() if line.startswith("- ")]
+    titles = {path.name: path.read_text().splitlines()[0] for path in sorted(directory.glob("0*.md"))}
+    numbered = {name: title.removeprefix("# ").partition(". ") for name, title in titles.items()}
+    assert listed == [f"- [{number}]({name}) {title}" for name, (number, _, title) in numbered.items()]
