@@ -147,7 +147,7 @@ def expected(plan: Sequence[tuple[int, int, int]], start: int) -> tuple[list[tup
 
 @every_stage
 @given(plan=PLANS, start=st.integers(0, 2**40), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_however_its_input_is_cut_the_outputs_join_and_cover_every_origin_once(
     stage: Stage, plan: list[tuple[int, int, int]], start: int, data: st.DataObject
 ) -> None:
@@ -167,7 +167,7 @@ def test_however_its_input_is_cut_the_outputs_join_and_cover_every_origin_once(
 
 @every_stage
 @given(plan=PLANS, back=st.integers(0, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_lies_at_or_before_the_cursor_is_skipped_event_by_event(
     stage: Stage, plan: list[tuple[int, int, int]], back: int
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_frame_that_the_cursor_cuts_through_gives_only_its_later_events(stage:
 
 @every_reader_of_frames
 @given(plan=PLANS, short=st.integers(1, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_hole_before_its_input_is_refused_and_named(
     stage: Stage, plan: list[tuple[int, int, int]], short: int
 ) -> None:

@@ -7,7 +7,7 @@ import random
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.client import Client
 from nats.js.api import StorageType, StreamConfig, SubjectTransform
@@ -67,7 +67,6 @@ async def test_our_partition_function_is_the_servers(client: Client, partitions:
 
 
 @given(st.from_regex(TOKEN_PATTERN, fullmatch=True), st.from_regex(TOKEN_PATTERN, fullmatch=True), st.integers(1, 1024))
-@settings(deadline=None)
 def test_a_partition_is_in_range_and_by_site_ignores_the_consultation(site: str, other: str, partitions: int) -> None:
     assert 0 <= partition_of(site, other, partitions) < partitions
     assert partition_of(site, other, partitions, "site") == partition_of(site, "x", partitions, "site")

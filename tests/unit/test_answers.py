@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -22,7 +22,6 @@ def message() -> Msg:
     return Msg(_client=None)  # type: ignore[arg-type]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=20), st.sets(st.integers(0, 19)))
 def test_each_fails_in_its_own_time_whatever_order_they_were_asked_in(steps: list[int], answered: set[int]) -> None:
     failed_at: dict[int, float] = {}

@@ -189,7 +189,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestInterleavings.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 async def test_tasks_at_an_open_gate_try_one_at_a_time_and_all_go_on_once_one_was_answered() -> None:

@@ -81,7 +81,7 @@ def noted(turn: tuple[str, Taken]) -> tuple[int, bytes, bytes, bytes, bytes]:
     return PING if kind == "ping" else (SINK if kind == "sink" else QUEUE, *message)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(comings, st.lists(st.integers(0, 900), max_size=12))
 def test_messages_come_out_whole_wherever_the_reads_end(sent: list[tuple[str, Taken]], cuts: list[int]) -> None:
     bytes_ = b"".join(map(on_the_wire, sent))
@@ -96,7 +96,7 @@ def test_messages_come_out_whole_wherever_the_reads_end(sent: list[tuple[str, Ta
     assert client.noted == list(map(noted, sent))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(comings, st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3)), max_size=12), st.integers(0, 30))
 def test_what_sinks_take_at_once_overtakes_nothing(
     sent: list[tuple[str, Taken]], cuts: list[tuple[int, int]], early: int

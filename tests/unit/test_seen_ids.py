@@ -27,7 +27,7 @@ IDS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shards=st.lists(st.tuples(st.lists(IDS, max_size=12), st.integers(0, 2)), max_size=6),
     live=st.lists(IDS, max_size=8),
