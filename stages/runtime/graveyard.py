@@ -70,10 +70,10 @@ class Graveyard:
         for letter in letters:
             while True:
                 writer = self._writer or await self._open()
-                if await self._is_buried(letter):
-                    break
-                headers, data = await self._compose(letter)
                 try:
+                    if await self._is_buried(letter, writer.expected_seq):
+                        break
+                    headers, data = await self._compose(letter)
                     await writer.publish(data, f"{letter.origin}/{letter.index}", headers)
                 except FencedError as error:
                     log.info("dead letters: %s", error)
@@ -86,34 +86,51 @@ class Graveyard:
                 log.warning("dead letter: %s", letter.error, extra={"origin": letter.origin, "stage": self._stage})
                 break
 
-    async def _is_buried(self, letter: DeadLetter) -> bool:
+    async def _is_buried(self, letter: DeadLetter, last_seq: int) -> bool:
+        """`last_seq`: of the subject's last letter. Raises as `_find_from`."""
         key = (letter.origin, letter.index)
         if key > self._buried or not letter.policy:
             return key <= self._buried
         if letter.origin < self._found_from or key > self._found_to:
-            self._found = await self._find_from(letter.origin)
+            self._found = await self._find_from(letter.origin, last_seq)
             self._found_from, self._found_to = letter.origin, self._buried
         return key in self._found
 
-    async def _find_from(self, origin: int) -> set[tuple[int, int]]:
+    async def _find_from(self, origin: int, last_seq: int) -> set[tuple[int, int]]:
         """What is buried of the events from `origin` on.
 
         Letters lie in the order of their events, but for those that were judged again: one that lies too early is not
         found, and buried twice at worst.
+
+        Raises:
+            FencedError: what is read ends before `last_seq`.
         """
-        low, high = 1, (self._writer or await self._open()).expected_seq + 1
+        low, high = 1, last_seq + 1
         while low < high:
             middle = (low + high) // 2
-            message = await self._api.first_message(DLQ, self._subject, from_seq=middle)
-            if message is None or place_of(message)[0] >= origin:
+            message = await self._letter_from(middle, last_seq)
+            if place_of(message)[0] >= origin:
                 high = middle
             else:
                 low = message.seq + 1
         found: set[tuple[int, int]] = set()
-        while (message := await self._api.first_message(DLQ, self._subject, from_seq=low)) is not None:
+        while low <= last_seq:
+            message = await self._letter_from(low, last_seq)
             found.add(place_of(message))
             low = message.seq + 1
         return found
+
+    async def _letter_from(self, seq: int, last_seq: int) -> StoredMessage:
+        """The first letter from `seq` on, which is at most `last_seq`.
+
+        The fence holds only what is last. So a read that does not get there is stale (a leader frozen and thawed), or
+        somebody purged the letters: in either case it is for the fence to begin again.
+        """
+        message = await self._api.first_message(DLQ, self._subject, from_seq=seq)
+        if message is None:
+            await self._api.pause()
+            raise FencedError(self._subject, last_seq)
+        return message
 
     async def _open(self) -> FencedWriter:
         last = await self._api.last_message(DLQ, self._subject)

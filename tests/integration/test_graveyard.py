@@ -22,6 +22,7 @@ from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.graveyard import Graveyard
 from stages.runtime.lane import Lane
+from stages.runtime.messages import StoredMessage
 from stages.runtime.work import DeadLetter
 
 pytestmark = pytest.mark.cluster
@@ -311,6 +312,33 @@ async def test_a_message_of_thousands_of_refused_lines_is_few_letters_and_counts
     letters = await everything(DeadLetters(api, "c"))
     assert [letter.index for letter in letters] == list(range(65))
     assert letters[-1].data == b"\n".join([b"{}"] * 2936)
+
+
+class Stale(Api):
+    """A connection whose next reads of letters come from a leader that was frozen before the last ones were buried."""
+
+    reads = 0
+    seq = 0
+
+    async def first_message(self, stream: str, subject: str, *, from_seq: int) -> StoredMessage | None:
+        found = await super().first_message(stream, subject, from_seq=from_seq)
+        if stream != DLQ or not self.reads or found is None or found.seq <= self.seq:
+            return found
+        self.reads -= 1
+        return None
+
+
+@pytest.mark.parametrize("seq", [0, 3, 5])
+async def test_a_letter_that_a_stale_leader_does_not_know_is_not_buried_again(client: Client, seq: int) -> None:
+    """The fence does not show it: what was last was read from the leader that is."""
+    api = await without_originals(client)
+    letters = [msgspec.structs.replace(refused(n), policy=2) for n in range(1, 7)]
+    await Graveyard(api, "segment", 0, "first").bury(letters)
+    stale = Stale(client, api.settings)
+    stale.reads, stale.seq = 3, seq
+    await Graveyard(stale, "segment", 0, "second").bury(letters)
+    assert stale.reads == 0
+    assert await buried(DeadLetters(api, "c")) == [(n, 0) for n in range(1, 7)]
 
 
 async def test_burying_remembers_no_letter_that_it_need_not_look_for(client: Client) -> None:
