@@ -33,9 +33,11 @@ class Client:
     async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
         now_s = asyncio.get_running_loop().time()
         if now_s < self._silent_s:
-            await asyncio.sleep(timeout)
-            raise NatsTimeoutError
-        await asyncio.sleep(0.001)
+            try:
+                async with asyncio.timeout(timeout):
+                    await asyncio.Event().wait()
+            except TimeoutError:
+                raise NatsTimeoutError from None
         return Answer(msgspec.json.encode({} if now_s >= self._back_s else GONE))
 
 
