@@ -28,7 +28,6 @@ from stages.runtime.connection import connect, connect_beside
 from stages.runtime.facts import read_cluster
 
 SEED = 57
-DEFAULT_EVENTS = 5000
 SHOWN_EVENTS = 8
 
 OnStep = Callable[[str, int, int | None], None]

@@ -207,22 +207,8 @@ class LinePublisher:
             self._on_accepted(accepted, group)
 
 
-async def publish_lines(
-    gateway: Gateway,
-    lines: AsyncIterable[bytes],
-    *,
-    site: str | None = None,
-    batch: int = 1,
-    rate_per_s: float | None = None,
-    deadline_s: float | None = None,
-) -> PublishReport:
-    """`LinePublisher` in one call: same arguments, same errors."""
-    publisher = LinePublisher(gateway, site=site, batch=batch, rate_per_s=rate_per_s, deadline_s=deadline_s)
-    return await publisher.run(lines)
-
-
 async def check_lines(lines: AsyncIterable[bytes], *, site: str | None = None) -> PublishReport:
-    """Checks a source as `publish_lines` would, without publishing. Raises `OSError` when it cannot be read."""
+    """Checks a source as `LinePublisher` would, without publishing. Raises `OSError` when it cannot be read."""
     report = PublishReport()
     start_s = time.monotonic()
     async for _ in _valid_lines(lines, site, report):

@@ -15,7 +15,6 @@ HASH_MS: Final = {1: 15.0, 10: 30.0, 100: 150.0}
 STORED_MS: Final = {"gzip-4": 300.0, "gzip-1": 150.0, "lzf": 80.0}
 STORED_KB: Final = {"gzip-4": 250.0, "gzip-1": 300.0, "lzf": 400.0}
 """1,000 events of 1 KB."""
-THROUGHPUT_PER_S: Final = (10, 100, 1_200, 12_000)
 
 
 def percentiles(figures: Mapping[str, float]) -> str:

@@ -285,7 +285,7 @@ class PersistLane(LaneBase):
         self._holes = 0
         self._disk_circuit.answered(asyncio.get_running_loop().time())
         self._trimmer.committed(receipt)
-        log.debug(EVENT_PERSISTED, extra={"partition": self._partition, "origin": receipt.origin})
+        log.debug(EVENT_PERSISTED, extra={"stage": self._stage, "partition": self._partition, "origin": receipt.origin})
         if self._files.wants_next():
             self._seal_work.set()
         if self._flush_is_due():

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
-NO_CONSUMER: Final = 10014
 NOT_NOW: Final = frozenset({500, 503})
 """Codes of an answer that says no more than that nobody can answer now: no leader, no quorum."""
 CIRCUIT_FAILURES: Final = 5

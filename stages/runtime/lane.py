@@ -19,6 +19,7 @@ from contracts.errors import FencedError
 from contracts.events import Event
 from contracts.frames import Dead, Encoded, Frame, deflate_frame
 from contracts.subjects import OUTPUT_STREAM, output_subject
+from contracts.telemetry import EVENT_QUEUED
 from stages.runtime.api import Api
 from stages.runtime.base import InputFeed, LaneBase
 from stages.runtime.breaker import Breaker
@@ -167,6 +168,7 @@ class Lane(LaneBase):
         await self._graveyard.bury(letters)
         await self._writer.publish(data, str(frame.last), self._probe.headers())
         self._probe.framed(frame, len(data))
+        log.debug(EVENT_QUEUED, extra={"stage": self._stage, "partition": self._partition, "origin": frame.last})
         feed.cursor = Cursor(frame.last, made.input_seq, frame.closed)
         self._holes = 0
 

@@ -20,7 +20,7 @@ from nats.js.api import StorageType, StreamConfig
 
 from cluster.gateway import Gateway, RefusedError, batch_id
 from cluster.nodes import EmbeddedCluster
-from cluster.publish import LinePublisher, PublishReport, publish_lines
+from cluster.publish import LinePublisher, PublishReport
 from cluster.testing.waiting import until
 from cluster.workload import consultations
 from contracts.errors import ClusterUnavailableError, TopologyError
@@ -82,7 +82,7 @@ def made_up(count: int, seed: int = 1) -> list[dict[str, Any]]:
 async def test_every_event_is_stored_once_in_the_order_of_its_consultation(client: Client, batch: int) -> None:
     jetstream = await make_stream(client)
     events = made_up(600)
-    report = await publish_lines(Gateway(client, in_flight=8), lines_of(events), batch=batch)
+    report = await LinePublisher(Gateway(client, in_flight=8), batch=batch).run(lines_of(events))
     found = await stored(jetstream)
     assert by_consultation(found) == by_consultation(events)
     assert (report.lines, report.published, report.accepted, report.duplicates) == (600, 600, 600, 0)
@@ -111,8 +111,8 @@ async def test_the_same_file_twice_adds_nothing_also_where_events_have_no_ids(cl
         del event["event_id"]
     events.append(dict(events[0]))
     events[4]["event_id"] = None
-    first = await publish_lines(Gateway(client), lines_of(events))
-    second = await publish_lines(Gateway(client), lines_of(events))
+    first = await LinePublisher(Gateway(client)).run(lines_of(events))
+    second = await LinePublisher(Gateway(client)).run(lines_of(events))
     assert (first.accepted, first.duplicates) == (201, 0)
     assert (second.accepted, second.duplicates) == (201, 201)
     found = await stored(jetstream)
@@ -211,7 +211,7 @@ async def test_bad_lines_are_refused_with_number_field_and_reason_and_the_rest_i
         (a_line(payload="@").replace(b'"@"', b'{"a":"\xff"}'), "payload.utf8", "payload"),
         (a_line(event_id=str(UUID(int=5))), "", ""),
     ]
-    report = await publish_lines(Gateway(client), lines_of([line for line, _, _ in lines]))
+    report = await LinePublisher(Gateway(client)).run(lines_of([line for line, _, _ in lines]))
     assert [(refused.line, refused.reason, refused.field) for refused in report.refused] == [
         (number, reason, field) for number, (_, reason, field) in enumerate(lines, 1) if reason
     ]
@@ -222,7 +222,7 @@ async def test_what_the_cluster_will_never_take_is_refused_and_the_rest_goes_on(
     await make_stream(client, max_msg_size=4096)
     events = made_up(20)
     events[7]["payload"] = {"message_content": "x" * 5000, "message_role": "user"}
-    report = await publish_lines(Gateway(client), lines_of(events))
+    report = await LinePublisher(Gateway(client)).run(lines_of(events))
     assert report.accepted == 19
     assert [(refused.line, refused.reason) for refused in report.refused] == [(8, "message.refused")]
     with pytest.raises(RefusedError, match="too large"):
@@ -247,7 +247,7 @@ async def test_without_a_stream_a_gateway_tries_until_its_deadline(client: Clien
     with pytest.raises(ClusterUnavailableError, match="nothing will be doubled"):
         await Gateway(client).publish(b"{}", "a", str(UUID(int=1)), "id", deadline_s=0.3)
     with pytest.raises(ClusterUnavailableError):
-        await publish_lines(Gateway(client), lines_of(made_up(50)), deadline_s=0.3)
+        await LinePublisher(Gateway(client), deadline_s=0.3).run(lines_of(made_up(50)))
 
 
 async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> None:
@@ -258,7 +258,7 @@ async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> N
 
 async def test_a_rate_is_kept(client: Client) -> None:
     await make_stream(client)
-    report: PublishReport = await publish_lines(Gateway(client), lines_of(made_up(100)), rate_per_s=200)
+    report: PublishReport = await LinePublisher(Gateway(client), rate_per_s=200).run(lines_of(made_up(100)))
     assert report.elapsed_s >= 0.49
 
 
@@ -279,7 +279,7 @@ async def test_each_acceptance_is_told_with_its_lines(client: Client) -> None:
 async def test_nothing_is_remembered_of_finished_consultations(client: Client) -> None:
     await make_stream(client)
     gateway = Gateway(client)
-    await publish_lines(gateway, lines_of(made_up(200)))
+    await LinePublisher(gateway).run(lines_of(made_up(200)))
     assert not gateway._lanes
 
 

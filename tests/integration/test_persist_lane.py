@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +25,8 @@ from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
 from contracts.receipts import Receipt, SealRecord
 from contracts.settings import MIB, Settings
-from contracts.subjects import EVENTS, raw_filter
+from contracts.subjects import EVENTS, STAGES, raw_filter
+from contracts.telemetry import EVENT_PERSISTED, EVENT_QUEUED, EVENT_WORKER_STARTED
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.persist.actor import PersistLane
@@ -104,7 +106,8 @@ class Cluster:
         await until(self.is_committed, "all is committed", 60)
 
     async def is_committed(self) -> bool:
-        return (await self.receipt()).origin >= self.last
+        receipt, _ = await last_receipt(self.api, 0)
+        return receipt is not None and receipt.origin >= self.last
 
     async def receipt(self) -> Receipt:
         receipt, _ = await last_receipt(self.api, 0)
@@ -140,6 +143,26 @@ async def new_store(client: Client, path: Path) -> Store:
 def stored(store: Store) -> set[bytes]:
     with EventStore(store.directory) as events:
         return {found.event.event_id for found in events.iterate()}
+
+
+async def test_the_log_leads_from_the_start_of_work_through_three_queues_to_the_shard(
+    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    with caplog.at_level(logging.DEBUG, logger="stages"):
+        async with cluster.upstream(), going(cluster.persist(store)):
+            await cluster.publish(1)
+
+    def stages_that_say(event: str) -> list[str]:
+        said = [vars(record) for record in caplog.records if record.message == event]
+        last = 0 if event == EVENT_WORKER_STARTED else cluster.last
+        assert all((record["partition"], record["origin"]) == (0, last) for record in said)
+        return [record["stage"] for record in said]
+
+    assert sorted(stages_that_say(EVENT_WORKER_STARTED)) == sorted(STAGES)
+    assert stages_that_say(EVENT_QUEUED) == ["ingest", "segment", "hash"]
+    assert stages_that_say(EVENT_PERSISTED) == ["persist"]
 
 
 async def test_an_owner_fenced_off_while_it_seals_takes_nothing_from_the_stream_that_the_next_one_needs(
