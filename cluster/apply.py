@@ -1,7 +1,8 @@
 """Makes the cluster's streams what `cluster.topology` says, without ever losing data or counting origins anew.
 
-Always true: applying twice changes nothing the second time; a refused change changes nothing at all; and a
-`FI_EVENTS` that has to be made again goes on counting above every origin that has been committed, framed or refused.
+Always true: applying twice changes nothing the second time; a refused change changes nothing at all; a `FI_EVENTS` that
+has to be made again goes on counting above every origin that has been committed, framed or refused; and a `FI_RECEIPTS`
+that has to be made again is marked, so that nobody takes a partition for a new one (`stages.persist.lost`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from cluster.topology import Drift, data_held, diff, merge, refusals, streams
 from contracts import subjects
 from contracts.budgets import TOPOLOGY_APPLY, TOPOLOGY_PAUSE_MAX, TOPOLOGY_PAUSE_MIN, TOPOLOGY_REQUEST
 from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.events import format_rfc3339
 from contracts.frames import decode_frame_head
 from contracts.receipts import decode_receipt
 from contracts.settings import Settings
 from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
-from stages.runtime.facts import META_CLUSTER_ID
+from stages.runtime.facts import META_CLUSTER_ID, META_PARTITIONS, META_RECEIPTS_LOST
 from stages.runtime.graveyard import place_of
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import side_by_side
@@ -51,12 +53,14 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         action: what is to be done.
         drifts: for an update, what differs.
         first_seq: for a new `FI_EVENTS`, where its sequences begin.
+        lost: for a new `FI_RECEIPTS`, when it was missed, RFC 3339; empty in a new cluster.
     """
 
     stream: str
     action: Literal["create", "update"]
     drifts: tuple[Drift, ...] = ()
     first_seq: int = 1
+    lost: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,10 +145,11 @@ class _Applier:
             own = tuple(drift for drift in drifts if drift.stream == name)
             if name not in found:
                 first_seq = await self._origin_next(found) if name == subjects.EVENTS else 1
-                changes.append(Change(stream=name, action="create", first_seq=first_seq))
+                lost = _now() if name == subjects.RECEIPTS and _has_counted(found) else ""
+                changes.append(Change(stream=name, action="create", first_seq=first_seq, lost=lost))
             elif own:
                 changes.append(Change(stream=name, action="update", drifts=own))
-        refused = [*_lost_receipts(found), *refusals(drifts, data_held(found))]
+        refused = [*await self._lost_origins(found), *refusals(drifts, data_held(found))]
         return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused))
 
     async def execute(self, todo: Plan) -> list[Change]:
@@ -158,7 +163,7 @@ class _Applier:
             config = wanted[change.stream]
             try:
                 if change.action == "create":
-                    await self._create(config, change.first_seq)
+                    await self._create(config, change)
                 else:
                     await self._update(config)
             except APIError as error:
@@ -176,9 +181,11 @@ class _Applier:
                 break
         return done
 
-    async def _create(self, config: StreamConfig, first_seq: int) -> None:
-        if first_seq > 1:
-            config = config.evolve(first_seq=first_seq)
+    async def _create(self, config: StreamConfig, change: Change) -> None:
+        if change.first_seq > 1:
+            config = config.evolve(first_seq=change.first_seq)
+        if change.lost:
+            config = config.evolve(metadata={**(config.metadata or {}), META_RECEIPTS_LOST: change.lost})
         await self._retry(lambda: self._jetstream.add_stream(config))
 
     async def _update(self, config: StreamConfig) -> None:
@@ -244,6 +251,19 @@ class _Applier:
                 origins += [decode_frame_head(message.data).last for message in frames]
         return max(origins, default=0) + 1
 
+    async def _lost_origins(self, found: dict[str, StreamInfo]) -> list[str]:
+        """Nothing says where a new `FI_EVENTS` must begin to count while receipts are lost that would."""
+        receipts = found.get(subjects.RECEIPTS)
+        if subjects.EVENTS in found or receipts is None or META_RECEIPTS_LOST not in (receipts.config.metadata or {}):
+            return []
+        told = len(await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*"))
+        if told == int((receipts.config.metadata or {}).get(META_PARTITIONS, 0)):
+            return []
+        return [
+            f"{subjects.EVENTS} is gone, and so are receipts that said how far it had counted: begin a new cluster "
+            "with new store directories; `fictl verify` and `fictl export` read the old ones"
+        ]
+
     async def _last_messages(self, found: dict[str, StreamInfo], stream: str, pattern: str) -> list[StoredMessage]:
         """The last message of every subject that matches `pattern`."""
         info = await self._info(stream, pattern) if stream in found else None
@@ -306,15 +326,13 @@ def _known_id(found: dict[str, StreamInfo]) -> str | None:
     return None
 
 
-def _lost_receipts(found: dict[str, StreamInfo]) -> list[str]:
-    """`FI_RECEIPTS` is created before anything can be accepted: when it is missing after that, it was lost."""
-    events = found.get(subjects.EVENTS)
-    if events is None or subjects.RECEIPTS in found or events.state.last_seq == 0:
-        return []
-    return [
-        f"{subjects.RECEIPTS} is gone while {subjects.EVENTS} has counted to {events.state.last_seq}: with an empty "
-        "one, persist would take everything it has stored for uncommitted; restore the stream from a backup"
-    ]
+def _has_counted(found: dict[str, StreamInfo]) -> bool:
+    """Something was accepted: `FI_RECEIPTS` is created before that can be, so when it is missing, it was lost."""
+    return subjects.EVENTS in found and found[subjects.EVENTS].state.last_seq > 0
+
+
+def _now() -> str:
+    return format_rfc3339(time.time_ns())
 
 
 def _current(info: StreamInfo, settings: Settings) -> bool:

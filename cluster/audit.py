@@ -15,6 +15,7 @@ from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from stages.persist.audit import Witnesses, audit_partition, in_force, repeated
+from stages.persist.lost import receipts_lost
 from stages.persist.store import EventStore, find_store
 from stages.persist.storedir import read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
@@ -35,6 +36,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
         elsewhere: partitions that other stores own now, each with its store and node: what those hold was not read.
         rewinds: the receipts with which a partition went back; what was committed after their origins was given up and
             made again.
+        lost: when the cluster's receipts were lost and begun again, RFC 3339; empty if they never were.
     """
 
     store: VerifyReport
@@ -43,6 +45,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     signed: int
     elsewhere: dict[int, str]
     rewinds: list[Receipt]
+    lost: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class ClusterRecords:
         rewinds: by partition, the receipts with which it went back.
         repeated: by partition, those of them that are older than what they follow.
         last_seqs: by partition, the stream sequence of the last receipt; 0 without any.
+        lost: as in `AuditReport`.
     """
 
     cluster_id: str
@@ -63,6 +67,7 @@ class ClusterRecords:
     rewinds: dict[int, list[Receipt]]
     repeated: dict[int, list[Receipt]]
     last_seqs: dict[int, int]
+    lost: str
 
 
 async def read_records(
@@ -87,9 +92,10 @@ async def read_records(
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
         found = await side_by_side(*(read_partition(api, lane, start) for lane, start in starts.items()))
+        lost = await receipts_lost(api)
     finally:
         await client.close()
-    records = ClusterRecords(facts.cluster_id, {}, {}, {}, {}, {})
+    records = ClusterRecords(facts.cluster_id, {}, {}, {}, {}, {}, lost)
     for lane, (rows, last_seq) in zip(lanes, found, strict=True):
         records.receipts[lane], records.seals[lane], records.rewinds[lane] = in_force(rows)
         records.repeated[lane] = repeated(rows)
@@ -165,6 +171,7 @@ async def audit_store(
             lane: f"store {last.store} on {last.node}" for lane, last in owners.items() if last.store != store.store_id
         },
         rewinds=[record for lane in before.rewinds.values() for record in lane],
+        lost=before.lost,
     )
 
 

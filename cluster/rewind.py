@@ -1,6 +1,6 @@
-"""Takes partitions back: `fictl rebuild` after damage, `fictl partitions move` to another store.
+"""Takes partitions back: `fictl rebuild` after damage, `partitions move` to another store, `restore` without receipts.
 
-Both end in the same way. A fenced takeover receipt states the last place that is vouched for; the hop streams of the
+All end in the same way. A fenced takeover receipt states the last place that is vouched for; the hop streams of the
 partition are emptied; and the stages make everything after that place again from `FI_EVENTS`, through the same code as
 the first time. So nothing is done unless `FI_EVENTS` still holds it all.
 """
@@ -21,11 +21,12 @@ import msgspec
 from cluster.audit import read_partition
 from contracts.budgets import REWIND_LOCK, REWIND_LOCK_POLL, REWIND_POLL
 from contracts.errors import ClusterUnavailableError, FencedError, NotOursError, ShardError
-from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt
+from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
 from stages.persist.audit import in_force
-from stages.persist.names import FIRST_SHARD, lock_name
+from stages.persist.lost import last_place
+from stages.persist.names import FIRST_SHARD, list_shards, lock_name
 from stages.persist.rewind import Damage, Place, begin_at, given_up, last_good_place, place_after_seals, set_aside
 from stages.persist.storedir import Store, disk_of, lock_partition
 from stages.runtime.api import Api
@@ -152,6 +153,50 @@ class Rewinder:
                     if not tries_left:
                         raise
         raise AssertionError("unreachable")
+
+    async def restore(self, partition: int, *, begin_anew: bool = False, dry_run: bool = False) -> Rewind:
+        """Writes where a partition of this store goes on, when the cluster lost its receipts.
+
+        Args:
+            begin_anew: begin the partition, of which the store has no shard; no other store may have one.
+
+        Raises:
+            NotOursError: it has receipts, or a persister works on it.
+            ShardError: the store has no shard of it, or `FI_EVENTS` no longer has what comes after a damaged one.
+            StoreFailedError: the disk refused.
+            FencedError: a receipt came meanwhile.
+        """
+        async with self._locked(partition, dry_run):
+            records = await self._records(partition)
+            if records.receipts:
+                last = records.receipts[-1]
+                raise NotOursError(
+                    f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
+                )
+            store = self._store
+            files = await asyncio.to_thread(lambda: list_shards(store.directory).get(partition, []))
+            if not (files or begin_anew):
+                raise ShardError(
+                    f"{store.directory} has no shard of partition {partition}: restore it on the node whose store has, "
+                    "or with --begin-anew if none has"
+                )
+            with disk_of(store):
+                place, damage = await asyncio.to_thread(last_place, files)
+            if damage is not None and not place.origin and (len(files) > 1 or files[0].sealed):
+                raise ShardError(
+                    f"partition {partition} cannot begin again from {EVENTS}, which no longer has what was sealed: put "
+                    f"{damage.file} right from a copy ({damage.why})"
+                )
+            end = StoreEnd(shard=place.shard, commits=place.commits)
+            with disk_of(store):
+                aside = await asyncio.to_thread(given_up, store, partition, end)
+            await self._check_retained(partition, place, records, damage)
+            lost = first_receipt(partition, store.cluster_id, store.store_id, "")
+            if not dry_run:
+                await self._go_back(lost, records.last_seq, place, end)
+            why = "its receipts were lost" if damage is None else damage.why
+            reached = msgspec.structs.replace(lost, origin=place.origin, persisted=place.tree.size)
+            return self._told(reached, place, why, tuple(file.path.name for file in aside))
 
     async def _move(self, partition: int, dry_run: bool) -> Rewind:
         records = await self._records(partition)

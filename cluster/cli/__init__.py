@@ -80,8 +80,8 @@ VERBS: Final[dict[str, str | Group]] = {
         {"new": "keys:new", "public": "keys:public"},
     ),
     "partitions": Group(
-        "Partitions: who owns which, and moving one.",
-        {"ls": "partitions:list_partitions", "move": "partitions:move"},
+        "Partitions: who owns which, moving one, and writing lost receipts again.",
+        {"ls": "partitions:list_partitions", "move": "partitions:move", "restore": "partitions:restore"},
     ),
     "policy": Group(
         "The rules that segment holds events to: look, change, look back.",

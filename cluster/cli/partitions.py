@@ -1,10 +1,10 @@
-"""`fictl rebuild` and `fictl partitions ls|move`: who has which partition, and taking one back."""
+"""`fictl rebuild` and `fictl partitions ls|move|restore`: who has which partition, and taking one back."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 import typer
@@ -34,6 +34,8 @@ from contracts.errors import ClusterUnavailableError, FiError, NotOursError
 
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
+    from contracts.receipts import Receipt
+    from stages.persist.storedir import Store
 
 PASSED_OVER: Final = "persist works on it, and its files were not looked at"
 
@@ -45,6 +47,32 @@ WaitOption = Annotated[
     float,
     typer.Option("--wait", min=0, callback=finite, metavar="S", help="Wait until it has caught up; 0: do not wait."),
 ]
+
+
+class Unnamed(NamedTuple):
+    """What a verb is for when no partition was named.
+
+    Attributes:
+        concerns: whether a partition of this last receipt, which the store may have shards of, is one of them.
+        nothing: what there is not, when none is.
+    """
+
+    concerns: Callable[[Receipt | None, Store, int], bool]
+    nothing: str
+
+
+def _is_owned(last: Receipt | None, store: Store, partition: int) -> bool:
+    return last is not None and last.store == store.store_id
+
+
+def _lacks_receipts(last: Receipt | None, store: Store, partition: int) -> bool:
+    from stages.persist.names import list_shards
+
+    return last is None and partition in list_shards(store.directory)
+
+
+UNNAMED_REBUILD: Final = Unnamed(_is_owned, "this store owns no partition")
+UNNAMED_RESTORE: Final = Unnamed(_lacks_receipts, "no partition lacks receipts that this store has shards of")
 
 
 def rebuild(
@@ -83,7 +111,7 @@ def rebuild(
         dry_run,
         wait,
         as_json,
-        owned_only=partitions is None,
+        unnamed=UNNAMED_REBUILD if partitions is None else None,
         store_is="there",
     )
 
@@ -122,8 +150,55 @@ def move(
         dry_run,
         wait,
         as_json,
-        owned_only=False,
+        unnamed=None,
         store_is="planned" if dry_run else "made",
+    )
+
+
+def restore(
+    partitions: Annotated[
+        list[int] | None, typer.Argument(min=0, help="Which. Default: all of which the store has shards.")
+    ] = None,
+    directory: DirectoryOption = DEFAULT_DIRECTORY,
+    shards: ShardsOption = None,
+    nats: NatsOption = None,
+    begin_anew: Annotated[
+        bool, typer.Option("--begin-anew", help="Begin the named partitions, of which no store has a shard.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes where partitions go on, from the shards on this node, after the cluster lost FI_RECEIPTS.
+
+    `fictl cluster apply` makes the lost stream again, empty. From then on persist waits: nothing is begun anew, and
+    nothing is deleted. Run this once on each node that has a store; persist then goes on by itself. Every sealed shard
+    counts, and of a live one what readers were shown; the rest is made again from FI_EVENTS. Reads and hashes every
+    shard.
+
+    Where several stores have shards of a partition, because it was moved, the one that had it last must be the one to
+    restore it: a store that was followed by another is refused once FI_EVENTS no longer holds what came after it.
+
+    A backup of FI_RECEIPTS is older than the stores, and persist refuses it: delete such a stream, and begin as above.
+
+    Example: fictl partitions restore --shards /var/lib/fi --nats nats://n1:4222 --dry-run
+    """
+    if begin_anew and not partitions:
+        raise typer.BadParameter("name the partitions that no store has", param_hint="--begin-anew")
+
+    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
+        return await rewinder.restore(partition, begin_anew=begin_anew, dry_run=dry_run)
+
+    _take_back(
+        work,
+        partitions,
+        directory,
+        shards,
+        nats,
+        dry_run,
+        0.0,
+        as_json,
+        unnamed=UNNAMED_RESTORE if partitions is None else None,
+        store_is="there",
     )
 
 
@@ -182,7 +257,7 @@ def _take_back(
     wait_s: float,
     as_json: bool,
     *,
-    owned_only: bool,
+    unnamed: Unnamed | None,
     store_is: Literal["there", "planned", "made"],
 ) -> None:
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
@@ -215,15 +290,15 @@ def _take_back(
             signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None
             rewinder = Rewinder(api, store, signer)
             for partition in range(facts.partitions) if partitions is None else sorted(set(partitions)):
-                if owned_only:
+                if unnamed is not None:
                     receipt, _ = await last_receipt(api, partition)
-                    if receipt is None or receipt.store != store.store_id:
+                    if not unnamed.concerns(receipt, store, partition):
                         continue
                 looked_at += 1
                 try:
                     rewind = await work(rewinder, partition)
                 except NotOursError as error:
-                    if owned_only:
+                    if unnamed is not None:
                         passed.append(partition)
                     else:
                         failed.append(str(error))
@@ -246,8 +321,8 @@ def _take_back(
         print_json([*rows, *({"partition": partition, "passed_over": PASSED_OVER} for partition in passed)])
     else:
         _show(done, dry_run)
-        if not looked_at:
-            print("nothing to do: this store owns no partition; `fictl partitions ls` shows which store owns which")
+        if unnamed is not None and not looked_at:
+            print(f"nothing to do: {unnamed.nothing}; `fictl partitions ls` shows which store owns which")
         elif not (done or failed or passed):
             print("nothing to do: every file is as the records say")
     for partition in passed:
@@ -265,9 +340,12 @@ def _show(done: list[Rewind], dry_run: bool) -> None:
             print(f"partition {rewind.partition}: {rewind.why}")
         else:
             print(f"partition {rewind.partition}: from store {rewind.from_store} on {rewind.from_node}")
-        print(
-            f"  {verb} back from origin {rewind.committed_origin} to {rewind.origin}: {rewind.events} events stay, "
-            f"{rewind.again} are made again from the stream into shard {rewind.shard}"
-        )
+        if rewind.committed_origin == rewind.origin:
+            print(f"  goes on after origin {rewind.origin}, in shard {rewind.shard}: {rewind.events} events stay")
+        else:
+            print(
+                f"  {verb} back from origin {rewind.committed_origin} to {rewind.origin}: {rewind.events} events stay, "
+                f"{rewind.again} are made again from the stream into shard {rewind.shard}"
+            )
         for name in rewind.aside:
             print(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")

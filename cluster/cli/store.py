@@ -185,6 +185,11 @@ def verify(
             )
             for partition, owner in audit.elsewhere.items():
                 print(f"partition {partition} belongs to {owner}: what is there was not read")
+            if audit.lost:
+                print(
+                    f"the cluster's receipts were lost by {audit.lost} and begun again from the stores: for what was "
+                    "stored before, they say no more than the stores said then"
+                )
             for rewind in audit.rewinds:
                 print(
                     f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) "

@@ -20,13 +20,14 @@ from msgspec import UNSET
 
 from contracts.budgets import DISK_PAUSE_MAX, DISK_PAUSE_MIN, STANDBY
 from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
-from contracts.receipts import Receipt, SealRecord, encode_receipt, first_receipt
+from contracts.receipts import Receipt, SealRecord, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import CIRCUIT_TRIPS, EVENT_PERSIST_FAILED, EVENT_PERSISTED, TARGET_DISK
 from stages.persist.core import Group, plan_group
 from stages.persist.disk import LOCAL, Disk, Files, Lock
 from stages.persist.flush import Flushes
+from stages.persist.lost import begin
 from stages.persist.moved import let_go, signed
 from stages.persist.records import record_of
 from stages.persist.resume import BEGINNING
@@ -223,7 +224,7 @@ class PersistLane(LaneBase):
         """Claims the partition with a fenced, empty receipt.
 
         Raises:
-            NotOursError: its shards are in another store.
+            NotOursError: its shards are in another store, or its receipts were lost.
             FencedError: what was read was stale, or another claim came first.
         """
         last, seq = await last_receipt(self._api, self._partition)
@@ -238,7 +239,7 @@ class PersistLane(LaneBase):
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
-        base = last or first_receipt(self._partition, store.cluster_id, store.store_id, nonce)
+        base = last or await begin(self._api, self._partition, store, nonce)
         await self._claim(msgspec.structs.replace(base, writer=nonce, node=self._node))
 
     async def _claim(self, receipt: Receipt) -> None:

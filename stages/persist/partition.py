@@ -196,7 +196,7 @@ class PartitionFiles:
         if accepted < live.watermark() <= live.commits:
             raise ShardCorruptError(
                 f"{live.path}: readers were shown {live.watermark()} commits, but its last receipt accepts {accepted}; "
-                "the cluster's receipts are older than the store: restore them"
+                "the cluster's receipts are older than the store; see `fictl partitions restore --help`"
             )
 
     def _replay(self, live: LiveShard) -> None:

@@ -15,7 +15,8 @@ from stages.persist.sealed import SealedReader, Selection
 BEGINNING = ResumePoint(frontier=b"", duplicates=0, dead_lettered=0, closed=b"")
 """Before the first shard."""
 
-_CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
+CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
+"""Of events that segment remembers a consultation by."""
 
 
 def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
@@ -34,7 +35,7 @@ def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
         )
         closed = ClosedConsultations(before.closed, CLOSED_REMEMBERED_MAX)
         for _, event in heapq.merge(
-            *(reader.select(Selection(event_type=name)) for name in _CLOSING_TYPES), key=lambda found: found[0]
+            *(reader.select(Selection(event_type=name)) for name in CLOSING_TYPES), key=lambda found: found[0]
         ):
             closed.note(event)
         return ResumePoint(

@@ -20,6 +20,8 @@ from stages.runtime.client import GuardedClient
 META_CLUSTER_ID = "fi.cluster_id"
 META_PARTITIONS = "fi.partitions"
 META_PARTITION_BY = "fi.partition_by"
+META_RECEIPTS_LOST = "fi.receipts_lost"
+"""Of `FI_RECEIPTS`: when it was made again after it was lost, RFC 3339."""
 
 
 class ClusterFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,8 @@ from contracts.frames import Frame, encode_frame
 from contracts.receipts import Receipt, encode_receipt
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
+from stages.persist.lost import receipts_lost
+from stages.runtime.api import Api
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
@@ -247,12 +249,36 @@ async def test_events_made_again_must_be_partitioned_as_before(client: Client) -
         await apply(client, changed(partitions=8))
 
 
-async def test_lost_receipts_are_not_replaced_by_an_empty_stream(client: Client) -> None:
+async def test_lost_receipts_are_begun_again_with_a_mark_that_stays(client: Client) -> None:
+    jetstream = client.jetstream(timeout=10)
+    made = await apply(client, SETTINGS)
+    assert await receipts_lost(Api(client, SETTINGS)) == ""
+    await jetstream.delete_stream(subjects.RECEIPTS)
     await apply(client, SETTINGS)
+    assert await receipts_lost(Api(client, SETTINGS)) == "", "nothing was accepted yet, so nothing can have been lost"
     await put(client, "fi.events.site.consultation")
-    await client.jetstream(timeout=10).delete_stream(subjects.RECEIPTS)
-    with pytest.raises(TopologyError, match="FI_RECEIPTS is gone"):
+    await jetstream.delete_stream(subjects.RECEIPTS)
+    (change,) = (await apply(client, SETTINGS)).changes
+    assert (change.stream, change.action) == (subjects.RECEIPTS, "create")
+    assert await receipts_lost(Api(client, SETTINGS)) == change.lost > "2026"
+    again = await apply(client, changed(receipts_bytes_max=SETTINGS.receipts_bytes_max + MIB))
+    assert (again.cluster_id, [one.action for one in again.changes]) == (made.cluster_id, ["update"])
+    assert await receipts_lost(Api(client, SETTINGS)) == change.lost
+
+
+async def test_events_are_not_counted_anew_while_lost_receipts_would_say_from_where(client: Client) -> None:
+    jetstream = client.jetstream(timeout=10)
+    made = await apply(client, SETTINGS)
+    await put(client, "fi.events.site.consultation")
+    await jetstream.delete_stream(subjects.RECEIPTS)
+    await apply(client, SETTINGS)
+    await jetstream.delete_stream(subjects.EVENTS)
+    with pytest.raises(TopologyError, match="FI_EVENTS is gone, and so are receipts"):
         await apply(client, SETTINGS)
+    for partition in range(SETTINGS.partitions):
+        await put(client, f"fi.receipts.{partition}", receipt(partition, 10, made.cluster_id))
+    (change,) = (await apply(client, SETTINGS)).changes
+    assert (change.stream, change.first_seq) == (subjects.EVENTS, 11)
 
 
 async def test_streams_larger_than_the_servers_are_refused_with_a_hint(client: Client) -> None:

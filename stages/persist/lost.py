@@ -1,0 +1,138 @@
+"""Receipts that the cluster lost: what a store can still say, and why nobody begins anew meanwhile.
+
+`fictl cluster apply` makes a lost `FI_RECEIPTS` again, empty, and marks it. In a stream with the mark a partition
+without receipts is not a new one: it waits until `fictl partitions restore` has written where its store goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import msgspec
+from msgspec import UNSET
+
+from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.events import decode_event
+from contracts.hashing import MerkleFrontier
+from contracts.lifecycle import ClosedConsultations
+from contracts.receipts import Receipt, ResumePoint, first_receipt
+from contracts.rules import CLOSED_REMEMBERED_MAX
+from contracts.subjects import RECEIPTS
+from stages.persist.header import read_live_header, read_sealed_header
+from stages.persist.live import LiveReader
+from stages.persist.names import FIRST_SHARD, ShardFile
+from stages.persist.records import kept_record
+from stages.persist.resume import CLOSING_TYPES, resume_after
+from stages.persist.rewind import Damage, Place
+from stages.persist.seal import sealed_info
+from stages.persist.storedir import Store
+from stages.runtime.api import Api
+from stages.runtime.facts import META_RECEIPTS_LOST
+
+
+class _Config(msgspec.Struct):
+    metadata: dict[str, str] = {}
+
+
+class _Info(msgspec.Struct):
+    config: _Config
+
+
+async def receipts_lost(api: Api) -> str:
+    """Since when `FI_RECEIPTS` is another than the one that the cluster began with, RFC 3339; empty if it is not.
+
+    Raises:
+        RequestRefusedError: there is none.
+        ClusterUnavailableError: as `Api.request`.
+    """
+    answer = await api.request(RECEIPTS, f"$JS.API.STREAM.INFO.{RECEIPTS}", b"")
+    return msgspec.json.decode(answer, type=_Info).config.metadata.get(META_RECEIPTS_LOST, "")
+
+
+async def begin(api: Api, partition: int, store: Store, nonce: str) -> Receipt:
+    """What a partition begins with that has no receipt.
+
+    Raises:
+        NotOursError: it may have had some.
+    As `receipts_lost` besides.
+    """
+    if since := await receipts_lost(api):
+        raise NotOursError(
+            f"the receipts of partition {partition} were lost ({RECEIPTS} was made again {since}); run `fictl "
+            f"partitions restore {partition}` on the node whose store has its shards"
+        )
+    return first_receipt(partition, store.cluster_id, store.store_id, nonce)
+
+
+def last_place(files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
+    """Where a partition goes on by its shards alone, and what is wrong with those after it (None: there are none).
+
+    Reads and hashes every shard. A live one counts as far as readers were shown it: what a receipt had accepted.
+
+    Args:
+        files: the partition's, by number.
+
+    Raises:
+        ShardError: the first goes on from the shards of another store, of which nothing here tells.
+        OSError: the store cannot be read.
+    """
+    if files:
+        first = files[0].path
+        if (read_sealed_header if files[0].sealed else read_live_header)(first).begins:
+            raise ShardError(
+                f"{first}: goes on from the shards of another store, and only the lost receipts said from which; "
+                f"restore {RECEIPTS} from a backup"
+            )
+    place = Place(0, FIRST_SHARD, 0, MerkleFrontier(), 0, 0, b"")
+    for file in files:
+        try:
+            if file.shard != place.shard:
+                raise ShardCorruptError(f"{file.path.parent}: shard {place.shard} is missing")
+            is_full = file is not files[-1]
+            place = _after_sealed(place, file) if file.sealed else _after_live(place, file, is_full)
+        except ShardError as error:
+            return place, Damage(file.shard, file.path, str(error))
+    return place, None
+
+
+def _after_sealed(place: Place, file: ShardFile) -> Place:
+    info = sealed_info(file.path)
+    header = info.header
+    if (header.tree_size_before, header.frontier_before) != (place.tree.size, place.tree.to_bytes()):
+        raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
+    record = kept_record(file.path)
+    if record is not None and record.sha256 == info.sha256 and record.resume is not UNSET:
+        point = record.resume
+    else:
+        before = ResumePoint(
+            frontier=place.tree.to_bytes(),
+            duplicates=place.duplicates,
+            dead_lettered=place.dead_lettered,
+            closed=place.closed,
+        )
+        point = resume_after(before, file.path)
+    return Place(
+        header.last_origin, file.shard + 1, 0, info.frontier, point.duplicates, point.dead_lettered, point.closed
+    )
+
+
+def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
+    """`is_full`: another follows it, so every commit in it was accepted."""
+    origin, tree = place.origin, place.tree.copy()
+    duplicates, dead_lettered = place.duplicates, place.dead_lettered
+    closed = ClosedConsultations(place.closed, CLOSED_REMEMBERED_MAX)
+    with closing(LiveReader(file.path)) as reader:
+        shown, whole = max(0, reader.watermark()), 0
+        for row, records in reader.scan(None if is_full else shown):
+            tree.extend(records)
+            for event in map(decode_event, records):
+                if event.event_type in CLOSING_TYPES:
+                    closed.note(event)
+            origin, whole = row.origin, row.ordinal
+            duplicates += row.duplicates
+            dead_lettered += row.dead_lettered
+    if whole < shown:
+        raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
+    shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
+    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed)

@@ -1,0 +1,187 @@
+"""`FI_RECEIPTS` is lost under a running pipeline: nobody begins anew, and the store says where it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from commands import Ran, run_fictl
+from pipeline import Load, Pipeline, extra_stage, flip, running, settings, under_load, until, workload
+
+from cluster.audit import audit_store
+from contracts.receipts import Receipt
+from contracts.subjects import EVENTS, RECEIPTS
+from stages.persist.names import list_shards
+from stages.persist.rewind import ASIDE
+from stages.persist.store import EventStore
+from stages.runtime.checkpoint import last_receipt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+PARTITIONS = 2
+WAITS = "the receipts of partition {} were lost"
+
+
+async def fictl(pipeline: Pipeline, *arguments: str | Path) -> Ran:
+    return await run_fictl(*arguments, "--dir", pipeline.supervisor.directory)
+
+
+async def delete_receipts(pipeline: Pipeline) -> None:
+    await pipeline.client.jetstream(timeout=10).delete_stream(RECEIPTS)
+
+
+async def apply(pipeline: Pipeline) -> None:
+    """What every message about a missing stream recommends."""
+    code, out, err = await fictl(pipeline, "cluster", "apply")
+    assert (code, RECEIPTS in out) == (0, True), err
+
+
+async def published(pipeline: Pipeline, seed: int) -> Load:
+    load = Load(workload(seed=seed, events=200))
+    await load.publish(pipeline.client)
+    await pipeline.settled()
+    return load
+
+
+def records(shards: Path) -> list[list[bytes]]:
+    with EventStore(shards) as store:
+        return [[record for _, record in store.records(partition)] for partition in range(PARTITIONS)]
+
+
+async def receipt(pipeline: Pipeline, partition: int) -> Receipt | None:
+    return (await last_receipt(pipeline.api, partition))[0]
+
+
+def said(log: Callable[[], str], partition: int = 0) -> Callable[[], Awaitable[bool]]:
+    async def waits() -> bool:
+        return WAITS.format(partition) in log()
+
+    return waits
+
+
+async def test_the_stores_say_where_they_go_on_and_nothing_is_lost_doubled_or_made_again(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads = [await published(pipeline, seed=50)]
+        await pipeline.supervisor.stop_stage("persist")
+        await pipeline.supervisor.start_stage("persist")
+        loads.append(await published(pipeline, seed=51))
+        await loads[0].publish(pipeline.client)
+        await pipeline.client.jetstream(timeout=10).publish("fi.events.clinic-1.nobody", b"{}")
+        await pipeline.settled()
+        before = await pipeline.receipts()
+        assert sum(one.dead_lettered for one in before) == 1
+        held = records(pipeline.shards)
+        there = tmp_path / "there"
+        late = Load(workload(seed=52, events=600))
+        async with (
+            extra_stage(pipeline, "persist", "persist-there", shards=there) as other,
+            under_load(late, pipeline.client, rate_per_s=200),
+        ):
+            await delete_receipts(pipeline)
+            await late.reached(100)
+            await apply(pipeline)
+            await other.start()
+            own_log = (pipeline.supervisor.directory / "logs" / "persist-0.log").read_text
+            for partition in range(PARTITIONS):
+                await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
+                await until(said(own_log, partition), "persist waits", 60)
+            code, out, err = await fictl(pipeline, "partitions", "restore", "--shards", there)
+            assert (code, "nothing to do" in out) == (0, True), err
+            code, _, err = await fictl(pipeline, "partitions", "restore", "0", "--shards", there)
+            assert (code, "has no shard of partition 0" in err) == (1, True), err
+            code, out, err = await fictl(pipeline, "partitions", "restore", "--dry-run", "--json")
+            assert code == 0, err
+            told = json.loads(out)
+            assert [row["again"] for row in told] == [0] * PARTITIONS
+            assert all(row["origin"] >= one.origin for row, one in zip(told, before, strict=True))
+            assert [await receipt(pipeline, partition) for partition in range(PARTITIONS)] == [None, None]
+            code, out, err = await fictl(pipeline, "partitions", "restore")
+            assert (code, out.count("its receipts were lost")) == (0, PARTITIONS), err
+        for load in (*loads, late):
+            await pipeline.assert_whole(load)
+        totals = await pipeline.receipts()
+        assert sum(one.dead_lettered for one in totals) == 1
+        assert sum(one.duplicates for one in totals) == sum(one.duplicates for one in before)
+        assert [now[: len(then)] for now, then in zip(records(pipeline.shards), held, strict=True)] == held
+        report = await audit_store(pipeline.shards, pipeline.supervisor.urls)
+        assert (report.store.ok, report.rewinds) == (True, []), report.store.problems
+        code, out, _ = await fictl(pipeline, "verify", pipeline.shards, "--receipts")
+        assert (code, "receipts were lost by" in out) == (0, True), out
+        code, out, _ = await fictl(pipeline, "partitions", "restore")
+        assert (code, "nothing to do" in out) == (0, True)
+
+
+async def test_what_a_restored_partition_goes_on_from_is_what_its_last_receipt_said(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        await published(pipeline, seed=53)
+        await pipeline.supervisor.stop_stage("persist")
+        await pipeline.supervisor.start_stage("persist")
+        await published(pipeline, seed=54)
+        before = await pipeline.receipts()
+        await pipeline.supervisor.hold_down("persist-0")
+        await delete_receipts(pipeline)
+        await apply(pipeline)
+        code, _, err = await fictl(pipeline, "partitions", "restore")
+        assert code == 0, err
+        for then in before:
+            now = await receipt(pipeline, then.partition)
+            assert now is not None
+            assert now.takeover
+            told = {name: getattr(then, name) for name in ("writer", "node", "trail", "committed_ns", "takeover")}
+            assert msgspec.structs.replace(now, **told) == then
+        code, _, err = await fictl(pipeline, "partitions", "restore", "0")
+        assert (code, "has its receipts" in err) == (1, True), err
+        await pipeline.supervisor.bring_back("persist-0")
+
+
+async def test_a_damaged_shard_must_be_put_right_unless_the_stream_still_has_what_it_held(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads = []
+        for seed in (55, 56):
+            loads.append(await published(pipeline, seed))
+            await pipeline.supervisor.stop_stage("persist")
+            await pipeline.supervisor.start_stage("persist")
+        loads.append(await published(pipeline, seed=57))
+        await pipeline.supervisor.hold_down("persist-0")
+        await delete_receipts(pipeline)
+        await apply(pipeline)
+        shards = list_shards(pipeline.shards)
+        first, newest = shards[0][0].path, shards[1][1].path
+        whole = first.read_bytes()
+        flip(first, first.stat().st_size // 2)
+        flip(newest, newest.stat().st_size // 2)
+        code, out, err = await fictl(pipeline, "partitions", "restore")
+        assert code == 1
+        assert f"put {first} right from a copy" in err
+        assert f"partition 1: {newest}: its bytes are not those that were sealed" in out
+        assert await receipt(pipeline, 0) is None
+        first.write_bytes(whole)
+        code, _, err = await fictl(pipeline, "partitions", "restore")
+        assert code == 0, err
+        await pipeline.supervisor.bring_back("persist-0")
+        for load in loads:
+            await pipeline.assert_whole(load)
+        assert [path.name.split(".h5")[0] for path in (pipeline.shards / ASIDE).glob(f"{newest.name}.*")]
+
+
+async def test_a_partition_of_which_no_store_has_a_shard_is_begun_only_when_told_so(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS), {"persist": 0}) as pipeline:
+        load = Load(workload(seed=58, events=200))
+        await load.publish(pipeline.client)
+        await delete_receipts(pipeline)
+        await apply(pipeline)
+        assert (await pipeline.client.jetstream(timeout=10).stream_info(EVENTS)).state.messages > 0
+        async with extra_stage(pipeline, "persist", "persist-0") as persist:
+            await persist.start()
+            for partition in range(PARTITIONS):
+                await until(said(persist.log_text, partition), "nothing is begun", 60)
+            assert (await fictl(pipeline, "partitions", "restore", "--begin-anew"))[0] == 2
+            for partition in map(str, range(PARTITIONS)):
+                code, _, err = await fictl(pipeline, "partitions", "restore", partition)
+                assert (code, "--begin-anew if none has" in err) == (1, True), err
+                code, _, err = await fictl(pipeline, "partitions", "restore", partition, "--begin-anew")
+                assert code == 0, err
+            await pipeline.assert_whole(load)

@@ -1,0 +1,108 @@
+"""Where a partition goes on by its shards alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from shard_maker import NOW_NS, PartitionMaker, new_store
+
+from cluster.testing.disk import flip
+from contracts.errors import ShardError
+from contracts.events import encode_event
+from contracts.hashing import MerkleFrontier
+from contracts.settings import Settings
+from stages.persist.lost import last_place
+from stages.persist.names import ShardFile, list_shards
+from stages.persist.records import keep_record, record_of
+from stages.persist.resume import BEGINNING, resume_after
+from stages.persist.rewind import Place, begin_at
+from stages.persist.seal import sealed_info
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> PartitionMaker:
+    """A sealed shard, a full live one, and a live one of whose three commits readers were shown two."""
+    maker = PartitionMaker(new_store(tmp_path / "store"), 3)
+    maker.begin()
+    maker.commit(4)
+    maker.seal()
+    maker.begin()
+    maker.commit(3)
+    maker.commit(0)
+    live = maker.begin()
+    maker.commit(2)
+    maker.commit(1)
+    maker.commit(5)
+    live.set_watermark(2)
+    maker.close()
+    return maker
+
+
+def files_of(maker: PartitionMaker) -> list[ShardFile]:
+    return list_shards(maker.store.directory)[3]
+
+
+def tree_of(maker: PartitionMaker, events: int) -> bytes:
+    tree = MerkleFrontier()
+    tree.extend([encode_event(event) for event in maker.events[:events]])
+    return tree.to_bytes()
+
+
+def test_sealed_and_full_shards_count_whole_and_a_live_one_as_far_as_it_was_shown(maker: PartitionMaker) -> None:
+    place, damage = last_place(files_of(maker))
+    assert damage is None
+    assert (place.shard, place.commits, place.tree.size) == (3, 2, 10)
+    assert place.origin == maker.events[9].origin
+    assert place.tree.to_bytes() == tree_of(maker, 10)
+
+
+def test_the_last_shard_may_be_of_any_kind(maker: PartitionMaker) -> None:
+    files_of(maker)[2].path.unlink()
+    place, damage = last_place(files_of(maker))
+    assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 2, 7)
+    files_of(maker)[1].path.unlink()
+    place, damage = last_place(files_of(maker))
+    assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 0, 4)
+    assert last_place([])[0].shard == 1
+
+
+def test_the_totals_are_those_of_the_record_beside_a_sealed_shard_or_of_the_shard(maker: PartitionMaker) -> None:
+    sealed = files_of(maker)[:1]
+    place, _ = last_place(sealed)
+    info = sealed_info(sealed[0].path)
+    point = resume_after(BEGINNING, sealed[0].path)
+    assert (place.duplicates, place.dead_lettered, place.closed) == (0, 0, b"")
+    assert place.tree.to_bytes() == point.frontier
+    keep_record(sealed[0].path, record_of(info, replace(point, duplicates=7, dead_lettered=8, closed=b"memory")))
+    place, _ = last_place(sealed)
+    assert (place.duplicates, place.dead_lettered, place.closed) == (7, 8, b"memory")
+    keep_record(sealed[0].path, replace(record_of(info, replace(point, duplicates=7)), sha256="0" * 64))
+    assert last_place(sealed)[0].duplicates == 0, "the record is of another file"
+
+
+@pytest.mark.parametrize(("damaged", "shard", "events"), [(0, 1, 0), (1, 2, 4), (2, 3, 7)])
+def test_what_is_damaged_ends_it_and_is_named(maker: PartitionMaker, damaged: int, shard: int, events: int) -> None:
+    file = files_of(maker)[damaged]
+    flip(file.path, file.path.stat().st_size // 2 if file.sealed else 64)
+    place, damage = last_place(files_of(maker))
+    assert damage is not None
+    assert (damage.file, place.shard, place.commits, place.tree.size) == (file.path, shard, 0, events)
+
+
+def test_a_missing_shard_ends_it(maker: PartitionMaker) -> None:
+    files_of(maker)[0].path.unlink()
+    place, damage = last_place(files_of(maker))
+    assert damage is not None
+    assert "shard 1 is missing" in damage.why
+    assert (place.origin, place.tree.size) == (0, 0)
+
+
+def test_a_part_that_was_taken_over_from_another_store_is_refused(tmp_path: Path, maker: PartitionMaker) -> None:
+    there = new_store(tmp_path / "there")
+    tree = MerkleFrontier()
+    tree.extend([b"theirs"])
+    begin_at(there, 3, Place(9, 2, 0, tree, 0, 0, b""), Settings(), lambda: NOW_NS)
+    with pytest.raises(ShardError, match="goes on from the shards of another store"):
+        last_place(list_shards(there.directory)[3])
