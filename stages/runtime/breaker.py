@@ -49,7 +49,7 @@ class Breaker:
         self._events_min = settings.dead_events_min
         self._pause_s = settings.breaker_pause_s
         self._window: deque[_Decided] = deque()
-        self._events = 0
+        self._events = self._refused = 0
         self._open_until_s: float | None = None
         self._tries = 0
         self.trips = 0
@@ -93,13 +93,12 @@ class Breaker:
         self._open_until_s = None
         self._tries = 0
         self._window.clear()
-        self._events = 0
+        self._events = self._refused = 0
         return True
 
     def _judge_window(self, passed: int, letters: Sequence[DeadLetter], now_s: float) -> bool:
         self._add(passed, letters)
-        refused = sum(entry.refused for entry in self._window) if letters else 0
-        if self._events < self._events_min or refused <= self._share_max * self._events:
+        if not letters or self._events < self._events_min or self._refused <= self._share_max * self._events:
             return True
         self.trips += 1
         self._open(now_s)
@@ -116,16 +115,18 @@ class Breaker:
             decided = _Decided(passed, refused, Counter(letter.error.reason for letter in letters))
         self._window.append(decided)
         self._events += decided.events
+        self._refused += decided.refused
         while self._events - self._window[0].events >= WINDOW_TO_MIN * self._events_min:
-            self._events -= self._window.popleft().events
+            oldest = self._window.popleft()
+            self._events -= oldest.events
+            self._refused -= oldest.refused
 
     def _open(self, now_s: float) -> None:
         self._open_until_s = now_s + self._pause_s * 2 ** min(self._tries, DOUBLINGS_MAX)
 
     def explain(self, letters: Sequence[DeadLetter]) -> str:
         """Why it opened: the commonest reasons, and an example out of `letters`."""
-        refused = sum(entry.refused for entry in self._window)
         reasons: Counter[str] = sum((entry.reasons for entry in self._window), Counter())
         commonest = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(REASONS_SHOWN_MAX))
         example = f"; for example {letters[0].error}" if letters else ""
-        return f"{refused} of the last {self._events} events would be dead letters ({commonest}){example}"
+        return f"{self._refused} of the last {self._events} events would be dead letters ({commonest}){example}"
