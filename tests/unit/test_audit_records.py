@@ -11,6 +11,7 @@ import h5py
 import msgspec
 import pytest
 from shard_maker import NOW_NS, PartitionMaker, id_text
+from verifying import verify_here
 from witnessed import SIGNER, Witnessed, events_of
 
 from contracts.errors import ShardCorruptError, ShardError
@@ -20,7 +21,7 @@ from contracts.receipts import Receipt, SealRecord, StoreEnd
 from stages.persist.audit import Witnesses, audit_partition, in_force, name_record, repeated
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
 from stages.persist.records import record_path
-from stages.persist.verify import ShardContents, verify_store
+from stages.persist.verify import ShardContents
 
 KEYS = [SIGNER.public_key]
 
@@ -28,7 +29,7 @@ KEYS = [SIGNER.public_key]
 def audit(maker: Witnessed, path: Path, witnesses: Witnesses | None = None, trusted: list[str] = KEYS) -> str:
     """All problems in one text, of the shards at `path` against what `maker` witnessed."""
     shards: list[ShardContents] = []
-    report = verify_store(path, on_shard=shards.append)
+    report = verify_here(path, on_shard=shards.append)
     assert report.ok, report.problems
     found = audit_partition(
         3, shards, witnesses or Witnesses(maker.receipts, (), maker.seals), maker.store, trusted=trusted

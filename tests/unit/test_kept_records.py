@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from shard_maker import PartitionMaker
+from verifying import verify_here
 from witnessed import SIGNER, Witnessed, events_of
 
 from contracts.receipts import SealRecord, encode_receipt
@@ -51,7 +52,7 @@ def rewrite(shard: Path, record: SealRecord) -> None:
 
 
 def told(store: Path, trusted: list[str] = KEYS) -> str:
-    return "\n".join(f"{one.shard}: {one.where}: {one.what}" for one in verify_store(store, trusted=trusted).problems)
+    return "\n".join(f"{one.shard}: {one.where}: {one.what}" for one in verify_here(store, trusted=trusted).problems)
 
 
 def test_an_honest_store_agrees_with_the_records_beside_it(honest: Witnessed) -> None:

@@ -17,6 +17,7 @@ import h5py
 import msgspec
 import pytest
 from shard_maker import PartitionMaker, filled_store
+from verifying import verify_here
 
 from stages.persist import verify as verify_module
 from stages.persist.header import HEADER_BYTES, LiveHeader, SealedHeader, encode_header, read_header
@@ -69,7 +70,7 @@ def reheaded(path: Path, header: LiveHeader | SealedHeader, **changes: Any) -> N
 
 
 def told(store: Path) -> str:
-    return "\n".join(f"{one.shard}: {one.where}: {one.what}" for one in verify_store(store).problems)
+    return "\n".join(f"{one.shard}: {one.where}: {one.what}" for one in verify_here(store).problems)
 
 
 def remade(name: str, change: Callable[[Any], Any] = lambda values: values, **arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import h5py
 import msgspec
 import pytest
 from shard_maker import PartitionMaker, filled_store, id_text, new_store
+from verifying import verify_here
 
 from cluster.testing.disk import flip
 from contracts.budgets import SHARD_READER
@@ -119,7 +120,7 @@ def test_two_swapped_events_are_named(filled: tuple[Path, PartitionMaker]) -> No
         records[3], records[4] = records[4], records[3]
 
     edit_records(shards(path)[0].path, swap)
-    text = told(verify_store(path))
+    text = told(verify_here(path))
     assert f"commit 2, event {id_text(maker.events[3])}: has origin and index" in text
 
 
@@ -130,7 +131,7 @@ def test_records_that_are_no_events_are_named(filled: tuple[Path, PartitionMaker
         records[3] = b"\xc1" + records[3][1:]
 
     edit_records(shards(path)[0].path, spoil)
-    assert "commit 2, event 4 of the shard: is not an event" in told(verify_store(path))
+    assert "commit 2, event 4 of the shard: is not an event" in told(verify_here(path))
 
 
 def test_a_changed_column_is_named(filled: tuple[Path, PartitionMaker]) -> None:
@@ -143,9 +144,9 @@ def test_a_changed_column_is_named(filled: tuple[Path, PartitionMaker]) -> None:
             values[5] ^= 1
             file[name][...] = values
         reseal_size(file_path)
-        assert f"{name}, event {id_text(maker.events[5])}: differs" in told(verify_store(path))
+        assert f"{name}, event {id_text(maker.events[5])}: differs" in told(verify_here(path))
         file_path.write_bytes(before)
-    assert verify_store(path).ok
+    assert verify_here(path).ok
 
 
 def test_a_changed_attribute_of_a_sealed_shard_is_named(filled: tuple[Path, PartitionMaker]) -> None:
@@ -167,9 +168,9 @@ def test_a_changed_attribute_of_a_sealed_shard_is_named(filled: tuple[Path, Part
             value = file.attrs[name]
             file.attrs[name] = f"{value}x" if isinstance(value, str) else value + 1
         reseal_size(sealed)
-        assert f"attribute {name}: is" in told(verify_store(path))
+        assert f"attribute {name}: is" in told(verify_here(path))
         sealed.write_bytes(before)
-    assert verify_store(path).ok
+    assert verify_here(path).ok
 
 
 @pytest.mark.parametrize("name", ["merkle/before", "merkle/after"])
@@ -179,7 +180,7 @@ def test_a_changed_frontier_in_a_sealed_shard_is_found(filled: tuple[Path, Parti
     with h5py.File(sealed, "r+") as file:
         file[name][0, 0] ^= 1
     reseal_size(sealed)
-    assert "the frontiers in the file differ from those in its header" in told(verify_store(path))
+    assert "the frontiers in the file differ from those in its header" in told(verify_here(path))
 
 
 def test_a_header_that_places_an_array_elsewhere_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -191,7 +192,7 @@ def test_a_header_that_places_an_array_elsewhere_is_found(filled: tuple[Path, Pa
     swapped = {**header.areas, one: header.areas[other], other: header.areas[one]}
     body = sealed.read_bytes()[HEADER_BYTES:]
     sealed.write_bytes(encode_header(msgspec.structs.replace(header, areas=swapped)) + body)
-    assert "header: does not place the arrays where they are" in told(verify_store(path))
+    assert "header: does not place the arrays where they are" in told(verify_here(path))
 
 
 def test_a_commit_that_says_another_end_under_a_right_checksum_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -203,7 +204,7 @@ def test_a_commit_that_says_another_end_under_a_right_checksum_is_found(filled: 
         row = row._replace(end_bytes=row.end_bytes + 1)
         file["commits"][0] = row._replace(crc32=row_crc32(row, pack_blob([encode_event(maker.events[0])])))
     reseal_size(sealed)
-    assert f"commit 1, events {id_text(maker.events[0])}: its events do not match" in told(verify_store(path))
+    assert f"commit 1, events {id_text(maker.events[0])}: its events do not match" in told(verify_here(path))
 
 
 def test_a_dropped_event_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -211,7 +212,7 @@ def test_a_dropped_event_is_found(filled: tuple[Path, PartitionMaker]) -> None:
     with h5py.File(shards(path)[0].path, "r+") as file:
         file["records"].resize((int(file["offset"][-2]),))
     reseal_size(shards(path)[0].path)
-    assert "commit 4" in told(verify_store(path))
+    assert "commit 4" in told(verify_here(path))
 
 
 def test_a_flipped_bit_anywhere_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -220,9 +221,9 @@ def test_a_flipped_bit_anywhere_is_found(filled: tuple[Path, PartitionMaker]) ->
     whole = sealed.path.read_bytes()
     for offset in (20, 300, HEADER_BYTES + 9, HEADER_BYTES + 600, len(whole) // 2, len(whole) - 3):
         flip(sealed.path, offset)
-        assert sealed.path.name in told(verify_store(path, shard_timeout_s=20))
+        assert sealed.path.name in told(verify_here(path))
         sealed.path.write_bytes(whole)
-    assert verify_store(path).ok
+    assert verify_here(path).ok
 
 
 def test_a_damaged_chunk_names_the_events_in_it(filled: tuple[Path, PartitionMaker]) -> None:
@@ -231,7 +232,7 @@ def test_a_damaged_chunk_names_the_events_in_it(filled: tuple[Path, PartitionMak
     with h5py.File(sealed.path, "r") as file:
         chunk = file["records"].id.get_chunk_info(0)
     flip(sealed.path, chunk.byte_offset + chunk.size // 2)
-    text = told(verify_store(path))
+    text = told(verify_here(path))
     assert f"commit 1, event {id_text(maker.events[0])}: " in text
     assert f"events {id_text(maker.events[8])} to {id_text(maker.events[27])}" in text
 
@@ -240,7 +241,7 @@ def test_a_damaged_chunk_names_the_events_in_it(filled: tuple[Path, PartitionMak
 def test_a_deleted_shard_is_named(filled: tuple[Path, PartitionMaker], number: int) -> None:
     path, _ = filled
     shards(path)[number].path.unlink()
-    assert f"before it: shard {number + 1} of partition 3 is missing" in told(verify_store(path))
+    assert f"before it: shard {number + 1} of partition 3 is missing" in told(verify_here(path))
 
 
 def test_a_cut_short_or_empty_shard_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -249,7 +250,7 @@ def test_a_cut_short_or_empty_shard_is_found(filled: tuple[Path, PartitionMaker]
         whole = shard.path.read_bytes()
         for size in (0, 100, len(whole) // 2, len(whole) - 1):
             shard.path.write_bytes(whole[:size])
-            assert shard.path.name in told(verify_store(path))
+            assert shard.path.name in told(verify_here(path))
         shard.path.write_bytes(whole)
 
 
@@ -258,7 +259,7 @@ def test_a_changed_live_commit_is_named(filled: tuple[Path, PartitionMaker]) -> 
     live = shards(path)[3].path
     data = live.read_bytes()
     flip(live, data.index(maker.events[-1].payload))
-    assert "commit 2: is empty or fails its checksum, though commits up to 2 were accepted" in told(verify_store(path))
+    assert "commit 2: is empty or fails its checksum, though commits up to 2 were accepted" in told(verify_here(path))
 
 
 def test_a_live_watermark_beyond_its_rows_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -266,10 +267,10 @@ def test_a_live_watermark_beyond_its_rows_is_found(filled: tuple[Path, Partition
     live = shards(path)[3].path
     with h5py.File(live, "r+") as file:
         file["watermark"][0] = 3
-    assert "commit 3: is empty" in told(verify_store(path))
+    assert "commit 3: is empty" in told(verify_here(path))
     with h5py.File(live, "r+") as file:
         file["watermark"][0] = -1
-    assert "watermark: is -1" in told(verify_store(path))
+    assert "watermark: is -1" in told(verify_here(path))
 
 
 def test_a_commit_that_does_not_go_on_from_the_last_is_found(filled: tuple[Path, PartitionMaker]) -> None:
@@ -279,7 +280,7 @@ def test_a_commit_that_does_not_go_on_from_the_last_is_found(filled: tuple[Path,
         rows[2, 3] -= 1
         file["commits"][...] = rows
     reseal_size(shards(path)[0].path)
-    text = told(verify_store(path))
+    text = told(verify_here(path))
     assert "commit 3: goes on from origin" in text
     assert len(rows.tobytes()) == 4 * ROW_BYTES
 
@@ -301,7 +302,7 @@ def test_an_event_id_stored_twice_is_named(tmp_path: Path) -> None:
     )
     live.sync()
     live.set_watermark(1)
-    assert f"event {id_text(first)}: is stored before in this partition" in told(verify_store(tmp_path))
+    assert f"event {id_text(first)}: is stored before in this partition" in told(verify_here(tmp_path))
     maker.close()
 
 
@@ -312,11 +313,11 @@ def test_a_shard_of_another_store_or_name_is_found(tmp_path: Path) -> None:
     filled_store(tmp_path / "b")
     foreign, own = shards(tmp_path / "b")[1].path, shards(tmp_path / "a")[1].path
     own.write_bytes(foreign.read_bytes())
-    assert "belongs to store" in told(verify_store(tmp_path / "a"))
+    assert "belongs to store" in told(verify_here(tmp_path / "a"))
     moved = shards(tmp_path / "b")[3].path
     os.rename(moved, moved.with_name("p004-00000001.live.h5"))
     (tmp_path / "b" / "copy of p003.h5").touch()
-    text = told(verify_store(tmp_path / "b"))
+    text = told(verify_here(tmp_path / "b"))
     assert "but its name says another" in text
     assert "copy of p003.h5: file name: is not the name of a shard" in text
 
