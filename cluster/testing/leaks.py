@@ -85,6 +85,12 @@ def pytest_configure() -> None:
     _undo.append(lambda: setattr(asyncio.Runner, "close", close))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the run: no collection, ours after a test least of all, looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     """Leaves pytest as it was."""
     while _undo:
@@ -245,6 +251,8 @@ def _open() -> Iterator[tuple[int, str]]:
 
 def _describe(target: str) -> str:
     """A descriptor's target, with the port that a listening socket has."""
+    if not target.startswith("socket:["):
+        return target
     inode = target.removeprefix("socket:[").removesuffix("]")
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
