@@ -199,7 +199,7 @@ SHARD_CHECK: Final = _limit(
     120.0, "`fictl verify`, `audit`: one shard's check (--shard-timeout)", "the shard counts as corrupt"
 )
 SHARD_READER: Final = _pause(
-    0.5, "`fictl verify`, `audit`: one process to have read all shards", "a second one is started"
+    1.5, "`fictl verify`, `audit`: one process to have read all shards", "a second one is started"
 )
 DEMO_SILENT: Final = _limit(60.0, "`fictl demo`: any event to become durable", "it fails and says how many are missing")
 
