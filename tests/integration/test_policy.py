@@ -42,10 +42,7 @@ async def forge(pipeline: Pipeline, version: int, data: bytes) -> None:
 
 
 async def in_force(pipeline: Pipeline) -> int:
-    code, answer, err = await fictl(pipeline, "policy", "show")
-    assert code == 0, err
-    version: int = answer["in_force"]
-    return version
+    return (await read_versions(pipeline.api, lambda done, total: None, only_in_force=True)).in_force.version
 
 
 async def versions_of(pipeline: Pipeline, load: Load) -> dict[int, list[int]]:

@@ -47,28 +47,29 @@ ROOT = Path(__file__).resolve().parents[2]
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
+@pytest.fixture(scope="module")
 def sources() -> dict[Path, ast.Module]:
     paths = (path for package in ("stages", "cluster") for path in (ROOT / package).rglob("*.py"))
     return {path: ast.parse(path.read_text()) for path in paths}
 
 
-def test_every_instrument_of_the_catalogue_is_used_in_the_code() -> None:
+def test_every_instrument_of_the_catalogue_is_used_in_the_code(sources: dict[Path, ast.Module]) -> None:
     constants = {name: value for name, value in vars(catalogue).items() if isinstance(value, Instrument)}
     assert {what.name for what in (*constants.values(), *STAGE_LATENCY.values())} == set(CATALOGUE)
     used = {
         node.id
-        for tree in sources().values()
+        for tree in sources.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }
     assert {*constants, "STAGE_LATENCY"} - used == set()
 
 
-def test_instruments_are_made_from_the_catalogue_alone() -> None:
+def test_instruments_are_made_from_the_catalogue_alone(sources: dict[Path, ast.Module]) -> None:
     makers = re.compile(r"create_(observable_)?(counter|gauge|histogram|up_down_counter)")
     made = {
         path.name
-        for path, tree in sources().items()
+        for path, tree in sources.items()
         for node in ast.walk(tree)
         if (isinstance(node, ast.Attribute) and makers.fullmatch(node.attr))
         or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Instrument")

@@ -261,7 +261,7 @@ def test_a_killed_appender_loses_no_acknowledged_commit_and_tears_none(maker: Pa
     path = live.path
     maker.close()
     rng = random.Random(7)
-    for round_number in range(20):
+    for round_number in range(8):
         arguments = [sys.executable, "-c", APPENDER, str(path), str(round_number)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
