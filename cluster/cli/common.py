@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
@@ -243,12 +243,14 @@ def login_place() -> str:
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Runs `work` to its end in an event loop of its own; Ctrl-C cancels it and raises `KeyboardInterrupt`."""
     make_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if sys.platform != "win32":
-        import uvloop
+    # A Ctrl-C may come before the loop takes `work` up, which must not be told of then.
+    with closing(work):
+        if sys.platform != "win32":
+            import uvloop
 
-        make_loop = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=make_loop) as runner:
-        return runner.run(work)
+            make_loop = uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=make_loop) as runner:
+            return runner.run(work)
 
 
 def print_json(value: Any) -> None:

@@ -337,3 +337,21 @@ def test_a_process_loads_the_module_of_its_own_verb_and_of_no_other() -> None:
         "print(*sorted(name for name in sys.modules if name.startswith('cluster.cli.')))"
     )
     assert in_fresh_interpreter(code).split() == ["2", "cluster.cli.common", "cluster.cli.run"]
+
+
+@pytest.mark.parametrize("loading", ["contextlib", "typer", "cluster.cli.status", "uvloop"])
+def test_ctrl_c_while_a_verb_is_loaded_ends_it_without_a_word(loading: str) -> None:
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *given):\n"
+        f"        if name == {loading!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.modules.pop({loading!r}, None)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        # What runs the tests in the background may have it ignored; a person's shell does not.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['fictl', 'status', '--nats', 'nats://127.0.0.1:9']\n"
+        "runpy.run_module('cluster', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
