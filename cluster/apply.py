@@ -30,6 +30,7 @@ from contracts.events import format_rfc3339
 from contracts.frames import decode_frame_head
 from contracts.receipts import decode_receipt
 from contracts.settings import Settings
+from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.facts import META_CLUSTER_ID, META_PARTITIONS, META_RECEIPTS_LOST
@@ -290,10 +291,10 @@ class _Applier:
             except (NatsTimeoutError, NoRespondersError, APIError) as error:
                 if isinstance(error, APIError) and not _passing(error):
                     raise
+                if isinstance(error, DeniedError):
+                    raise unavailable("the streams", error) from error
                 if time.monotonic() > self._deadline:
-                    raise ClusterUnavailableError(
-                        f"the cluster could not do it within {self._wait_s:.0f} s ({error}); see `fictl cluster status`"
-                    ) from error
+                    raise unavailable(f"the cluster could not do it within {self._wait_s:.0f} s", error) from error
             await self._pause()
 
     async def _pause(self) -> None:

@@ -32,6 +32,7 @@ from contracts.telemetry import (
     HEADER_MSG_ID,
     HEADER_TRACEPARENT,
 )
+from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import ApiError
 from stages.runtime.client import GuardedClient
 from stages.runtime.telemetry import OFF, Telemetry
@@ -166,6 +167,7 @@ class Gateway:
             TopologyError: the subject is another stream's.
             ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
                 Publish it again with the same id before anything else of its consultation.
+            AccessDeniedError: the connection's user may not publish there; it is not stored by this try.
         """
         if len(event_bytes) > self.message_bytes_max:
             raise RefusedError(f"{len(event_bytes)} bytes are too large for one message of {self.message_bytes_max}")
@@ -222,6 +224,8 @@ class Gateway:
             raise ClusterUnavailableError("the connection was closed; publish again to be sure") from error
         except MaxPayloadError as error:
             raise RefusedError(f"{len(body)} bytes are more than the server's max_payload takes") from error
+        except DeniedError as error:
+            raise unavailable(subject, error) from error
         except NoRespondersError as error:
             self._probe.sent(begun_s, type(error).__name__)
             return _Failure.NOT_STORED

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from contracts.budgets import COMMAND_ANSWER, MEMBERS_POLL, PAUSE_PUT
-from contracts.errors import ClusterUnavailableError
+from contracts.errors import AccessDeniedError, ClusterUnavailableError
 from contracts.membership import Member, Pause, decode_pause, shares
 from contracts.receipts import Receipt
 from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
@@ -211,15 +211,16 @@ async def keep_looking(look_once: Callable[[], Awaitable[T]], settled: Callable[
     A look that fails is none: a server that is asked may be frozen, or a leader just being elected.
 
     Raises:
-        ClusterUnavailableError: nothing was seen at all, in that time and for `COMMAND_ANSWER`.
+        ClusterUnavailableError: nothing was seen at all, in that time and for `COMMAND_ANSWER`, or a server refuses.
     """
     begun_s = time.monotonic()
     seen: T | None = None
     while True:
         try:
             seen = await look_once()
-        except ClusterUnavailableError:
-            if seen is None and time.monotonic() - begun_s > max(limit_s, COMMAND_ANSWER.s):
+        except ClusterUnavailableError as error:
+            patience_s = 0.0 if isinstance(error, AccessDeniedError) else max(limit_s, COMMAND_ANSWER.s)
+            if seen is None and time.monotonic() - begun_s > patience_s:
                 raise
         else:
             if settled(seen):

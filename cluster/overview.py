@@ -152,10 +152,8 @@ class Looker:
         processes = found.get("processes")
         return Overview(
             at_ns=time.time_ns(),
-            servers=tuple(
-                msgspec.structs.replace(server, url=hide_credentials(server.url))
-                for server in found.get("servers") or (ServerStatus(url=url, reachable=False) for url in self._urls)
-            ),
+            servers=found.get("servers")
+            or tuple(ServerStatus(url=hide_credentials(url), reachable=False) for url in self._urls),
             metrics_s=0.0 if processes is None else processes[0],
             processes=None if processes is None else processes[1],
             disk=found.get("disk"),
@@ -188,7 +186,7 @@ class Looker:
         if facts is None:
             unread.append(problem)
             return fields
-        api = Api(client, Settings())
+        api = Api(client, Settings(), give_up_s=limit_s)
         unreadable = {stream.name for stream in streams if stream.problem or not _has_leader(stream)}
         keys = {stream.name: _state_key(stream) for stream in streams}
         limit = asyncio.Semaphore(READS_AT_ONCE)

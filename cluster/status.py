@@ -9,10 +9,14 @@ import msgspec
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import StreamInfo
+from nats.js.errors import APIError
 
 from contracts import subjects
 from contracts.budgets import STATUS_ANSWER
 from contracts.errors import TopologyError
+from contracts.settings import hide_credentials
+from stages.runtime.answers import step_after, why_silent
+from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import server_name
 from stages.runtime.facts import ClusterFacts, facts_from_metadata
@@ -20,7 +24,7 @@ from stages.runtime.tasks import side_by_side
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One server. `name` is empty when it does not answer."""
+    """One server. `name` is empty when it does not answer; `url` is without credentials."""
 
     url: str
     reachable: bool
@@ -42,6 +46,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: its name.
         problem: why nothing is known about it, else empty; all numbers are 0 then.
+        next: what to do about that, where more than silence was met; else empty.
         messages, bytes, first_seq, last_seq: what it holds.
         bytes_max: its limit; a stream that reaches it refuses.
         used: bytes / bytes_max, 0 to 1.
@@ -51,6 +56,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     problem: str = ""
+    next: str = ""
     messages: int = 0
     bytes: int = 0
     first_seq: int = 0
@@ -108,20 +114,22 @@ async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ..
         except TopologyError as error:
             problem = str(error)
     else:
-        problem = f"{subjects.EVENTS}: {events}"
+        problem = f"{subjects.EVENTS}: {why_silent(events)}"
     return tuple(_stream(name, info) for name, info in infos.items()), facts, problem
 
 
-async def _info(jetstream: JetStreamContext, name: str) -> StreamInfo | str:
+async def _info(jetstream: JetStreamContext, name: str) -> StreamInfo | NatsError:
     try:
         return await jetstream.stream_info(name)
     except NatsError as error:
-        return str(error)
+        return error
 
 
-def _stream(name: str, info: StreamInfo | str) -> StreamStatus:
-    if isinstance(info, str):
-        return StreamStatus(name=name, problem=info)
+def _stream(name: str, info: StreamInfo | NatsError) -> StreamStatus:
+    if isinstance(info, NatsError):
+        missing = isinstance(info, APIError) and info.err_code == NO_STREAM
+        step = "`fictl cluster apply` makes what is missing" if missing else step_after(info)
+        return StreamStatus(name=name, problem=why_silent(info), next=step)
     limit = info.config.max_bytes or 0
     cluster = info.cluster
     return StreamStatus(
@@ -145,4 +153,4 @@ def _stream(name: str, info: StreamInfo | str) -> StreamStatus:
 async def _server(url: str) -> ServerStatus:
     """A server is reachable when it greets: it does so before any login."""
     name = await server_name(url)
-    return ServerStatus(url=url, reachable=False) if name is None else ServerStatus(url=url, reachable=True, name=name)
+    return ServerStatus(url=hide_credentials(url), reachable=name is not None, name=name or "")

@@ -88,20 +88,19 @@ def _streams(summary: Summary) -> Iterator[Problem]:
     if not summary.cluster and not silent_events:
         why = "; ".join(summary.unread) or "its facts cannot be read"
         yield Problem(urgency=1, kind="no_facts", what=why, next="`fictl cluster status`, or `fictl cluster apply`")
-    silent: dict[str, list[str]] = {}
+    # What is denied is told in other words for each stream, and with the same next step.
+    silent: dict[str, list[StreamSummary]] = {}
     for stream in summary.streams:
-        status = stream.status
         if _is_silent(stream):
-            silent.setdefault(status.problem or "has no leader", []).append(status.name)
-    for why, names in silent.items():
+            silent.setdefault(stream.status.next or stream.status.problem, []).append(stream)
+    for group in silent.values():
+        names, first = [stream.status.name for stream in group], group[0].status
+        why, step = first.problem or "has no leader", first.next or "bring back a majority of the servers"
         answering = sum(server.reachable for server in summary.servers)
         told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
-        what = (
-            f"{told}: {why} ({answering} of {len(summary.servers)} servers answer): "
-            f"{'nothing is accepted' if EVENTS in names else 'what needs it waits'}"
-        )
+        effect = "nothing is accepted" if EVENTS in names else "what needs it waits"
+        what = f"{told}: {why} ({answering} of {len(summary.servers)} servers answer): {effect}"
         urgency = 1 if EVENTS in names else 2
-        step = "`fictl cluster apply` makes them" if "not found" in why else "bring back a majority of the servers"
         yield Problem(urgency=urgency, kind="no_leader", what=what, next=step)
     for stream in summary.streams:
         status = stream.status

@@ -94,6 +94,10 @@ class ClusterUnavailableError(UnknownOutcomeError):
     """No server answers, or the cluster has no leader now."""
 
 
+class AccessDeniedError(ClusterUnavailableError):
+    """A server does not let the URL's user do what is needed: it did not happen, and waiting does not help."""
+
+
 class ShardError(DefiniteError):
     """A shard file cannot be used. Names the file and what to do."""
 

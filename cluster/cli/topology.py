@@ -149,4 +149,5 @@ def _show_status(found: ClusterStatus) -> None:
         facts = found.facts
         screen.print(f"cluster {facts.cluster_id}: {facts.partitions} partitions by {facts.partition_by}")
     if not found.healthy:
-        say(f"not ready{f': {found.problem}' if found.problem else ''}; see the table, or `fictl cluster apply`")
+        step = next((stream.next for stream in found.streams if stream.next), "see the table, or `fictl cluster apply`")
+        say(f"not ready{f': {found.problem}' if found.problem else ''}; {step}")

@@ -1,6 +1,7 @@
 """Requests that wait for their answers, under one timer: one each took an eighth of what a gateway spends on an event.
 
 Nearly all are answered long before their time, and then the timer has nothing to do but to look when the next is due.
+What is said of one that got no answer, and the next step, is here too.
 """
 
 from __future__ import annotations
@@ -10,29 +11,80 @@ import math
 from typing import Final
 
 from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js.errors import APIError
+
+from contracts.errors import AccessDeniedError, ClusterUnavailableError
 
 _ROUNDING: Final = 0.001
 """Seconds by which a timer may be early: uvloop counts milliseconds."""
+_NO_JETSTREAM: Final = frozenset({10039, 10076})
+
+
+class DeniedError(NatsTimeoutError):
+    """A server does not let this user ask that, or hear the answer: there will be none.
+
+    Args:
+        words: the server's.
+    """
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self._words = words
+
+    def __str__(self) -> str:
+        return f"a server refuses: {self._words}"
+
+
+def why_silent(met: object) -> str:
+    """In words, what a request met that got no answer to go on with: an exception, or the error part of an answer."""
+    code, words = getattr(met, "err_code", None), getattr(met, "description", None)
+    if code is not None and words:
+        return f"{words} ({code})"
+    if isinstance(met, DeniedError):
+        return str(met)
+    if isinstance(met, (NoRespondersError, APIError)):
+        return "no JetStream answers there"
+    return f"no answer ({type(met).__name__})"
+
+
+def step_after(met: object) -> str:
+    """The next step where `met`, as for `why_silent`, says more than that nobody answers now; else empty."""
+    if isinstance(met, DeniedError):
+        return "let the URL's user do that, or take another user"
+    if getattr(met, "err_code", None) in _NO_JETSTREAM:
+        return "enable JetStream for the account of the URL's user, or take another user"
+    return ""
+
+
+def unavailable(what: str, met: object) -> ClusterUnavailableError:
+    """The error for `what` nobody answered; `met` as for `why_silent`, None where that is not known."""
+    why = "" if met is None else f": {why_silent(met)}"
+    kind = AccessDeniedError if isinstance(met, DeniedError) else ClusterUnavailableError
+    return kind(f"{what}{why}; {step_after(met) or 'see `fictl cluster status`'}")
 
 
 class Answers:
     """By a token: the future of each answer, and when it fails for want of one. All on one event loop."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[float, asyncio.Future[Msg]]] = {}
+        self._waiting: dict[str, tuple[float, asyncio.Future[Msg], str]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def expect(self, token: str, timeout: float) -> asyncio.Future[Msg]:
-        """What the answer is awaited with; it fails with `nats.errors.TimeoutError` after `timeout` seconds."""
+    def expect(self, token: str, timeout: float, subject: str = "") -> asyncio.Future[Msg]:
+        """What the answer is awaited with; it fails with `nats.errors.TimeoutError` after `timeout` seconds.
+
+        `subject` is what `deny` knows it by.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Msg] = loop.create_future()
         due = loop.time() + timeout
-        self._waiting[token] = due, answer
+        self._waiting[token] = due, answer, subject
         if due < self._timer_due:
             self._arm(loop, due)
         return answer
@@ -46,6 +98,12 @@ class Answers:
         found = self._waiting.get(token)
         return None if found is None or found[1].done() else found[1]
 
+    def deny(self, words: str, subject: str | None) -> None:
+        """Those asked on `subject`, in lower case, fail with `DeniedError`; None: all."""
+        for _, answer, asked in self._waiting.values():
+            if not answer.done() and subject in (None, asked.lower()):
+                answer.set_exception(DeniedError(words))
+
     def _arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -56,7 +114,7 @@ class Answers:
         self._timer, self._timer_due = None, math.inf
         now = loop.time() + _ROUNDING
         next_due = math.inf
-        for due, answer in self._waiting.values():
+        for due, answer, _ in self._waiting.values():
             if answer.done():
                 continue
             if due <= now:

@@ -23,11 +23,12 @@ from nats.errors import ConnectionClosedError, OutboundBufferLimitError, Timeout
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CIRCUIT_PAUSE_MAX, CIRCUIT_PAUSE_MIN, STREAM_REMADE
-from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
+from contracts.errors import AccessDeniedError, ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
 from contracts.subjects import HOPS, MEMBERS
 from contracts.telemetry import CIRCUIT_TRIPS
+from stages.runtime.answers import DeniedError, unavailable, why_silent
 from stages.runtime.circuit import Circuit, Gate
 from stages.runtime.client import GuardedClient, parse_headers
 from stages.runtime.messages import StoredMessage
@@ -111,6 +112,7 @@ class Api:
         self.telemetry = telemetry
         self.jitter = jitter
         self._gates: dict[str, Gate] = {}
+        self._met: dict[str, object] = {}
 
     def gate(self, stream: str) -> Gate:
         """The circuit before `stream`, where its next try waits."""
@@ -144,16 +146,23 @@ class Api:
             async with asyncio.timeout(self._give_up_s):
                 yield
         except builtins.TimeoutError:
-            raise ClusterUnavailableError(
-                f"{stream} does not answer within {self._give_up_s:g} s; see `fictl cluster status`"
-            ) from None
+            raise unavailable(f"{stream} does not answer within {self._give_up_s:g} s", self._met.get(stream)) from None
+
+    def end_if_denied(self, what: str, error: Exception) -> None:
+        """Raises `AccessDeniedError` about `what` if `error` is a server's refusal and this gives up some time.
+
+        A stage asks on, and shows it at /readyz: permissions can be changed while it runs.
+        """
+        if isinstance(error, DeniedError) and self._give_up_s is not None:
+            raise unavailable(what, error) from error
 
     async def request(self, stream: str, subject: str, body: bytes) -> bytes:
         """One request about `stream`, repeated until something answers. Only for what may safely be repeated.
 
         Raises:
             RequestRefusedError: the API answered with an error that waiting does not cure.
-            ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`.
+            ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`. With `give_up_s`
+                also at once where a server refuses.
         """
         loop = asyncio.get_running_loop()
         missing_s: float | None = None
@@ -172,7 +181,7 @@ class Api:
     async def _try(self, stream: str, subject: str, body: bytes) -> tuple[bytes | None, ApiError | None]:
         """One request, once, when its turn has come: answer and error in it; None when nobody answered.
 
-        Raises as `request` when the connection was closed.
+        Raises as `request` when the connection was closed, or a server refuses what is given up some time.
         """
         gate = self.gate(stream)
         begun_s = await gate.turn()
@@ -181,11 +190,14 @@ class Api:
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed") from error
         except (TimeoutError, OutboundBufferLimitError, NatsError) as error:
-            gate.failed(begun_s, f"no answer ({type(error).__name__})")
+            gate.failed(begun_s, why_silent(error))
+            self._met[stream] = error
+            self.end_if_denied(stream, error)
             return None, None
         error_part = _answer_decoder.decode(answer.data).error
         if error_part is not None and error_part.code in NOT_NOW:
             gate.failed(begun_s, f"{subject}: {error_part}")
+            self._met[stream] = error_part
         else:
             gate.answered()
         return answer.data, error_part
@@ -253,14 +265,15 @@ class Api:
             while True:
                 try:
                     return await self._last_messages(stream, patterns)
-                except ClusterUnavailableError:
-                    if self._give_up_s is None:
+                except ClusterUnavailableError as error:
+                    if self._give_up_s is None or isinstance(error, AccessDeniedError):
                         raise
                 await self.pause()
 
     async def _last_messages(self, stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
         """`last_messages`, asked once."""
         answers: asyncio.Queue[Msg] = asyncio.Queue()
+        subject = f"$JS.API.DIRECT.GET.{stream}"
         inbox = self.client.new_inbox()
         found: dict[str, StoredMessage] = {}
         try:
@@ -268,7 +281,7 @@ class Api:
             subscription = await self.client.subscribe(inbox, cb=answers.put)
             try:
                 body = msgspec.json.encode({"multi_last": patterns})
-                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=inbox)
+                await self.client.publish(subject, body, reply=inbox)
                 async with asyncio.timeout(self.settings.api_timeout_s):
                     while _STATUS not in (headers := (answer := await answers.get()).headers or {}):
                         message = _direct(answer.data, headers)
@@ -276,9 +289,7 @@ class Api:
             finally:
                 await subscription.unsubscribe()
         except (builtins.TimeoutError, NatsError) as error:
-            raise ClusterUnavailableError(
-                f"{stream} does not answer ({error!r}); see `fictl cluster status`"
-            ) from error
+            raise unavailable(stream, self.client.denial(subject) or error) from error
         if headers[_STATUS] not in (_END_OF_ANSWERS, _NOTHING_FOUND):
             raise ClusterUnavailableError(f"{stream} cannot be read now: {headers}; see `fictl cluster status`")
         return found

@@ -26,7 +26,7 @@ from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersEr
 from nats.errors import Error as NatsError
 
 from contracts.budgets import TROUBLE_COUNTS
-from stages.runtime.answers import Answers
+from stages.runtime.answers import Answers, DeniedError
 from stages.runtime.parser import Sink, SinkParser
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ _QUOTED: Final = "' \r\n"
 _FEW: Final = 4
 _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
+_DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
+_REFUSES: Final = "a server refuses: "
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 TOLD_MAX: Final = 8
 """Troubles in a row that are told: their words may hold names that are new each time."""
@@ -86,6 +88,7 @@ class GuardedClient(Client):
         self.sinks: dict[bytes, Sink] = {}
         self._tokens = count(1)
         self._request_inbox = ""
+        self._request_id = 0
         self._answers = Answers()
         self._will_depart = False
         self._trouble = ""
@@ -108,6 +111,11 @@ class GuardedClient(Client):
             log.warning("%s", text)
             self._told.add(text)
         self._trouble, self._trouble_s = text, asyncio.get_running_loop().time()
+
+    def denial(self, subject: str) -> DeniedError | None:
+        """What a server said last, if that was lately and against publishing to `subject`."""
+        _, refuses, words = self.trouble.partition(_REFUSES)
+        return DeniedError(words) if refuses and f'"{subject.lower()}"' in words else None
 
     def forget_trouble(self) -> None:
         """The connection is new."""
@@ -138,9 +146,9 @@ class GuardedClient(Client):
         super()._remove_sub(sid, max_msgs)
 
     async def _init_request_sub(self) -> None:
-        self._request_inbox = f"{self.new_inbox()}."
+        self._request_inbox = self._request_inbox or f"{self.new_inbox()}."
         self._resp_sub_prefix = bytearray(self._request_inbox.encode())
-        await self.subscribe_sink(f"{self._request_inbox}*", self._answered)
+        self._request_id = (await self.subscribe_sink(f"{self._request_inbox}*", self._answered))._id
 
     def _answered(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
         token = subject[len(self._request_inbox) :].decode(errors="replace")
@@ -159,16 +167,16 @@ class GuardedClient(Client):
         """As nats-py's, in one step, and a cancellation that comes together with the answer is not swallowed.
 
         (`asyncio.wait_for` of Python 3.11 does that: a task told to end would go on.) `old_style` is not heeded: an
-        inbox for each request has no use here.
+        inbox for each request has no use here. Raises `DeniedError` at once where a server says that it refuses.
         """
         if self.is_draining_pubs:
             raise ConnectionDrainingError
-        if not self._request_inbox:
+        if not self._request_id:
             await self._init_request_sub()
         # Unique among this connection's requests; the inbox before it is unique among connections.
         token = str(next(self._tokens))
         reply = self._request_inbox + token
-        answer = self._answers.expect(token, timeout)
+        answer = self._answers.expect(token, timeout, subject)
         try:
             if not self._send_soon(subject, payload, reply, headers):
                 await super().publish(subject, payload, reply, headers)
@@ -265,7 +273,16 @@ class GuardedClient(Client):
             return parse_headers(headers)
 
     async def _process_err(self, err_msg: str) -> None:
-        self.note_trouble(f"a server refuses: {words_of(err_msg)}")
+        words = words_of(err_msg)
+        self.note_trouble(f"{_REFUSES}{words}")
+        denied = _DENIED(words)
+        if denied is not None and denied[1] == "publish":
+            self._answers.deny(words, denied[2])
+        elif denied is not None and denied[2] == f"{self._request_inbox}*".lower():
+            # The next request subscribes again: permissions may be changed while we are connected.
+            self._remove_sub(self._request_id)
+            self._request_id = 0
+            self._answers.deny(words, None)
         await super()._process_err(err_msg)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:

@@ -12,8 +12,9 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from contracts.budgets import FACTS_PAUSE, FACTS_REQUEST, FIRST_FACTS
-from contracts.errors import ClusterUnavailableError, TopologyError
+from contracts.errors import TopologyError
 from contracts.subjects import EVENTS, PartitionBy
+from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
 
@@ -70,7 +71,7 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
 
     Raises:
         TopologyError: there is no `FI_EVENTS`, or it does not say how it is partitioned.
-        ClusterUnavailableError: nobody answered within `wait_s`.
+        ClusterUnavailableError: nobody answered within `wait_s`, or a server refuses to.
     """
     jetstream = client.jetstream(timeout=FACTS_REQUEST.s)
     now_s = asyncio.get_running_loop().time
@@ -81,10 +82,10 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
         except NatsError as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
                 raise TopologyError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
+            if isinstance(error, DeniedError):
+                raise unavailable(EVENTS, error) from error
             if now_s() > deadline_s:
-                raise ClusterUnavailableError(
-                    f"no leader of {EVENTS} answered within {wait_s:.0f} s ({error!r}); see `fictl cluster status`"
-                ) from error
+                raise unavailable(f"no leader of {EVENTS} answered within {wait_s:.0f} s", error) from error
             await asyncio.sleep(FACTS_PAUSE.s)
         else:
             return facts_from_metadata(info.config.metadata)

@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 
 from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, TopologyError
 from contracts.telemetry import HEADER_EXPECTED_LAST_SUBJECT_SEQ, HEADER_EXPECTED_STREAM, HEADER_MSG_ID
+from stages.runtime.answers import why_silent
 from stages.runtime.api import NOT_NOW, Api, ApiError
 from stages.runtime.messages import StoredMessage
 
@@ -133,7 +134,7 @@ class FencedWriter:
             FencedError: the subject's last message is not the one this writer knows.
             TopologyError: the subject belongs to another stream.
             DefiniteError: it can never be stored, e.g. too large.
-            ClusterUnavailableError: the connection was closed.
+            ClusterUnavailableError: the connection was closed, or as `Api.end_if_denied`.
         """
         fixed = {
             **(headers or {}),
@@ -168,7 +169,8 @@ class FencedWriter:
             ) from error
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
-            self._gate.failed(turn_s, f"no answer ({type(error).__name__})")
+            self._gate.failed(turn_s, why_silent(error))
+            self._api.end_if_denied(self._subject, error)
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None

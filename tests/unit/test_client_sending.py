@@ -52,7 +52,7 @@ class Connected(GuardedClient):
         self._status = self.CONNECTED
         self._max_payload = 1024 * 1024
         self._flush_queue: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
-        self._request_inbox = INBOX
+        self._request_inbox, self._request_id = INBOX, 1
         self.asked = 0
 
     @property

@@ -110,6 +110,9 @@ class SimClient(GuardedClient):
         """Largest message, in bytes."""
         return PAYLOAD_BYTES_MAX
 
+    def denial(self, subject: str) -> None:
+        """Everybody may do everything."""
+
     def new_inbox(self) -> str:
         """A subject nobody else has."""
         self._inboxes += 1

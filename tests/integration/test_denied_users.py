@@ -1,0 +1,153 @@
+"""Who may not do what a command or stage needs is told what is denied and the next step, not to mend the servers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import pytest_asyncio
+from commands import run_fictl
+from nats.errors import Error as NatsError
+from pipeline import until
+
+from cluster.nodes import find_nats_server
+from cluster.ports import HeldPorts
+from cluster.workload import consultations
+from stages.runtime.connection import connect
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+LIMIT_S = 60.0
+DENIED = "publish: { deny: [%s] }"
+UNHEARD = 'subscribe: { deny: "_INBOX.>" }'
+NO_API = DENIED % '"$JS.API.>"'
+NO_READS = DENIED % '"$JS.API.STREAM.MSG.>", "$JS.API.DIRECT.>", "$KV.>"'
+NO_EVENTS = DENIED % '"fi.>"'
+STEP = "let the URL's user do that, or take another user"
+
+
+class Server(NamedTuple):
+    """One server whose users may do different things; `process` is to be ended by whoever started it."""
+
+    process: asyncio.subprocess.Process
+    port: int
+    config: Path
+
+    def url(self, user: str) -> str:
+        return f"nats://{user}:x@127.0.0.1:{self.port}"
+
+    def allow(self, permissions: str) -> None:
+        """Gives the user `changed` these permissions."""
+        users = {"full": "", "api": NO_API, "inbox": UNHEARD, "reads": NO_READS, "events": NO_EVENTS}
+        lines = [
+            f"{{ user: {name}, password: x, permissions: {{ {given} }} }}"
+            for name, given in {**users, "changed": permissions}.items()
+        ]
+        self.config.write_text(
+            f'port: {self.port}\njetstream {{ store_dir: "{self.config.parent}/js" }}\n'
+            f"accounts {{\n A {{ jetstream: enabled, users: [{', '.join(lines)}] }}\n"
+            " B { users: [{ user: bare, password: x }] }\n}\n"
+        )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    """With the streams of an empty pipeline."""
+    config = tmp_path_factory.mktemp("denied") / "server.conf"
+    with HeldPorts() as held:
+        (port,) = held.take(1)
+        Server(None, port, config).allow(NO_API)  # type: ignore[arg-type]
+        process = await asyncio.create_subprocess_exec(
+            find_nats_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL
+        )
+    try:
+        server = Server(process, port, config)
+        settings = ("--set", "replicas=1", "--set", "partitions=2")
+        made = await run_fictl("cluster", "apply", "--nats", server.url("full"), *settings)
+        assert made.code == 0, made.err
+        yield server
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Path:
+    file = tmp_path / "events.ndjson"
+    file.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in consultations(seed=5, events=3)))
+    return file
+
+
+VERBS = {
+    "members": ("members",),
+    "pause": ("pause", "hash"),
+    "policy": ("policy", "set", "closed_remembered=9"),
+    "letters": ("dlq", "ls"),
+    "apply": ("cluster", "apply", "--set", "replicas=1"),
+    "look": ("cluster", "status"),
+    "status": ("status",),
+    "run": ("run", "hash", "--name", "h"),
+}
+CASES = [
+    *(("api", verb, '"$js.api.stream.') for verb in ("members", "letters", "apply", "look", "status", "run")),
+    *(("inbox", verb, 'subscription to "_inbox.') for verb in ("apply", "publish")),
+    *(("reads", verb, '"$js.api.stream.msg.get.') for verb in ("letters", "pause", "status")),
+    ("reads", "members", '"$js.api.direct.get.kv_fi_members"'),
+    ("reads", "policy", '"$kv.fi_control.policy.2"'),
+    ("events", "publish", '"fi.events.'),
+]
+
+
+@pytest.mark.parametrize(("user", "verb", "what"), CASES)
+async def test_what_is_denied_is_named_with_the_next_step(
+    server: Server, events: Path, user: str, verb: str, what: str
+) -> None:
+    arguments = VERBS.get(verb, ("publish", str(events)))
+    ran = await run_fictl(*arguments, "--nats", server.url(user))
+    told = " ".join((ran.out + ran.err).split())
+    assert ran.code == 3, told
+    assert "a server refuses: permissions violation for " in told
+    assert what in told
+    assert STEP in told
+    assert "majority" not in told
+    assert f"{user}:x" not in told
+
+
+@pytest.mark.parametrize("verb", ["members", "look", "status"])
+async def test_an_account_without_jetstream_is_called_that(server: Server, events: Path, verb: str) -> None:
+    arguments = VERBS.get(verb, ("publish", str(events)))
+    ran = await run_fictl(*arguments, "--nats", server.url("bare"))
+    told = " ".join((ran.out + ran.err).split())
+    assert ran.code == 3, told
+    assert "JetStream not enabled for account (10039)" in told
+    assert "enable JetStream for the account of the URL's user" in told
+    assert "majority" not in told
+
+
+async def test_a_client_whose_permissions_are_mended_is_answered_by_the_connection_it_has(server: Server) -> None:
+    server.allow(UNHEARD)
+    server.process.send_signal(signal.SIGHUP)
+    client = await connect([server.url("changed")], "changed")
+    try:
+
+        async def answers() -> bool:
+            try:
+                return bool((await client.request("$JS.API.INFO", b"", timeout=1)).data)
+            except NatsError as error:
+                told.append(str(error))
+                return False
+
+        told: list[str] = []
+        assert not await answers()
+        server.allow("")
+        server.process.send_signal(signal.SIGHUP)
+        await until(answers, "the client is answered", LIMIT_S)
+        assert "permissions violation for subscription" in told[0]
+        assert len(client._subs) == 1
+    finally:
+        await client.close()
