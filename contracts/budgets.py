@@ -114,6 +114,9 @@ HEALTH_ANSWER: Final = _limit(
     4.0, "`fictl health`: a process to answer, which takes little more than HEALTH_ASK", "it counts as frozen"
 )
 OTLP_REQUEST: Final = _limit(2.0, "an export: the collector to take it", "it is dropped; the next holds its sums")
+OTLP_ANSWER: Final = _limit(
+    10.0, "an export: the collector's answers, however they drip in", "the log says so; it goes on once they end"
+)
 OTLP_CLOSE: Final = _limit(4.0, "an ending process: its last export", "it ends without")
 
 # Servers and stage processes of a supervisor.

@@ -1,8 +1,8 @@
 """Export by OTLP over HTTP, in a thread of its own.
 
 Always true: the pipeline never waits for the collector. What waits is bounded (`tracing.WAITING_MAX` spans; sums
-take no room), each request has a time limit, and so has the end. A collector that does not answer is told of once in
-the log, and once more when it answers again.
+take no room), each request has a time limit, and so has the end. A collector that does not take what it is sent is
+told of once in the log, with the reason, and once more when it takes it again.
 """
 
 from __future__ import annotations
@@ -11,20 +11,45 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 
-from contracts.budgets import OTLP_CLOSE, OTLP_REQUEST
+from contracts.budgets import OTLP_ANSWER, OTLP_CLOSE, OTLP_REQUEST
 from contracts.settings import hide_credentials
 
 log = logging.getLogger(__name__)
 
 SPANS_AT_ONCE: Final = 256
+
+
+class _Session(requests.Session):
+    """Requests to the collector.
+
+    Attributes:
+        met: in words, how the last one ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = ""
+
+    def request(self, *arguments: Any, **options: Any) -> requests.Response:
+        """As that of `requests`, but an answer that leads elsewhere is an error: the exporters take it for a yes."""
+        try:
+            response = super().request(*arguments, **options)
+        except Exception as error:
+            self.met = type(error).__name__
+            raise
+        self.met = f"HTTP {response.status_code} {response.reason}"
+        if 300 <= response.status_code < 400:
+            raise requests.TooManyRedirects(self.met)
+        return response
 
 
 class OtlpExporter:
@@ -55,8 +80,10 @@ class OtlpExporter:
         self._collect = collect
         self._spans = spans
         self.spans_dropped = 0
-        self._metric_exporter = OTLPMetricExporter(f"{endpoint}/v1/metrics", timeout=OTLP_REQUEST.s)
-        self._span_exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=OTLP_REQUEST.s)
+        self._session = _Session()
+        options: dict[str, Any] = {"timeout": OTLP_REQUEST.s, "session": self._session}
+        self._metric_exporter = OTLPMetricExporter(f"{endpoint}/v1/metrics", **options)
+        self._span_exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", **options)
         self._closing = threading.Event()
         self._failing = False
         # A daemon: nothing it does may keep the process from ending.
@@ -80,7 +107,18 @@ class OtlpExporter:
         self._export()
 
     def _export(self) -> None:
-        """Everything there is, up to the first request that fails."""
+        # A request's limit is for each part of its answer: one that comes drop by drop holds this thread up.
+        late = threading.Timer(OTLP_ANSWER.s, self._tell, (False, f"no whole answer within {OTLP_ANSWER.s:g} s"))
+        late.daemon = True
+        late.start()
+        try:
+            taken = self._send()
+        finally:
+            late.cancel()
+        self._tell(taken, self._session.met)
+
+    def _send(self) -> bool:
+        """Everything there is, up to the first request that fails; False if one did."""
         # Spans that end meanwhile go with the next export.
         batches = -(-len(self._spans) // SPANS_AT_ONCE)
         data = self._collect()
@@ -89,14 +127,13 @@ class OtlpExporter:
             batch = [self._spans.popleft() for _ in range(min(SPANS_AT_ONCE, len(self._spans)))]
             if self._span_exporter.export(batch) is not SpanExportResult.SUCCESS:
                 self.spans_dropped += len(batch)
-                taken = False
-                break
-        self._tell(taken)
+                return False
+        return taken
 
-    def _tell(self, taken: bool) -> None:
+    def _tell(self, taken: bool, why: str) -> None:
         if taken == self._failing:
             self._failing = not taken
             if taken:
                 log.info("the collector at %s takes telemetry again", self._shown)
             else:
-                log.warning("the collector at %s does not take telemetry; the pipeline goes on", self._shown)
+                log.warning("the collector at %s does not take telemetry (%s); the pipeline goes on", self._shown, why)
