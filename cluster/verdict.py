@@ -381,15 +381,15 @@ def _servers(summary: Summary) -> Iterator[Problem]:
         step = "bring back a majority of the servers" if lost else "start it: one more may stop everything"
         yield Problem(urgency=1 if lost else 5, kind="server_down", what=what, next=step)
         return
-    lagging: dict[str, list[str]] = {}
+    lagging: dict[tuple[str, bool], list[str]] = {}
     for stream in summary.streams:
         for replica in stream.status.replicas:
             if replica.offline or not replica.current:
-                state = "is offline" if replica.offline else f"is behind by {replica.lag}"
-                lagging.setdefault(f"{replica.name} {state}", []).append(stream.status.name)
-    for what, names in lagging.items():
-        told = f"replica {what} for {', '.join(names)}"
-        yield Problem(urgency=5, kind="replica_lagging", what=told, next="start that server, or wait if it catches up")
+                lagging.setdefault((replica.name, replica.offline), []).append(stream.status.name)
+    for (name, offline), names in lagging.items():
+        what = f"replica {name} is {'offline' if offline else 'behind'} for {', '.join(names)}"
+        full = "wait if it catches up; else see its log: a full disk turns its JetStream off until it is restarted"
+        yield Problem(urgency=5, kind="replica_lagging", what=what, next="start that server" if offline else full)
 
 
 def _processes(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:

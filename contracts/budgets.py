@@ -152,6 +152,9 @@ TOPOLOGY_PAUSE_MAX: Final = _pause(0.2, "the same, at most", "they ask")
 HOP_DEDUP: Final = _limit(
     120.0, "servers: a stage's repeat of a message id, which comes within seconds", "the fence refuses it"
 )
+FOLLOWER_HEARD: Final = _limit(
+    10.0, "a stream's leader: a follower to say something, as servers judge it", "the replica is shown as behind"
+)
 STATUS_ANSWER: Final = _limit(2.0, "`fictl cluster status`: one server or stream", "it is shown as not reachable")
 STATUS_LOOK: Final = _limit(
     3.0, "`fictl status`, `top`: a whole look at the pipeline", "what it could not read is named"

@@ -11,8 +11,8 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig, StreamInfo
 
 from cluster.apply import apply, plan
-from cluster.status import ClusterStatus, status
-from cluster.testing.waiting import until
+from cluster.status import LAG_USUAL_MAX, ClusterStatus, status
+from cluster.testing.waiting import SETTLED_LIMIT_S, until
 from cluster.topology import Drift, streams
 from contracts import subjects
 from contracts.errors import ClusterUnavailableError, TopologyError
@@ -319,3 +319,25 @@ async def test_status_shows_streams_servers_and_what_is_missing(client: Client, 
     assert (seen.facts.cluster_id, seen.facts.partitions) == (made.cluster_id, 4)
     await until(healthy, "every replica is current")  # a replica may be a message behind for a moment
     assert msgspec.json.decode(msgspec.json.encode(seen), type=ClusterStatus) == seen
+
+
+async def test_a_replica_that_lacks_what_is_under_way_is_current(client: Client, cluster_urls: tuple[str, ...]) -> None:
+    """While events flow, servers call one of them not current at nearly every look."""
+    await apply(client, SETTINGS)
+
+    async def lags() -> list[int]:
+        seen = await status(client, cluster_urls)
+        assert seen.healthy, seen.streams
+        return [replica.lag for stream in seen.streams for replica in stream.replicas]
+
+    async def settled() -> bool:
+        return not any(await lags())
+
+    async with asyncio.timeout(SETTLED_LIMIT_S):
+        found = [0]
+        while not any(found):
+            await until(settled, "no replica lacks anything")
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(LAG_USUAL_MAX):
+                    tasks.create_task(put(client, "fi.events.site.consultation"))
+                found = await lags()

@@ -228,7 +228,18 @@ def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:
 def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> None:
     replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4),)
     problem = only(overview(streams=with_streams(FI_HASH={"replicas": replicas})))
-    assert problem.what == "replica n9 is offline for FI_HASH"
+    assert problem.text == "replica n9 is offline for FI_HASH -> start that server"
+
+
+def test_a_server_that_answers_and_whose_replicas_are_behind_is_told_once() -> None:
+    """As one is whose JetStream a full disk turned off."""
+    behind = {
+        name: {"replicas": (ReplicaStatus(name="n2", current=False, offline=False, lag=lag),)}
+        for name, lag in (("FI_EVENTS", 1456), ("FI_HASH", 1373), ("FI_DLQ", 1))
+    }
+    problem = only(overview(streams=with_streams(**behind)))
+    assert problem.what == "replica n2 is behind for FI_EVENTS, FI_HASH, FI_DLQ"
+    assert "a full disk turns its JetStream off" in problem.next
 
 
 def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
