@@ -66,6 +66,7 @@ MEMBER = Member(
     draining=True,
     paused=True,
 )
+SEGMENT_MEMBER = msgspec.structs.replace(MEMBER, stage="segment", name="segment-0", store="", policy=7, holding=True)
 LIVE_HEADER = LiveHeader(
     partition=5,
     shard=3,
@@ -103,6 +104,7 @@ SEALED_HEADER = SealedHeader(
     file_bytes=20_000,
     body_sha256="cd" * 32,
 )
+TAKEN_OVER_HEADER = msgspec.structs.replace(SEALED_HEADER, begins=True)
 ROW = CommitRow(1, 700, 4_294_967_295, 4_294_967_290, 4_294_967_300, 2, 1, 3, 1_767_323_046_000_000_006)
 CHECKS = {"servers": Check(ok=True, why="connected"), "disk": Check(ok=False, why="¿lleno?")}
 
@@ -122,6 +124,7 @@ def _row(data: bytes) -> CommitRow:
 
 WRITTEN = [
     ProcessSample("member.1.json", MEMBER, encode_member, decode_member),
+    ProcessSample("member.1.segment.json", SEGMENT_MEMBER, encode_member, decode_member),
     ProcessSample("scale-request.1.json", ScaleRequest({"hash": 3}), msgspec.json.encode, reading(ScaleRequest)),
     ProcessSample(
         "scale-answer.json",
@@ -149,6 +152,7 @@ WRITTEN = [
     ),
     ProcessSample("live-header.1.bin", LIVE_HEADER, encode_header, _block),
     ProcessSample("sealed-header.1.bin", SEALED_HEADER, encode_header, _block),
+    ProcessSample("sealed-header.1.begins.bin", TAKEN_OVER_HEADER, encode_header, _block),
     ProcessSample("commit-row.1.bin", ROW, encode_row, _row),
 ]
 """As `test_golden.SAMPLES`."""
