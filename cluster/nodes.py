@@ -32,7 +32,7 @@ from contracts.budgets import (
     SERVER_START,
     SERVER_STOP,
 )
-from contracts.errors import ClusterUnavailableError, DefiniteError
+from contracts.errors import ClusterUnavailableError, DefiniteError, SettingsError
 from contracts.wire import UNREADABLE
 from stages.runtime.connection import connect
 
@@ -235,6 +235,7 @@ class EmbeddedCluster:
         Raises:
             ServerMissingError: no nats-server is installed.
             DirectoryBusyError: another run uses the directory.
+            SettingsError: more servers than now keep what is in the directory.
             ProcessError: a server did not come up; holds the end of its log.
             ClusterUnavailableError: no leader was elected within `SERVER_START`.
         """
@@ -243,16 +244,17 @@ class EmbeddedCluster:
         binary = find_nats_server()
         await self._lock.acquire(DIRECTORY_LOCK.s)
         try:
+            self._check_size()
             ports = self._remembered_ports()
             for _ in range(_PORT_ATTEMPTS):
-                self.nodes = self._prepare(binary, ports or self._new_ports())
+                self.nodes = self._prepare(binary, [*ports, *self._new_ports(self._servers - len(ports))])
                 try:
                     await self._start_nodes()
                     return
                 except PortTakenError:
                     await self._stop_nodes()
                     self._held.release()
-                    ports = None
+                    ports = []
             raise PortTakenError(f"other processes took the servers' ports {_PORT_ATTEMPTS} times; try again")
         except BaseException:
             await self.stop()
@@ -286,18 +288,25 @@ class EmbeddedCluster:
             await asyncio.gather(*(node.kill() for node in self.nodes))
             raise
 
-    def _new_ports(self) -> list[NodePorts]:
-        free = self._held.take(3 * self._servers)
-        return [NodePorts(*free[3 * i : 3 * i + 3]) for i in range(self._servers)]
+    def _check_size(self) -> None:
+        """Without a majority of the servers that had them, streams have no leader, and the cluster itself neither."""
+        stores = [path.name[1:] for path in self._home.glob("n*") if path.is_dir()]
+        kept = max((int(number) for number in stores if number.isdecimal()), default=0)
+        if kept > self._servers:
+            raise SettingsError(f"{self.directory}: {kept} servers keep what is in it: start it with --servers {kept}")
 
-    def _remembered_ports(self) -> list[NodePorts] | None:
+    def _new_ports(self, servers: int) -> list[NodePorts]:
+        free = self._held.take(3 * servers)
+        return [NodePorts(*free[3 * i : 3 * i + 3]) for i in range(servers)]
+
+    def _remembered_ports(self) -> list[NodePorts]:
         """The ports of the previous run, if all can be had: clients that were told them find us again."""
         try:
             ports = msgspec.json.decode((self._home / "ports.json").read_bytes(), type=list[NodePorts])
         except (OSError, *UNREADABLE):
-            return None
+            return []
         every = [port for node in ports for port in msgspec.structs.astuple(node)]
-        return ports if len(ports) == self._servers and self._held.take_again(every) else None
+        return ports if len(ports) <= self._servers and self._held.take_again(every) else []
 
     def _prepare(self, binary: Path, ports: list[NodePorts]) -> tuple[Node, ...]:
         self._home.mkdir(parents=True, exist_ok=True)

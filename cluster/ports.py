@@ -57,12 +57,16 @@ class HeldPorts:
         low = _PORT_MIN if ceiling > _PORT_MIN else 1024
         for _ in range(count * _TRIES_PER_PORT):
             if len(found) == count:
-                return found
+                break
             port = self._rng.randint(low, max(low, ceiling))
             if self._hold(port):
                 found.append(port)
-        self._drop(found)
-        raise NoFreePortError(f"{len(found)} of {count} free loopback ports found; close some servers and try again")
+        if len(found) < count:
+            self._drop(found)
+            raise NoFreePortError(
+                f"{len(found)} of {count} free loopback ports found; close some servers and try again"
+            )
+        return found
 
     def take_again(self, ports: Sequence[int]) -> bool:
         """Takes exactly these, unless one of them is listened on or held; then none, and False."""

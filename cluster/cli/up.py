@@ -38,7 +38,7 @@ def up(
     scale: Annotated[
         str | None, typer.Option(help="Processes of each stage, e.g. ingest=1,segment=2. Default: one each.")
     ] = None,
-    servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes.")] = 3,
+    servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes; more than before, not fewer.")] = 3,
     chosen: SetOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready and leave it running.")] = False,
 ) -> None:

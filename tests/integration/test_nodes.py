@@ -20,6 +20,7 @@ from cluster.ports import HeldPorts
 from cluster.process import ProcessError
 from cluster.testing.waiting import until
 from contracts.budgets import DIRECTORY_LOCK
+from contracts.errors import SettingsError
 from stages.runtime.connection import connect
 
 pytestmark = pytest.mark.cluster
@@ -95,10 +96,20 @@ async def test_a_taken_port_is_replaced_by_another(tmp_path: Path, monkeypatch: 
         offers = [[first.nodes[0].ports]]
         cluster = EmbeddedCluster(tmp_path / "two", servers=1)
         fresh = cluster._new_ports
-        monkeypatch.setattr(cluster, "_new_ports", lambda: offers.pop() if offers else fresh())
+        monkeypatch.setattr(cluster, "_new_ports", lambda servers: offers.pop() if offers else fresh(servers))
         async with cluster:
             assert not offers
             assert cluster.nodes[0].ports.client != first.nodes[0].ports.client
+
+
+async def test_a_cluster_grows_at_its_addresses_and_is_not_started_with_fewer_servers(tmp_path: Path) -> None:
+    async with EmbeddedCluster(tmp_path) as cluster:
+        three = cluster.urls
+    async with EmbeddedCluster(tmp_path, servers=5) as cluster:
+        assert (cluster.urls[:3], len(set(cluster.urls))) == (three, 5)
+    with pytest.raises(SettingsError, match="--servers 5"):
+        async with EmbeddedCluster(tmp_path):
+            pass
 
 
 async def test_a_failed_start_shows_the_servers_log_and_leaves_nothing(
