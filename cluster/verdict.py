@@ -95,8 +95,10 @@ def _streams(summary: Summary) -> Iterator[Problem]:
             silent.setdefault(stream.status.next or stream.status.problem, []).append(stream)
     for group in silent.values():
         names, first = [stream.status.name for stream in group], group[0].status
-        why, step = first.problem or "has no leader", first.next or "bring back a majority of the servers"
         answering = sum(server.reachable for server in summary.servers)
+        hung = "wait 10 s for an election; then `kill -9` the server whose disk hangs (its log, `iostat`)"
+        step = hung if answering == len(summary.servers) else "bring back a majority of the servers"
+        why, step = first.problem or "has no leader", first.next or step
         told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
         effect = "nothing is accepted" if EVENTS in names else "what needs it waits"
         what = f"{told}: {why} ({answering} of {len(summary.servers)} servers answer): {effect}"

@@ -110,6 +110,7 @@ HEALTH_STUCK: Final = _limit(5.0, "/livez: the event loop to run a timer", "the 
 HEALTH_LOOK: Final = _pause(5.0, "gauges: between two looks at streams and disk", "it looks")
 HEALTH_FRESH: Final = _limit(1.0, "/readyz: how long what was seen counts", "it looks again")
 HEALTH_ASK: Final = _limit(1.0, "/readyz: a stream or the disk to answer", "the process says that it is not ready")
+HEALTH_DISK: Final = _limit(5.0, "/readyz: a commit of persist to be on disk", "the process says that its disk hangs")
 HEALTH_ANSWER: Final = _limit(
     4.0, "`fictl health`: a process to answer, which takes little more than HEALTH_ASK", "it counts as frozen"
 )

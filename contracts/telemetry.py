@@ -193,7 +193,10 @@ EVENTS_FAILED: Final = _counter(
     "fi.events.failed", "{event}", "events this process dead-lettered, by reason", "stage", "error_type"
 )
 PERSIST_ERRORS: Final = _counter(
-    "fi.persist.errors", "{error}", "disk operations or shard files that failed: each stops its partition", "error_type"
+    "fi.persist.errors",
+    "{error}",
+    "disk operations or shard files that failed: each stops its partition or keeps it stopped",
+    "error_type",
 )
 QUEUE_LENGTH: Final = _gauge(
     "fi.queue.length", "{message}", "messages in a stream, processed ones that are not purged yet among them", "stream"

@@ -329,7 +329,7 @@ class PartitionFiles:
         return now_ns
 
     def accepted(self) -> None:
-        """The last commit's receipt was accepted: readers may see it."""
+        """The last commit's receipt was accepted: readers may see it. Blocks while the disk hangs."""
         with disk_of(self._store):
             self._live.set_watermark(self._live.commits)
 
@@ -362,6 +362,7 @@ class PartitionFiles:
     def roll(self) -> None:
         """Ends the live shard, of which every commit must be accepted, and begins the next."""
         full = self._live
+        self.accepted()
         job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
         self._note_tree(job.shard)
         with disk_of(self._store):

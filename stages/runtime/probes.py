@@ -73,6 +73,8 @@ class LaneMeter(LaneProbe):
         is_leaving: it was told to stop.
         feed: its input while a session is on.
         disk: the circuit before its disk (persist).
+        why: what stopped it, in words; empty while nothing does.
+        busy_since_s: when the work in hand began, by `time.perf_counter`; None while there is none.
     """
 
     def __init__(self, meters: Instruments, stage: Stage, partition: int) -> None:
@@ -84,6 +86,8 @@ class LaneMeter(LaneProbe):
         self.is_leaving = False
         self.feed: Feed | None = None
         self.disk: Circuit | None = None
+        self.why = ""
+        self.busy_since_s: float | None = None
         self._meters = meters
         self._origin: int | None = None
         self._messages: Sequence[StoredMessage] = ()
@@ -123,7 +127,7 @@ class LaneMeter(LaneProbe):
 
     def opened(self, feed: Feed) -> None:
         """See `LaneProbe.opened`."""
-        self.state, self.feed = "open", feed
+        self.state, self.feed, self.why = "open", feed, ""
 
     def standing_by(self) -> None:
         """See `LaneProbe.standing_by`."""
@@ -131,7 +135,7 @@ class LaneMeter(LaneProbe):
 
     def stopped(self, error: Exception) -> None:
         """See `LaneProbe.stopped`."""
-        self.state = "stopped"
+        self.state, self.why = "stopped", str(error)
         if isinstance(error, StoreFailedError):
             cause = error.__cause__
             number = cause.errno if isinstance(cause, OSError) else None
@@ -155,7 +159,7 @@ class LaneMeter(LaneProbe):
         self._messages = ()
         if self.feed is not None:
             self._origin, self.feed = self.feed.cursor.origin, None
-        self.state = "opening"
+        self.state, self.busy_since_s = "opening", None
         if self.is_leaving or error is not None:
             self._forget()
 
@@ -174,17 +178,19 @@ class LaneMeter(LaneProbe):
         """See `LaneProbe.begin`."""
         self._end_trace(None)
         self._messages = messages
-        self._begun_s = time.perf_counter()
+        self._begun_s = self.busy_since_s = time.perf_counter()
         if self._meters.tracer is not None:
             self._trace = self._meters.tracer.begin(self.stage, self.partition, messages)
 
     def skipped(self) -> None:
         """See `LaneProbe.skipped`."""
+        self.busy_since_s = None
         self._messages = ()
         self._trace = None
 
     def worked(self) -> None:
         """See `LaneProbe.worked`."""
+        self.busy_since_s = None
         self._process_duration.record(time.perf_counter() - self._begun_s)
 
     def headers(self) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from nats.errors import Error as NatsError
 
-from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK
+from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_DISK, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK
 from contracts.settings import Settings
 from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
 from contracts.telemetry import LOOP_LAG, RECONNECTS
@@ -288,12 +288,18 @@ class Watch:
     def _lanes(self, meters: Meters) -> Check:
         lanes = tuple(meters.lanes.values())
         opening = [lane.partition for lane in lanes if lane.state == "opening" and not lane.is_leaving]
-        stopped = [lane.partition for lane in lanes if lane.state == "stopped"]
+        stopped = {lane.partition: lane.why for lane in lanes if lane.state == "stopped"}
+        late_s = time.perf_counter() - HEALTH_DISK.s
+        hanging = [lane.partition for lane in lanes if lane.busy_since_s is not None and lane.busy_since_s < late_s]
         refused = {lane.partition: lane.feed.reader.refused for lane in lanes if lane.feed and lane.feed.reader.refused}
         if not self._planned:
             return Check(False, "not made yet")
         if stopped:
-            return Check(False, f"partitions {stopped} have stopped: their disk or files failed; see the log")
+            why = next(iter(stopped.values()))
+            return Check(False, f"partitions {list(stopped)} have stopped, and the log says why each: {why}")
+        if hanging and self._store is not None:
+            why = f"for more than {HEALTH_DISK.s:g} s: does the disk of {self._store} hang?"
+            return Check(False, f"partitions {hanging} have waited to be on disk {why} They go on by themselves")
         if opening:
             return Check(False, f"partitions {opening} have not found their place")
         if refused:

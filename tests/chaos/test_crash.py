@@ -13,6 +13,8 @@ from crash.cuts import run_cuts
 from crash.reader import Verdict
 from crash.stand import Stand
 
+from stages.persist.live import LiveReader
+
 ROOT = Path(__file__).parents[2]
 RUNS = 12
 
@@ -84,3 +86,15 @@ def test_the_reader_sees_shards_that_changed_places(tmp_path: Path) -> None:
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
     assert stand.judge().changed
+
+
+def test_a_full_shard_shows_its_last_commit_though_no_other_follows_it_there(tmp_path: Path) -> None:
+    stand = Stand(tmp_path / "shards")
+    lane = stand.lane()
+    lane.open()
+    lane.append(3)
+    lane.roll()
+    (full,) = lane.files.to_seal
+    with LiveReader(full.path) as live:
+        assert live.watermark() == full.commits == 1
+    lane.close()

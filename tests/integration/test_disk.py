@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import errno
 import os
+import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,48 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
             assert await pipeline.totals() == before
         await pipeline.assert_whole(second)
         await pipeline.assert_whole(first)
+
+
+class Callers:
+    """Which threads use files of `directory`: by path where a name is given, else by what the descriptor leads to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.threads: set[threading.Thread] = set()
+        self._directory = str(directory)
+        for name in ("pread", "pwrite", "fsync", "open", "rename", "unlink", "stat", "listdir"):
+            monkeypatch.setattr(os, name, self._noting(getattr(os, name)))
+        monkeypatch.setattr(files, "_fdatasync", self._noting(os.fdatasync))
+
+    def _noting(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            place = arguments[0] if arguments else "."
+            path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)
+            if path.startswith(self._directory):
+                self.threads.add(threading.current_thread())
+            return real(*arguments, **named)
+
+        return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the path of a descriptor is read from /proc")
+async def test_no_lane_uses_its_files_on_the_event_loop_which_a_hanging_disk_would_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(partitions=PARTITIONS, shard_events_max=50, seal_on_drain=True)
+    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
+        store = open_store(pipeline.shards, (await read_cluster(pipeline.client)).cluster_id, now_ns=1)
+        lanes = [
+            PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None) for number in range(PARTITIONS)
+        ]
+        load = Load(workload(seed=29, events=500))
+        with monkeypatch.context() as patch:
+            callers = Callers(patch, pipeline.shards)
+            async with going(*lanes):
+                await load.publish(pipeline.client)
+                await pipeline.settled()
+        assert callers.threads
+        assert threading.main_thread() not in callers.threads
+        await pipeline.assert_whole(load)
 
 
 async def test_sealed_ids_that_cannot_be_read_stop_their_partition_alone_until_they_can(

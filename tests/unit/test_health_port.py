@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -16,12 +17,12 @@ import pytest_asyncio
 
 from cluster.health import get, read_health_files
 from cluster.testing.waiting import until
-from contracts.budgets import HEALTH_REQUEST, HEALTH_STUCK
-from contracts.errors import SettingsError
+from contracts.budgets import HEALTH_DISK, HEALTH_REQUEST, HEALTH_STUCK
+from contracts.errors import SettingsError, StoreFailedError
 from contracts.settings import Settings
 from stages.runtime import health, watch
 from stages.runtime.health import CONNECTIONS_MAX, HEAD_BYTES_MAX, Answer, HealthServer
-from stages.runtime.telemetry import OFF
+from stages.runtime.telemetry import OFF, Feed
 from stages.runtime.watch import Watch
 
 
@@ -152,6 +153,32 @@ async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp
             # Nobody told it of a connection.
             assert not report.ok
             assert json.loads(await metrics_free(watched)) > 0
+
+
+async def test_a_partition_whose_disk_hangs_or_refuses_is_not_ready_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "HEALTH_DISK", msgspec.structs.replace(HEALTH_DISK, s=0.0))
+    async with Watch("persist", "persist-0", Settings(health_port=0), {}, store=tmp_path) as watched:
+        watched.planned()
+        hanging, other = (watched.telemetry.lane("persist", partition) for partition in (3, 4))
+        for lane in (hanging, other):
+            lane.opened(cast(Feed, None))
+            lane.begin([])
+        other.worked()
+        found = (await watched.ready()).checks["lanes"]
+        assert not found.ok
+        assert found.why.startswith("partitions [3] have waited to be on disk")
+        assert f"the disk of {tmp_path} hang" in found.why
+        hanging.worked()
+        assert (await watched.ready()).checks["lanes"].ok
+
+        other.stopped(StoreFailedError("/d: Read-only file system"))
+        found = (await watched.ready()).checks["lanes"]
+        assert not found.ok
+        assert found.why == "partitions [4] have stopped, and the log says why each: /d: Read-only file system"
+        other.stopped(StoreFailedError("/d: is not a store"))
+        assert (await watched.ready()).checks["lanes"].why.endswith("/d: is not a store")
 
 
 async def metrics_free(watched: Watch) -> str:

@@ -260,6 +260,7 @@ def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
     )
     assert [problem.kind for problem in found] == ["no_leader"]
     assert found[0].what == "all streams: nats: timeout (3 of 3 servers answer): nothing is accepted"
+    assert "`kill -9` the server whose disk hangs" in found[0].next
 
 
 def test_no_server_at_all_is_the_first_problem() -> None:
