@@ -314,9 +314,13 @@ class EventStore:
         return PartitionEnd(partition, origin, size, root)
 
     def _each(self, partition: int, use: Callable[[View, int | None], Any]) -> list[Any]:
-        """What `use` gives for each shard of the partition in order; closes them behind it."""
+        """What `use` gives for each shard of the partition in order; closes each behind it."""
+        given = []
         with ExitStack() as opened:
-            return [use(view, leaf) for view, leaf in self._snapshots(partition, opened)]
+            for view, leaf in self._snapshots(partition, opened):
+                given.append(use(view, leaf))
+                view.close()
+        return given
 
     def _merged(self, read: Callable[[View], _Rows], partition: int | None) -> Iterator[StoredEvent]:
         partitions = self.partitions() if partition is None else [partition]

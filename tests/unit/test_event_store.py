@@ -1,7 +1,9 @@
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from uuid import UUID
 
 import pandas
@@ -227,3 +229,30 @@ def test_readers_see_a_growing_prefix_while_shards_are_written_and_sealed(tmp_pa
         writer.join()
         assert [item.event for item in store.iterate()] == maker.events
     maker.close()
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """This process may open so many files more."""
+    more = 16
+    before = getrlimit(RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/dev/fd")))
+    free = [number for number in range(len(used) + more + 1) if number not in used]
+    setrlimit(RLIMIT_NOFILE, (free[more], before[1]))
+    try:
+        yield more
+    finally:
+        setrlimit(RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, few_descriptors: int) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    for _ in range(few_descriptors + 2):
+        maker.begin(capacity_bytes=1 << 14, rows=8)
+        maker.commit(1)
+        maker.seal()
+    with EventStore(tmp_path) as store:
+        assert len(store.columns(["site"])["site"]) == len(maker.events)
+        assert len(list(store.iterate())) == len(maker.events)
+        assert [store.event(event.event_id) for event in maker.events].count(None) == 0
+        assert len(store.shards()) == len(maker.events)
