@@ -244,14 +244,14 @@ class Supervisor:
             on_replaced()
 
     async def _restart_all(self, stages: tuple[Stage, ...]) -> RestartAnswer:
-        """`restart` for several stages, in flow order, on behalf of another process."""
+        """`restart` for several stages, against the flow (ADR 0032), on behalf of another process."""
         replaced = dict.fromkeys(stages, 0)
 
         def count(stage: Stage) -> None:
             replaced[stage] += 1
 
         try:
-            for stage in STAGES:
+            for stage in reversed(STAGES):
                 if stage in replaced:
                     await self.restart(stage, partial(count, stage))
         except FiError as error:

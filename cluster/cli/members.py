@@ -118,12 +118,12 @@ def restart(
     wait_s: WaitOption = SETTLED.s,
     as_json: JsonOption = False,
 ) -> None:
-    """Replaces the processes of a running `fictl up`, one at a time, in flow order, while events flow.
+    """Replaces the processes of a running `fictl up`, one at a time, from persist to ingest, while events flow.
 
     The new process is ready before the old one finishes what it has in hand: each partition only waits for its
-    hand-over. Nothing is lost, doubled or reordered. Use it after an upgrade of the package. If a new process does not
-    come up, the old one goes on, nothing further is touched, and the exit code is 1; 3 if partitions still moved after
-    the wait.
+    hand-over. Nothing is lost, doubled or reordered. Use it after an update of the package: in this order each stage
+    can read what the one before it writes. If a new process does not come up, the old one goes on, nothing further is
+    touched, and the exit code is 1; 3 if partitions still moved after the wait.
 
     Example: fictl restart persist --dir .fi
     """

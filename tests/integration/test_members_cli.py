@@ -86,7 +86,7 @@ async def test_a_restart_whose_new_process_does_not_come_up_leaves_the_old_one_a
         lambda stage, name: ["false"] if stage == "segment" else command(stage, name),
     )
     code, answer, err = await fictl(pipeline, "restart", "segment", "hash")
-    assert (code, answer["replaced"]) == (1, {"segment": 0, "hash": 0})
+    assert (code, answer["replaced"]) == (1, {"segment": 0, "hash": 1})
     assert "segment-" in err
     assert [process for process in pipeline.supervisor.processes if process.kind == "segment"] == before
     load = Load(workload(seed=205, events=100))

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline import Load, Pipeline, settings, under_load, workload
+from pipeline import Load, Pipeline, fictl, settings, under_load, workload
 
-from contracts.subjects import STAGES, Stage
+from cluster.apply import apply
+from contracts.frames import DeflatedHead, decode_frame_head
+from contracts.subjects import HOPS, STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "1aa69b8"
@@ -82,8 +84,10 @@ def test_the_last_release_reads_every_struct_that_this_one_writes(last_release: 
 class Mixed:
     """Which release each process is of: what it is started as next, by stage."""
 
-    def __init__(self, pipeline: Pipeline, release: Path) -> None:
+    def __init__(self, pipeline: Pipeline, release: Path, *today: str) -> None:
+        """Args: `today` are variables for today's processes alone, as ``NAME=VALUE``."""
         self._pipeline = pipeline
+        self._today = today
         self._trees = {"last": release, "today": ROOT}
         self.next: dict[Stage, str] = dict.fromkeys(STAGES, "last")
         pipeline.supervisor._command = self._command
@@ -92,7 +96,9 @@ class Mixed:
         pipeline = self._pipeline
         urls = [part for url in pipeline.supervisor.urls for part in ("--nats", url)]
         run = ["-m", "cluster", "run", stage, *urls, "--name", name, "--shards", str(pipeline.shards)]
-        return [*python_of(self._trees[self.next[stage]]), *run]
+        release = self.next[stage]
+        variables = ["env", *self._today] if release == "today" else []
+        return [*variables, *python_of(self._trees[release]), *run]
 
     def running(self) -> dict[str, str]:
         """Process → the release that it really runs."""
@@ -104,6 +110,11 @@ class Mixed:
                 tree = next(row for row in variables if row.startswith(b"PYTHONPATH=")).decode().partition("=")[2]
                 found[process.name] = names[tree]
         return found
+
+
+def refusals(logs: str) -> list[str]:
+    """What the processes said that they cannot read."""
+    return [line for line in logs.splitlines() if "cannot read on" in line or "does not belong there" in line]
 
 
 @pytest.mark.slow
@@ -133,5 +144,43 @@ async def test_a_rolling_upgrade_and_the_way_back_under_load_lose_double_and_reo
         logs = await pipeline.logs(10_000)
     assert any(set(row.values()) == {"last", "today"} for row in seen)
     assert set(seen[-1].values()) == {"today"}
-    refusals = [line for line in logs.splitlines() if "cannot read on" in line or "does not belong there" in line]
-    assert refusals == []
+    assert refusals(logs) == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+async def test_frames_that_the_last_release_cannot_read_hold_up_no_update_and_go_with_the_hops_on_the_way_back(
+    last_release: Path, tmp_path: Path
+) -> None:
+    """As README, "Updates", tells operators."""
+    pipeline = Pipeline(tmp_path, settings())
+    # From ADR 24 on. Without a backlog few frames are large enough.
+    mixed = Mixed(pipeline, last_release, "FI_FRAME_DEFLATE_BYTES_MIN=1")
+    load = Load(workload(seed=32, events=20_000, padding_bytes=400))
+    async with pipeline:
+        async with under_load(load, pipeline.client, rate_per_s=150):
+            await load.reached(100)
+            mixed.next = dict.fromkeys(STAGES, "today")
+            code, _, err = await fictl(pipeline, "restart")
+            assert (code, set(mixed.running().values())) == (0, {"today"}), err
+            assert refusals(await pipeline.logs(10_000)) == []
+
+            await load.reached(load.accepted + 100)
+            for stage in STAGES:
+                await pipeline.supervisor.stop_stage(stage)
+            left = [await pipeline.api.last_message(hop, ">") for hop in HOPS]
+            assert all(frame is not None and is_deflated(frame.data) for frame in left)
+            for hop in HOPS:
+                await pipeline.client.jetstream(timeout=10).delete_stream(hop)
+            await apply(pipeline.client, pipeline.settings)
+            mixed.next = dict.fromkeys(STAGES, "last")
+            for stage in STAGES:
+                await pipeline.supervisor.start_stage(stage)
+            assert set(mixed.running().values()) == {"last"}
+        await pipeline.assert_whole(load)
+        assert refusals(await pipeline.logs(10_000)) == []
+
+
+def is_deflated(frame: bytes) -> bool:
+    return isinstance(decode_frame_head(frame), DeflatedHead)
