@@ -83,7 +83,8 @@ def verify_export(path: Path, as_json: bool, timeout_s: float) -> None:
     from stages.persist.export.manifest import decode_manifest
     from stages.persist.verify import verify_export
 
-    findings = verify_export(path, timeout_s=timeout_s)
+    with progress_bar("verifying"):
+        findings = verify_export(path, timeout_s=timeout_s)
     manifest = None
     if path.is_file():
         with contextlib.suppress(OSError, ProofError, WireFormatError):

@@ -120,7 +120,7 @@ def verify_store(
         path: where.
         trusted: public keys (64 hex digits); see `KeptRecords`.
         shard_timeout_s: how long reading one shard may take.
-        on_progress: told how many shards of how many are done.
+        on_progress: told how many shards and exports of how many are done.
         on_shard: given what each shard holds, by partition and number.
 
     Raises:
@@ -135,6 +135,7 @@ def verify_store(
     exports = [manifest for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)]
     exported: list[Problem] = []
     events = unseen = 0
+    tell = on_progress or (lambda done, total: None)
     with _Pool(shard_timeout_s) as pool:
         for done, (shard, check) in enumerate(pool.check_all(directory, shards), 1):
             problems += [Problem(shard.path.name, finding.where, finding.what) for finding in check.findings]
@@ -144,11 +145,11 @@ def verify_store(
                 on_shard(ShardContents(shard, check, chain.before))
             events += check.events
             unseen += check.unseen
-            if on_progress is not None:
-                on_progress(done, len(shards))
-        for manifest in exports:
+            tell(done, len(shards) + len(exports))
+        for done, manifest in enumerate(exports, len(shards) + 1):
             wrong = pool.check_export(manifest)
             exported += [Problem(manifest.name, finding.where, finding.what) for finding in wrong]
+            tell(done, len(shards) + len(exports))
     for chain in chains.values():
         problems += [*chain.repeated_ids(), *chain.unrecorded()]
     ends = [chain.end() for chain in chains.values()]

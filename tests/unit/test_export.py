@@ -315,6 +315,8 @@ def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
         assert len(told) >= 4
         assert told == sorted(told)
         assert told[0] < 0.5
+        # It is read once more.
+        assert told[2] <= 0.9 < told[-2]
         assert told[-1] == 1.0
 
 

@@ -116,8 +116,11 @@ def test_verifying_a_store_checks_the_exports_that_lie_in_it(place: Path) -> Non
                 export_id=EXPORT_ID,
                 now_ns=NOW_NS,
             )
-    report = verify_store(place)
+    told: list[tuple[int, int]] = []
+    report = verify_store(place, on_progress=lambda done, total: told.append((done, total)))
     assert (report.problems, report.exports) == ([], 3)
+    total = report.shards + report.exports
+    assert told == [(done, total) for done in range(1, total + 1)]
     flip(place / "all.csv", 5)
     flip(place / "shards" / "in.h5", 5)
     assert [(problem.shard, problem.where) for problem in verify_store(place).problems] == [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stages.persist.store import PartitionEnd
 
 MANIFEST_SUFFIX = ".manifest.json"
 
+_CHUNK_BYTES = 1024 * 1024
 _HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
@@ -159,10 +161,15 @@ def check_export(path: Path) -> ExportCheck:
     return ExportCheck(path, manifest, wrong is None, [] if wrong is None else [Finding(manifest.file, wrong)])
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex. Raises `OSError`."""
+def file_sha256(path: Path, on_read: Callable[[int], None] = lambda size_bytes: None) -> str:
+    """SHA-256 of a file, hex; `on_read` is told how many bytes were read so far. Raises `OSError`."""
+    digest, size_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+            on_read(size_bytes)
+    return digest.hexdigest()
 
 
 def _digest(manifest: Manifest) -> str:

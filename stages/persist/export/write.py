@@ -23,6 +23,8 @@ from stages.persist.storedir import read_store
 
 _STORE_NAMES = re.compile(r"p\d{3,4}[-.].*|store\..*", re.ASCII)
 _REPORT_EVENTS = 1000
+_WRITING = 0.9
+"""Of all the work; the rest is to read what was written once more, for its digest."""
 _STREAMS: dict[ExportFormat, Callable[[Iterable[StoredEvent], BinaryIO], int]] = {
     ExportFormat.NDJSON: write_ndjson,
     ExportFormat.CSV: write_csv,
@@ -98,7 +100,9 @@ def export_file(
     tmp = tmp_path(output.with_name(f"{output.name}.{export_id}"))
     manifest_tmp = tmp_path(manifest_path(tmp))
     with _all_or_nothing(output, tmp, manifest_tmp):
-        events = _write(found, tmp, file_format, last_origin, on_progress)
+        events = _write(found, tmp, file_format, last_origin, lambda done: on_progress(done * _WRITING))
+        size_bytes = tmp.stat().st_size
+        sha256 = file_sha256(tmp, lambda read: on_progress(_WRITING + (1 - _WRITING) * read / size_bytes))
         manifest = with_digest(
             Manifest(
                 export_id=str(export_id),
@@ -112,8 +116,8 @@ def export_file(
                 snapshot=tuple(ends),
                 file=output.name,
                 events=events,
-                bytes=tmp.stat().st_size,
-                sha256=file_sha256(tmp),
+                bytes=size_bytes,
+                sha256=sha256,
             )
         )
         write_new_file(manifest_tmp, encode_manifest(manifest) + b"\n")
