@@ -14,9 +14,9 @@ from typing import Final
 import msgspec
 from rich.text import Text
 
+from cluster.problem import Problem
 from cluster.scrape import Percentiles
 from cluster.summary import Summary, sum_known
-from cluster.verdict import Problem
 from cluster.words import duration, ranges, size
 from contracts.subjects import BUCKETS, STAGES
 

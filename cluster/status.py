@@ -20,7 +20,7 @@ from stages.runtime.answers import step_after, why_silent
 from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import server_name
-from stages.runtime.facts import ClusterFacts, facts_from_metadata
+from stages.runtime.facts import META_RECEIPTS_LOST, ClusterFacts, facts_from_metadata
 from stages.runtime.tasks import side_by_side
 
 LAG_USUAL_MAX: Final = 100
@@ -64,6 +64,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         used: bytes / bytes_max, 0 to 1.
         leader: name of the server that leads it; empty when none does, or without replication.
         replicas: the followers; without a leader all replicas.
+        lost: when it was made again after it was lost, RFC 3339; empty if it never was (`stages.persist.lost`).
     """
 
     name: str
@@ -77,6 +78,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     used: float = 0.0
     leader: str = ""
     replicas: tuple[ReplicaStatus, ...] = ()
+    lost: str = ""
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,6 +159,7 @@ def _stream(name: str, info: StreamInfo | NatsError) -> StreamStatus:
             ReplicaStatus(name=peer.name or "", current=keeps_up(peer), offline=bool(peer.offline), lag=peer.lag or 0)
             for peer in (cluster.replicas if cluster else None) or []
         ),
+        lost=(info.config.metadata or {}).get(META_RECEIPTS_LOST, ""),
     )
 
 

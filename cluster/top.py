@@ -24,9 +24,10 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.overview import Looker, Overview
+from cluster.problem import Problem
 from cluster.screen import Page, Trends, render
 from cluster.summary import LATENCY_S, Summary, summarize
-from cluster.verdict import Problem, judge
+from cluster.verdict import judge
 from contracts.budgets import TOP_REDRAW
 from stages.runtime.tasks import end_tasks
 

@@ -11,127 +11,51 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
-import msgspec
-
+from cluster.broker_verdict import (
+    FULL_SHARE,
+    NEAR_FULL_SHARE,
+    connection_problems,
+    is_silent,
+    lost_receipts,
+    make_room,
+    server_problems,
+    stream_problems,
+)
 from cluster.overview import RECENT_S, ProcessLook
+from cluster.problem import Problem
 from cluster.scrape import Held, Percentiles
-from cluster.summary import StageSummary, StreamSummary, Summary, Waiting
+from cluster.summary import StageSummary, Summary, Waiting
 from cluster.words import duration, partitions, size
 from contracts.subjects import DLQ, EVENTS, HOPS, READER, RECEIPTS, WRITER, Stage
 
-FULL_SHARE: Final = 0.98
-"""A stream that is so full counts as full even where no process says that it refuses."""
-NEAR_FULL_SHARE: Final = 0.8
-"""As in the alerts FiStreamNearFull and FiHopNearFull."""
 HELD_S_MIN: Final = 0.5
 """A publish held for less is not worth a word."""
 LOOP_LAG_S_MAX: Final = 0.25
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is not well.
-
-    Attributes:
-        urgency: 1 stops all events, 2 some, 3 makes them late, 4 refuses some, 5 stops nothing yet.
-        kind: a fixed name, for programs.
-        what: the problem, in words.
-        next: what to do; may hold a command in backquotes.
-    """
-
-    urgency: int
-    kind: str
-    what: str
-    next: str
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return f"{self.what} -> {self.next}"
-
-
 def judge(summary: Summary) -> tuple[Problem, ...]:
     """Everything that is not well; empty when all is."""
     if not summary.connected:
-        found = [*_no_connection(summary), *_processes(summary, set()), *_disk(summary)]
+        found = [*connection_problems(summary), *_processes(summary, set()), *_disk(summary)]
         return tuple(sorted(found, key=lambda problem: problem.urgency))
     chains = _chains(summary)
     blamed = {stage for chain in chains if (stage := _behind_with(summary, chain[0])) is not None}
+    waits: set[Stage] = {"persist"} if any(lost_receipts(summary)) else set()
     held_up = {writer for chain in chains for name in chain if (writer := WRITER.get(name)) is not None}
     found = [
-        *_streams(summary),
+        *stream_problems(summary),
         *_disk(summary),
         *_breakers(summary),
         *_full(summary, chains, blamed),
-        *_servers(summary),
+        *server_problems(summary),
         *_unheld(summary, blamed),
-        *_late(summary, blamed | held_up),
+        *_late(summary, blamed | held_up | waits),
         *_latencies(summary),
         *_letters(summary),
         *_processes(summary, blamed),
         *_unread(summary),
     ]
     return tuple(sorted(found, key=lambda problem: problem.urgency))
-
-
-def _no_connection(summary: Summary) -> Iterator[Problem]:
-    urls = ", ".join(server.url for server in summary.servers)
-    if answering := [server.name for server in summary.servers if server.reachable]:
-        what = f"no connection, though {', '.join(answering)} answer{'s' if len(answering) == 1 else ''}"
-        yield Problem(urgency=1, kind="disconnected", what=what, next="right password? Then see the servers' logs")
-    else:
-        what = f"no server answers at {urls}: nothing is accepted"
-        yield Problem(urgency=1, kind="no_server", what=what, next="start the servers, or give their --nats URLs")
-
-
-def _streams(summary: Summary) -> Iterator[Problem]:
-    silent_events = any(stream.status.name == EVENTS and _is_silent(stream) for stream in summary.streams)
-    if not summary.cluster and not silent_events:
-        why = "; ".join(summary.unread) or "its facts cannot be read"
-        yield Problem(urgency=1, kind="no_facts", what=why, next="`fictl cluster status`, or `fictl cluster apply`")
-    # What is denied is told in other words for each stream, and with the same next step.
-    silent: dict[str, list[StreamSummary]] = {}
-    for stream in summary.streams:
-        if _is_silent(stream):
-            silent.setdefault(stream.status.next or stream.status.problem, []).append(stream)
-    for group in silent.values():
-        names, first = [stream.status.name for stream in group], group[0].status
-        answering = sum(server.reachable for server in summary.servers)
-        hung = "wait 10 s for an election; then `kill -9` the server whose disk hangs (its log, `iostat`)"
-        step = hung if answering == len(summary.servers) else "bring back a majority of the servers"
-        why, step = first.problem or "has no leader", first.next or step
-        told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
-        effect = "nothing is accepted" if EVENTS in names else "what needs it waits"
-        what = f"{told}: {why} ({answering} of {len(summary.servers)} servers answer): {effect}"
-        urgency = 1 if EVENTS in names else 2
-        yield Problem(urgency=urgency, kind="no_leader", what=what, next=step)
-    for stream in summary.streams:
-        status = stream.status
-        if status.name not in HOPS and NEAR_FULL_SHARE <= status.used < FULL_SHARE:
-            yield Problem(
-                urgency=5,
-                kind="near_full",
-                what=f"{status.name} is {status.used:.0%} full",
-                next=_make_room(status.name),
-            )
-
-
-def _lacks_majority(summary: Summary) -> bool:
-    """Too few servers answer, and no process could announce itself; streams may still name a leader for seconds."""
-    alive = summary.members is not None and bool(summary.members.members)
-    copies = max((bool(s.status.leader) + len(s.status.replicas) for s in summary.streams), default=1)
-    too_few = 0 < sum(server.reachable for server in summary.servers) < copies // 2 + 1
-    return not alive and len(summary.servers) >= copies and too_few
-
-
-def _is_silent(stream: StreamSummary) -> bool:
-    return bool(stream.status.problem) or (bool(stream.status.replicas) and not stream.status.leader)
-
-
-def _make_room(stream: str) -> str:
-    if stream == DLQ:
-        return "`fictl dlq ls`, then replay or drop"
-    limits = {EVENTS: "events_bytes_max", RECEIPTS: "receipts_bytes_max"}
-    return f"`fictl cluster apply --set {limits[stream]}=N` with more" if stream in limits else "look who fills it"
 
 
 def _held(summary: Summary) -> dict[str, list[Held]]:
@@ -200,9 +124,9 @@ def _full_problem(summary: Summary, stream: str, led_to: Sequence[str], held: di
         what += "; gateways are refused"
     stage = _behind_with(summary, stream)
     if stream == EVENTS and stage is not None and not _reason(summary, stage)[0]:
-        why, step = "what is not sealed fills it", _make_room(EVENTS)
+        why, step = "what is not sealed fills it", make_room(EVENTS)
     elif stage is None:
-        why, step = "", _make_room(stream)
+        why, step = "", make_room(stream)
     else:
         why, step = _reason(summary, stage)
         why = why or f"{stage} does not keep up"
@@ -373,31 +297,10 @@ def _recent() -> str:
     return "minute" if RECENT_S == 60 else f"{RECENT_S} s"
 
 
-def _servers(summary: Summary) -> Iterator[Problem]:
-    silent = [server.url for server in summary.servers if not server.reachable]
-    if silent:
-        answering = len(summary.servers) - len(silent)
-        lost = _lacks_majority(summary)
-        tail = ", which is no majority" if lost else ""
-        what = f"{answering} servers answer of {len(summary.servers)}: not {', '.join(silent)}{tail}"
-        step = "bring back a majority of the servers" if lost else "start it: one more may stop everything"
-        yield Problem(urgency=1 if lost else 5, kind="server_down", what=what, next=step)
-        return
-    lagging: dict[tuple[str, bool], list[str]] = {}
-    for stream in summary.streams:
-        for replica in stream.status.replicas:
-            if replica.offline or not replica.current:
-                lagging.setdefault((replica.name, replica.offline), []).append(stream.status.name)
-    for (name, offline), names in lagging.items():
-        what = f"replica {name} is {'offline' if offline else 'behind'} for {', '.join(names)}"
-        full = "wait if it catches up; else see its log: a full disk turns its JetStream off until it is restarted"
-        yield Problem(urgency=5, kind="replica_lagging", what=what, next="start that server" if offline else full)
-
-
 def _processes(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
     """Processes of this machine that are not ready, and for a reason of their own."""
     excused = set()
-    if not summary.connected or any(_is_silent(stream) for stream in summary.streams):
+    if not summary.connected or any(is_silent(stream) for stream in summary.streams):
         excused |= {"connected", "streams", "lanes"}
     if any(problem.kind == "disk_low" for problem in _disk(summary)):
         excused.add("disk")

@@ -24,8 +24,8 @@ from contracts.settings import hide_credentials
 
 if TYPE_CHECKING:
     from cluster.overview import Overview
+    from cluster.problem import Problem
     from cluster.summary import Summary
-    from cluster.verdict import Problem
 
 RunOption = Annotated[
     Path | None,

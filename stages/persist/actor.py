@@ -295,8 +295,7 @@ class PersistLane(LaneBase):
             self._suspicious = True
 
     def _store_group(self, messages: Sequence[StoredMessage], origin: int) -> tuple[Group | None, Receipt | None]:
-        """In a thread, in which readers are shown the commit before (one of its own costs 0.05 ms): the group, and its
-        receipt once it is durable; None for that when the shard has no room."""
+        """In a thread, which first shows the commit before: the group, and its durable receipt; None without room."""
         self._files.accepted()
         with disk_of(self._store):
             group = plan_group(messages, origin, self._files.seen.seen)

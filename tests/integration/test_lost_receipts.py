@@ -88,6 +88,8 @@ async def test_the_stores_say_where_they_go_on_and_nothing_is_lost_doubled_or_ma
             for partition in range(PARTITIONS):
                 await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
                 await until(said(own_log, partition), "persist waits", 60)
+            code, out, err = await fictl(pipeline, "status", "--json")
+            assert (code, json.loads(out)["problems"][0]["kind"]) == (3, "receipts_lost"), err
             code, out, err = await fictl(pipeline, "partitions", "restore", "--shards", there)
             assert (code, "nothing to do" in out) == (0, True), err
             code, _, err = await fictl(pipeline, "partitions", "restore", "0", "--shards", there)

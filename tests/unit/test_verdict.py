@@ -23,10 +23,11 @@ from overviews import (
 from cluster.backlog import StageLag
 from cluster.members import MembersReport, Unheld
 from cluster.overview import Letters, Overview
+from cluster.problem import Problem
 from cluster.scrape import Held, Metered
 from cluster.status import ReplicaStatus, ServerStatus
 from cluster.summary import summarize
-from cluster.verdict import Problem, judge
+from cluster.verdict import judge
 from contracts.subjects import STAGES, STREAMS, Stage
 from contracts.telemetry import DURABLE_LATENCY, STAGE_LATENCY
 from stages.runtime.health import Check
@@ -84,6 +85,16 @@ def test_hops_that_are_full_because_of_a_later_one_are_told_with_it() -> None:
     assert problem.urgency == 1
     assert "hop FI_PERSIST is full for 30 s: hash waits in partition 1; so is FI_HASH: segment waits" in problem.what
     assert "so is FI_EVENTS; gateways are refused; persist is paused since" in problem.what
+
+
+def test_lost_receipts_are_the_cause_of_what_persist_does_not_get_on_with() -> None:
+    lost = with_streams(FI_RECEIPTS={"lost": "2026-11-23T00:05:00Z"})
+    late = msgspec.structs.replace(partition(3, {"persist": waiting(9, 40)}), receipt=None, seal=None)
+    problem = only(overview(streams=lost, partitions=(*map(partition, range(3)), late, *map(partition, range(4, 8)))))
+    assert (problem.urgency, problem.kind) == (2, "receipts_lost")
+    assert "persist waits in partition 3 to be told where to go on" in problem.what
+    assert "`fictl partitions restore`" in problem.next
+    assert verdict(overview(streams=lost)) == [], "all were restored"
 
 
 def test_a_hop_in_the_middle_does_not_blame_a_stage_that_is_well() -> None:
