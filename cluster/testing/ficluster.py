@@ -29,7 +29,8 @@ from cluster.testing.embedded import EmbeddedBackend
 from cluster.testing.errors import NotSupportedError
 from cluster.testing.reading import Reading
 from cluster.testing.stage import failing as failing_flag
-from contracts.settings import MIB, Settings
+from contracts.errors import SettingsError
+from contracts.settings import MIB, Settings, SettingsFile, load_settings
 from contracts.subjects import STAGES, Stage
 from stages.runtime.api import Api
 from stages.runtime.connection import connect
@@ -44,8 +45,13 @@ opened: weakref.WeakSet[FiCluster] = weakref.WeakSet()
 
 
 def quick_settings(**changes: Any) -> Settings:
-    """Small shards, few partitions, and quick checks of idle lanes: what a short test needs. `changes` by name."""
-    return Settings(**{"partitions": 4, "shard_bytes": 16 * MIB, "trim_s": 0.2, "probe_s": 1.0, **changes})
+    """Small shards, few partitions, and quick checks of idle lanes: what a short test needs. `changes` by name.
+
+    Raises:
+        SettingsError: `changes` name no setting, or a value of the wrong type or out of range.
+    """
+    quick = {"partitions": 4, "shard_bytes": 16 * MIB, "trim_s": 0.2, "probe_s": 1.0}
+    return load_settings({}, file=SettingsFile("FiCluster", {**quick, **changes}))
 
 
 def choose_backend(wanted: str) -> Literal["embedded", "docker"]:
@@ -98,12 +104,19 @@ class FiCluster(Reading):
 
         Raises:
             NotSupportedError: no such backend.
-            SettingsError: more replicas than nodes, or more processes of a stage than partitions.
+            SettingsError: more replicas than nodes, or more processes of a stage than partitions; an argument that is
+                none, or out of range.
         """
         self._temporary = directory is None
         if directory is None:
             directory = Path(tempfile.gettempdir()) / f"ficluster-{secrets.token_hex(6)}"
         self.directory = directory.absolute()
+        if nodes < 1:
+            raise SettingsError(f"FiCluster: nodes = {nodes}: give 1, 3 or 5")
+        if strangers := sorted(set(scale or {}) - set(STAGES)):
+            raise SettingsError(f"FiCluster: scale names {', '.join(strangers)}; the stages are {', '.join(STAGES)}")
+        if settings is not None and changes:
+            raise SettingsError(f"FiCluster: settings is given, so {', '.join(changes)} would not count; leave one out")
         chosen = settings or quick_settings(**{"replicas": min(3, nodes), **changes})
         counts = {stage: (scale or {}).get(stage, 1) for stage in STAGES}
         self._plan = Plan(self.directory, nodes, counts, chosen, links, clocks)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -19,7 +21,8 @@ from cluster.testing.errors import NotSupportedError
 from cluster.testing.ficluster import BackendName, FiCluster
 from cluster.testing.load import Load, under_load, workload
 from cluster.testing.waiting import until
-from contracts.errors import FiError
+from contracts.errors import FiError, SettingsError
+from contracts.settings import Settings
 from stages.persist.names import list_shards
 
 ON_BOTH = pytest.mark.parametrize(
@@ -161,6 +164,21 @@ async def test_what_a_backend_cannot_do_it_refuses_and_says_why(tmp_path: Path) 
 async def test_a_cluster_that_cannot_start_says_so(tmp_path: Path) -> None:
     with pytest.raises(FiError, match="replicas = 3"):
         FiCluster(tmp_path, backend="embedded", nodes=1, replicas=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"partitons": 2}, "partitons names no setting; did you mean partitions?"),
+        ({"partitions": "two"}, "partitions = 'two': Expected `int`"),
+        ({"nodes": 0}, "nodes = 0: give 1, 3 or 5"),
+        ({"scale": {"segmnt": 2}}, "scale names segmnt; the stages are ingest, segment"),
+        ({"settings": Settings(), "partitions": 2}, "settings is given, so partitions would not count"),
+    ],
+)
+def test_an_argument_that_is_none_is_named(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        FiCluster(tmp_path, backend="embedded", **arguments)
 
 
 @pytest.mark.slow
