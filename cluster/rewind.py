@@ -306,12 +306,12 @@ class Rewinder:
     async def _locked(self, partition: int, dry_run: bool) -> AsyncIterator[None]:
         """Holds the partition's lock in this store. A persister that stands by, or has stopped, lets go of it soon.
 
-        A `dry_run` makes no lock file: where there is none, nobody works on the partition.
+        A `dry_run` makes no lock file: where there is none, nobody works on the partition. It does not wait either.
         """
         if dry_run and not (self._store.directory / lock_name(partition)).exists():
             yield
             return
-        deadline = time.monotonic() + REWIND_LOCK.s
+        deadline = time.monotonic() + (0.0 if dry_run else REWIND_LOCK.s)
         while True:
             try:
                 lock = await asyncio.to_thread(lock_partition, self._store, partition)

@@ -121,17 +121,20 @@ def _records(place: Path, runs_here: bool, nats: list[str] | None, partition: in
     from cluster.state import NotRunningError
     from stages.persist.prove import kept_seals
 
-    kept: list[Receipt | SealRecord] = [*kept_seals(place, partition)]
+    kept = kept_seals(place, partition)
     if not runs_here and not nats:
-        return kept
+        return [*kept]
     try:
         found = run_async(read_records(find_servers(place, nats), partition=partition))
     except (NotRunningError, NotReadyError, ClusterUnavailableError) as error:
         if nats:
             raise
         say(f"fi: without the cluster's receipts ({error})")
-        return kept
-    return [*kept, *found.receipts[partition], *found.seals[partition]]
+        return [*kept]
+    # One beside a shard may be old, or anybody's: the cluster's own goes before it.
+    recorded = {seal.shard for seal in found.seals[partition]}
+    others = [record for record in kept if record.shard not in recorded]
+    return [*others, *found.receipts[partition], *found.seals[partition]]
 
 
 def _write(evidence: Evidence, output: Path | None, heads: list[TreeHead]) -> None:

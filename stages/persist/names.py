@@ -86,6 +86,12 @@ def parse_name(path: Path) -> ShardFile | None:
     return None
 
 
+def parse_prepared(path: Path) -> tuple[int, int] | None:
+    """(partition, shard) of a prepared shard's name; None for every other file."""
+    match = _NEXT.fullmatch(path.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 def list_shards(directory: Path) -> dict[int, list[ShardFile]]:
     """The live and sealed shards in `directory`: for each partition in order, by shard number.
 

@@ -113,9 +113,11 @@ def _best(heads: Sequence[TreeHead], size_min: int, size_max: int, tree: MerkleT
 def _checked(tree: MerkleTree, head: TreeHead, path: Path) -> TreeHead:
     root = tree.root(head.tree_size).hex()
     if head.root != root:
+        said = head.statement
+        whose = f"seal record of {said.file}" if isinstance(said, SealStatement) else "receipt"
         raise ShardCorruptError(
-            f"the shards give root {root} over {head.tree_size} events, the record in the cluster says {head.root}; "
-            f"run `fictl verify {path} --receipts`"
+            f"the shards give root {root} over {head.tree_size} events, the {whose} says {head.root}: one of them was "
+            f"changed; `fictl verify {path} --receipts` says which"
         )
     return head
 

@@ -31,8 +31,9 @@ from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
 from stages.persist.export.manifest import exported_path, list_manifests, manifest_path
+from stages.persist.header import read_live_header
 from stages.persist.idfilter import ID_BYTES
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name, parse_prepared
 from stages.persist.records import KeptRecords
 from stages.persist.store import PartitionEnd, find_store
 from stages.persist.storedir import Store, read_store
@@ -46,7 +47,6 @@ EXPORT_PART_BYTES = 256 * 1024 * 1024
 _READER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 _WORKERS_MAX = 2
 _READ_BYTES = 1024 * 1024
-_PREPARED_SUFFIX = ".next.h5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def verify_store(
     directory = find_store(Path(path))
     store = read_store(directory)
     shards = [shard for lane in list_shards(directory).values() for shard in lane]
-    problems = [Problem(name, "file name", "is not the name of a shard") for name in _strangers(directory)]
+    problems = list(_strangers(directory))
     chains: dict[int, _Chain] = {}
     exports = [manifest for place in dict.fromkeys([Path(path), directory]) for manifest in list_manifests(place)]
     exported: list[Problem] = []
@@ -165,14 +165,25 @@ def verify_export(manifest: Path, *, timeout_s: float) -> list[Finding]:
         return pool.check_export(manifest)
 
 
-def _strangers(directory: Path) -> list[str]:
+def _strangers(directory: Path) -> Iterator[Problem]:
     """HDF5 files that are no shards, prepared ones or exports: a shard under a wrong name is not read by anybody."""
-    paths = sorted(directory / name for name in os.listdir(directory) if name.endswith(".h5"))
-    return [
-        path.name
-        for path in paths
-        if parse_name(path) is None and not path.name.endswith(_PREPARED_SUFFIX) and not manifest_path(path).exists()
-    ]
+    for path in sorted(directory / name for name in os.listdir(directory) if name.endswith(".h5")):
+        if parse_name(path) is not None or manifest_path(path).exists():
+            continue
+        prepared = parse_prepared(path)
+        if prepared is None:
+            yield Problem(path.name, "file name", "is not the name of a shard")
+            continue
+        try:
+            header = read_live_header(path)
+        except FileNotFoundError:
+            continue
+        except ShardError as error:
+            yield Problem(path.name, "header", f"is no prepared shard ({error}); persist removes it when it starts")
+            continue
+        if (header.partition, header.shard) != prepared:
+            what = f"is shard {header.shard} of partition {header.partition}, but its name says another"
+            yield Problem(path.name, "header", what)
 
 
 @dataclass(slots=True)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import pytest
 from commands import Ran, run_fictl
 from pipeline import Load, Pipeline, extra_stage, flip, running, settings, until, workload
 
+from cluster import rewind
 from cluster.audit import audit_store
+from cluster.rewind import Rewinder
 from cluster.testing.checker import check
+from contracts.budgets import REWIND_LOCK
+from contracts.errors import NotOursError
 from contracts.events import Event
+from contracts.receipts import decode_seal, encode_receipt
 from contracts.subjects import EVENTS, raw_filter
 from stages.persist.header import read_live_header
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, lock_name
+from stages.persist.records import record_path
 from stages.persist.rewind import ASIDE
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore, ShardInfo
-from stages.persist.storedir import open_store
+from stages.persist.storedir import existing_store, open_store
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
@@ -79,7 +87,9 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         assert (await fictl(pipeline, "prove", str(event_id)))[0] == 0
 
 
-async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_called_well(tmp_path: Path) -> None:
+async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_called_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(tmp_path, settings(partitions=1)) as pipeline:
         await published(pipeline, seed=29)
         code, out, err = await fictl(pipeline, "rebuild", "--json")
@@ -88,6 +98,12 @@ async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_c
             (0, True)
         ]
         assert "partition 0 is passed over" in err
+        with monkeypatch.context() as patch:
+            patch.setattr(rewind, "REWIND_LOCK", msgspec.structs.replace(REWIND_LOCK, s=600.0))
+            store = existing_store(pipeline.shards, (await read_cluster(pipeline.client)).cluster_id)
+            async with asyncio.timeout(60):
+                with pytest.raises(NotOursError, match="A persister works on partition 0"):
+                    await Rewinder(pipeline.api, store).rebuild(0, dry_run=True)
         for verb in (("rebuild",), ("partitions", "move")):
             code, out, err = await fictl(pipeline, *verb, "99")
             assert (code, out) == (2, "")
@@ -135,6 +151,8 @@ async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_
         assert after == before
         assert await assert_agrees(pipeline, pipeline.shards) == 1
         wanted = str(UUID(bytes=stored(pipeline.shards)[0].event_id))
+        planted = record_path(after)
+        planted.write_bytes(encode_receipt(msgspec.structs.replace(decode_seal(planted.read_bytes()), root="0" * 64)))
         code, _, err = await fictl(pipeline, "prove", wanted, "--output", tmp_path / "proof.json")
         assert (code, err.count("no receipt")) == (0, 0), err
         assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0

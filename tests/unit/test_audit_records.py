@@ -201,8 +201,15 @@ def test_a_consistency_proof_joins_any_two_receipts(honest: Witnessed) -> None:
 
 def test_a_proof_against_a_receipt_that_says_otherwise_is_not_made(honest: Witnessed, tmp_path: Path) -> None:
     path = forged(honest, tmp_path / "forged", change_one)
-    with pytest.raises(ShardCorruptError, match="the record in the cluster says"):
+    with pytest.raises(ShardCorruptError, match="the receipt says"):
         prove_consistency(path, 3, 8, 40, honest.receipts)
+
+
+def test_a_proof_against_a_planted_seal_record_names_its_file(honest: Witnessed) -> None:
+    commits, _ = events_of(PartitionMaker(honest.store, 3))
+    (planted,) = (msgspec.structs.replace(seal, root="0" * 64) for seal in honest.seals[:1])
+    with pytest.raises(ShardCorruptError, match=f"the seal record of {planted.file} says 000"):
+        prove_event(honest.store.directory, UUID(bytes=commits[0][0].event_id), [planted])
 
 
 def test_a_kept_record_that_cannot_be_read_is_passed_over(honest: Witnessed) -> None:

@@ -22,7 +22,8 @@ from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist import verify as verify_module
 from stages.persist.check import ShardCheck
 from stages.persist.header import HEADER_BYTES, encode_header, read_sealed_header
-from stages.persist.names import ShardFile, list_shards
+from stages.persist.live import create_live
+from stages.persist.names import ShardFile, list_shards, next_name
 from stages.persist.rows import ROW_BYTES, CommitRow, pack_blob, row_crc32
 from stages.persist.verify import VerifyReport, verify_store
 
@@ -310,14 +311,24 @@ def test_a_shard_of_another_store_or_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     filled_store(tmp_path / "a")
-    filled_store(tmp_path / "b")
+    store, _ = filled_store(tmp_path / "b")
     foreign, own = shards(tmp_path / "b")[1].path, shards(tmp_path / "a")[1].path
     own.write_bytes(foreign.read_bytes())
     assert "belongs to store" in told(verify_here(tmp_path / "a"))
     moved = shards(tmp_path / "b")[3].path
     os.rename(moved, moved.with_name("p004-00000001.live.h5"))
     (tmp_path / "b" / "copy of p003.h5").touch()
+    (tmp_path / "b" / "copy.next.h5").touch()
+    prepared = tmp_path / "b" / next_name(5, 1)
+    prepared.write_bytes(foreign.read_bytes())
     text = told(verify_here(tmp_path / "b"))
+    assert "copy.next.h5: file name: is not the name of a shard" in text
+    assert f"{prepared.name}: header: is no prepared shard" in text
+    for shard in (2, 1):
+        create_live(prepared, store=store, partition=5, shard=shard, capacity_bytes=1 << 14, rows=8, created_ns=1)
+        text = told(verify_here(tmp_path / "b"))
+        assert (f"{prepared.name}: header: is shard 2 of partition 5" in text) == (shard == 2)
+    assert prepared.name not in text
     assert "but its name says another" in text
     assert "copy of p003.h5: file name: is not the name of a shard" in text
 
