@@ -194,7 +194,9 @@ def _why(
         member = members[assigned[partition]]
         return f"moves to {member.name} on {member.node}"
     if receipt := receipts.get(partition):
-        return f"waits for store {receipt.store[:_STORE_SHOWN]} on node {receipt.node}: start persist there"
+        others = [one.name for one in members.values() if one.node == receipt.node and one.store != receipt.store]
+        mounted = f"; {others[0]} has another store there: is the disk mounted?" if others else ""
+        return f"waits for store {receipt.store[:_STORE_SHOWN]} on node {receipt.node}: start persist there{mounted}"
     return f"no process of {stage} takes it" if members else f"no process of {stage} runs"
 
 

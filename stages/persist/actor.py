@@ -235,8 +235,8 @@ class PersistLane(LaneBase):
         if last is not None and last.store != store.store_id:
             await let_go(self._store, last, self._writer, nonce, self._signer, self._clock_ns)
             raise NotOursError(
-                f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} "
-                f"in {store.directory}; start persist there, or take it with `fictl partitions move {self._partition}`"
+                f"partition {self._partition} belongs to store {last.store} on {last.node}, not to {store.store_id} in "
+                f"{store.directory}: not mounted? Start persist there, or `fictl partitions move {self._partition}`"
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")

@@ -115,9 +115,10 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
         assert code == 3
         reasons = {(row["stage"], row["why"]) for row in answer["unheld"]}
         node = os.uname().nodename
+        waits = f"waits for store {store[:8]} on node {node}: start persist there"
         assert reasons == {
             ("hash", "no process of hash runs"),
-            ("persist", f"waits for store {store[:8]} on node {node}: start persist there"),
+            ("persist", f"{waits}; elsewhere has another store there: is the disk mounted?"),
         }
     assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
 
