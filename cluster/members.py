@@ -195,7 +195,7 @@ def _why(
         return f"moves to {member.name} on {member.node}"
     if receipt := receipts.get(partition):
         others = [one.name for one in members.values() if one.node == receipt.node and one.store != receipt.store]
-        mounted = f"; {others[0]} has another store there: is the disk mounted?" if others else ""
+        mounted = f"; {others[0]} has another store there: is the disk mounted? Then restart it" if others else ""
         return f"waits for store {receipt.store[:_STORE_SHOWN]} on node {receipt.node}: start persist there{mounted}"
     return f"no process of {stage} takes it" if members else f"no process of {stage} runs"
 

@@ -118,7 +118,7 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
         waits = f"waits for store {store[:8]} on node {node}: start persist there"
         assert reasons == {
             ("hash", "no process of hash runs"),
-            ("persist", f"{waits}; elsewhere has another store there: is the disk mounted?"),
+            ("persist", f"{waits}; elsewhere has another store there: is the disk mounted? Then restart it"),
         }
     assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
 
