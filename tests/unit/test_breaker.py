@@ -93,6 +93,14 @@ def test_a_message_that_passes_closes_it_and_the_past_is_forgotten() -> None:
     assert breaker.hold_s(PAUSE_S) == PAUSE_S, "the pause begins anew"
 
 
+def test_what_was_refused_before_it_closed_counts_no_more() -> None:
+    breaker = made()
+    opened(breaker)
+    assert breaker.allows(1, [], PAUSE_S)
+    assert breaker.allows(150, [], PAUSE_S)
+    assert breaker.allows(0, letters(60, first=900), PAUSE_S)
+
+
 def test_each_refused_trial_doubles_the_pause_up_to_a_limit_and_lanes_that_try_together_count_once() -> None:
     breaker = made()
     opened(breaker)
