@@ -39,6 +39,7 @@ _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
 _REFUSES: Final = "a server refuses: "
+_SUBSCRIBING: Final = -1
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 TOLD_MAX: Final = 8
 """Troubles in a row that are told: their words may hold names that are new each time."""
@@ -146,9 +147,15 @@ class GuardedClient(Client):
         super()._remove_sub(sid, max_msgs)
 
     async def _init_request_sub(self) -> None:
+        # Who comes while it is sent must not subscribe a second time: every answer would come twice.
+        self._request_id = _SUBSCRIBING
         self._request_inbox = self._request_inbox or f"{self.new_inbox()}."
         self._resp_sub_prefix = bytearray(self._request_inbox.encode())
-        self._request_id = (await self.subscribe_sink(f"{self._request_inbox}*", self._answered))._id
+        try:
+            self._request_id = (await self.subscribe_sink(f"{self._request_inbox}*", self._answered))._id
+        except BaseException:
+            self._request_id = 0
+            raise
 
     def _answered(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
         token = subject[len(self._request_inbox) :].decode(errors="replace")
