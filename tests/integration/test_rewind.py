@@ -207,7 +207,7 @@ async def test_another_store_takes_over_from_a_node_that_is_gone(tmp_path: Path)
         there = tmp_path / "there"
         async with extra_stage(pipeline, "persist", "persist-there", shards=there) as successor:
             await successor.start()
-            assert "take it with `fictl partitions move 0`" in successor.log_text()
+            assert "not mounted? Start persist there, or `fictl partitions move 0`" in successor.log_text()
             code, _, err = await fictl(pipeline, "partitions", "move", "0", "1", "--shards", there)
             assert code == 0, err
             late = Load(workload(seed=39, events=200))
