@@ -165,6 +165,41 @@ async def test_the_log_leads_from_the_start_of_work_through_three_queues_to_the_
     assert stages_that_say(EVENT_PERSISTED) == ["persist"]
 
 
+async def test_told_to_end_with_more_input_waiting_a_lane_shows_readers_its_last_commit(
+    client: Client, tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    committing, go_on = threading.Event(), threading.Event()
+
+    class HeldDisk(PartitionFiles):
+        def commit(self, *arguments: Any) -> int:
+            committing.set()
+            assert go_on.wait(60)
+            return super().commit(*arguments)
+
+    lane = cluster.persist(store, LOCAL._replace(open=HeldDisk.open), seal_on_drain=False)
+
+    async def more_waits() -> bool:
+        return lane._feed is not None and lane._feed.reader.buffered > 0
+
+    try:
+        async with cluster.upstream():
+            persisting = asyncio.create_task(lane.run())
+            await cluster.send(uuid4())
+            assert await asyncio.to_thread(committing.wait, 60)
+            await cluster.send(uuid4())
+            await until(more_waits, "a second frame waits behind the commit", 60)
+        lane.stop()
+        go_on.set()
+        async with asyncio.timeout(60):
+            await persisting
+    finally:
+        go_on.set()
+    assert (await cluster.receipt()).persisted == 1
+    assert stored(store) == set(cluster.accepted[:1])
+
+
 async def test_an_owner_fenced_off_while_it_seals_takes_nothing_from_the_stream_that_the_next_one_needs(
     client: Client, tmp_path: Path
 ) -> None:
