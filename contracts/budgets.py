@@ -82,6 +82,7 @@ STREAM_REMADE: Final = _limit(
 STANDBY: Final = _pause(
     1.0, "persist: a partition's shards to become its own, or a damaged file to change", "it looks again"
 )
+SHOW: Final = _pause(0.02, "persist: a commit to be shown to readers along with the next one", "it is shown by itself")
 DISK_PAUSE_MIN: Final = _pause(1.0, "a stopped partition: the first try of its disk, jitter off", "it tries")
 DISK_PAUSE_MAX: Final = _pause(10.0, "the same, after doubling", "it tries")
 MEMBER_LOOK: Final = _pause(

@@ -8,6 +8,7 @@ then nothing on disk is touched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -18,7 +19,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import UNSET
 
-from contracts.budgets import DISK_PAUSE_MAX, DISK_PAUSE_MIN, STANDBY
+from contracts.budgets import DISK_PAUSE_MAX, DISK_PAUSE_MIN, SHOW, STANDBY
 from contracts.errors import FencedError, FiError, NotOursError, ShardError, StoreFailedError
 from contracts.receipts import Receipt, SealRecord, encode_receipt
 from contracts.statements import Signer
@@ -175,15 +176,8 @@ class PersistLane(LaneBase):
         """Takes the partition over and works until stopped or fenced."""
         await self._take_over(nonce)
         self._standing_by = False
-        files = await run_blocking(
-            self._disk.open,
-            self._store,
-            self._partition,
-            self._receipt,
-            self._api.settings,
-            self._clock_ns,
-            undo=methodcaller("close"),
-        )
+        where = (self._store, self._partition, self._receipt, self._api.settings, self._clock_ns)
+        files = await run_blocking(self._disk.open, *where, undo=methodcaller("close"))
         if files.cut_commits:
             log.warning("partition %d: an unaccepted tail was cut", self._partition)
         self._files = files
@@ -287,12 +281,19 @@ class PersistLane(LaneBase):
         self._disk_circuit.answered(asyncio.get_running_loop().time())
         self._trimmer.committed(receipt)
         log.debug(EVENT_PERSISTED, extra={"stage": self._stage, "partition": self._partition, "origin": receipt.origin})
-        if not feed.reader.buffered:
-            await run_blocking(self._files.accepted)
         if self._files.wants_next():
             self._seal_work.set()
         if self._flush_is_due():
-            self._suspicious = True
+            self.look_again()
+        await self._show(feed)
+
+    async def _show(self, feed: InputFeed) -> None:
+        """Shows readers the last commit, unless input for another comes soon, whose thread does it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHOW.s):
+                await feed.reader.wait()
+        if not feed.reader.buffered:
+            await run_blocking(self._files.accepted)
 
     def _store_group(self, messages: Sequence[StoredMessage], origin: int) -> tuple[Group | None, Receipt | None]:
         """In a thread, which first shows the commit before: the group, and its durable receipt; None without room."""
@@ -339,13 +340,10 @@ class PersistLane(LaneBase):
         if self._api.settings.seal_on_drain and not self._handing_over and self._files.holds_events():
             await self._roll()
             sealing = self._background[-1]
+            sealing.add_done_callback(lambda _: self._all_sealed.set())
             while self._files.to_seal and not sealing.done():
                 self._all_sealed.clear()
-                done = asyncio.create_task(self._all_sealed.wait())
-                try:
-                    await asyncio.wait((done, sealing), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    await end_tasks(done)
+                await self._all_sealed.wait()
             if sealing.done():
                 sealing.result()
 
