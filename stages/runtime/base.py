@@ -222,5 +222,8 @@ class LaneBase(ABC):
             "%s partition %d: input emptied; upstream rebuilds from %d", self._stage, self._partition, committed
         )
         await self._api.purge(stream, input_filter(self._stage, self._partition))
-        # Upstream notices at its next publish or probe.
-        await self._rest(self._api.settings.probe_s)
+        # What upstream had on its way may be let in behind the purge, by a server that asked what the subject's last
+        # message is before it: then the input begins with a hole again, and is emptied again.
+        if (tries := self._holes - HOLES_BEFORE_PURGE) > 0:
+            settings = self._api.settings
+            await self._rest(min(settings.probe_s, settings.retry_s_max * 2**tries))
