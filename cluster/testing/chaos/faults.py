@@ -151,6 +151,15 @@ async def _deleted(ground: Ground, stream: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def _lost_receipts(ground: Ground, stream: str) -> AsyncIterator[None]:
+    try:
+        async with _deleted(ground, stream):
+            yield
+    finally:
+        await _repeat(ground.restore_receipts, "receipts told by the store")
+
+
+@asynccontextmanager
 async def _no_consumers(ground: Ground, stream: str) -> AsyncIterator[None]:
     jetstream = ground.cluster.client.jetstream(timeout=ANSWER_S)
     with contextlib.suppress(NatsError, asyncio.TimeoutError):
@@ -223,6 +232,8 @@ FAULTS: Final[dict[str, Fault]] = {
     "purge a hop": _purged,
     "delete a hop": _deleted,
     "delete consumers": _no_consumers,
+    "delete the members": _deleted,
+    "delete the receipts": _lost_receipts,
     "disk full": _disk_full,
     "failing fsync": _failing_fsync,
     "kill a gateway": _new_gateway,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
@@ -48,10 +49,23 @@ class Ground:
     async def second_owner(self, stage: str) -> AsyncIterator[None]:
         """A process that nobody looks after, told to hold every partition of `stage` whatever the others hold."""
         every = ",".join(map(str, range(self.settings.partitions)))
+        async with self._fictl(f"{stage}-second", "run", stage, "--name", f"{stage}-second", "--partitions", every):
+            yield
+
+    async def restore_receipts(self) -> None:
+        """`fictl partitions restore`. Raises `ClusterUnavailableError` while a partition has no receipt."""
+        async with self._fictl("restore", "partitions", "restore") as restore:
+            code = await restore.wait()
+        receipts = await read_receipts(self.cluster.api, self.settings.partitions)
+        if missing := set(range(self.settings.partitions)) - receipts.keys():
+            raise ClusterUnavailableError(f"partitions {sorted(missing)} have no receipts; restore exited {code}")
+
+    @asynccontextmanager
+    async def _fictl(self, log: str, *arguments: str) -> AsyncIterator[Process]:
+        """The command with these servers and shards, which ends with the context; it writes to a log of that name."""
         urls = [part for url in self.cluster.urls for part in ("--nats", url)]
-        command = [sys.executable, "-m", "cluster", "run", stage, *urls, "--name", f"{stage}-second"]
-        command += ["--shards", str(self.cluster.shards), "--partitions", every]
-        with (self.cluster.directory / "logs" / f"{stage}-second.log").open("ab") as output:
+        command = [sys.executable, "-m", "cluster", *arguments, *urls, "--shards", str(self.cluster.shards)]
+        with (self.cluster.directory / "logs" / f"{log}.log").open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdout=output,
@@ -59,7 +73,7 @@ class Ground:
                 env=os.environ | settings_environment(self.settings),
             )
         try:
-            yield
+            yield process
         finally:
             if process.returncode is None:
                 process.kill()

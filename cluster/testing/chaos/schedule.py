@@ -62,6 +62,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     "purge a hop": Kind(HOPS),
     "delete a hop": Kind(HOPS, (0.1, 4)),
     "delete consumers": Kind((EVENTS, *HOPS)),
+    "delete the members": Kind((MEMBERS,), (0.1, 6)),
+    "delete the receipts": Kind((RECEIPTS,), (0.1, 6)),
     "disk full": Kind(("store",), (3, 10), needs_small_disk=True),
     "failing fsync": Kind(PERSISTERS, (1, 6)),
     "kill a gateway": Kind(GATEWAYS),
