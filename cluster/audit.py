@@ -19,6 +19,7 @@ from stages.persist.lost import receipts_lost
 from stages.persist.store import EventStore, find_store
 from stages.persist.storedir import read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
+from stages.runtime.access import Servers
 from stages.runtime.api import Api
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
@@ -71,12 +72,12 @@ class ClusterRecords:
 
 
 async def read_records(
-    urls: Collection[str], *, partition: int | None = None, after: ClusterRecords | None = None
+    servers: Servers, *, partition: int | None = None, after: ClusterRecords | None = None
 ) -> ClusterRecords:
     """Receipts and seal records of one partition, or of all.
 
     Args:
-        urls: client URLs of the servers.
+        servers: of the cluster.
         partition: which; None for all.
         after: read no receipts up to the last of these.
 
@@ -85,7 +86,7 @@ async def read_records(
         TopologyError: it is not a cluster of ours.
         WireFormatError: a record of a version this build does not know.
     """
-    client = await connect(tuple(urls), "fi-audit", wait_s=COMMAND_CONNECT.s)
+    client = await connect(servers.urls, "fi-audit", access=servers.access, wait_s=COMMAND_CONNECT.s)
     try:
         facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
         api = Api(client, Settings(), give_up_s=COMMAND_ANSWER.s)
@@ -105,7 +106,7 @@ async def read_records(
 
 async def audit_store(
     path: Path,
-    urls: Collection[str],
+    servers: Servers,
     *,
     trusted: Collection[str] = (),
     shard_timeout_s: float = SHARD_CHECK.s,
@@ -118,7 +119,7 @@ async def audit_store(
 
     Args:
         path: as for `verify_store`.
-        urls: client URLs of the servers.
+        servers: of the cluster.
         trusted: public keys (64 hex digits); see `audit_partition`.
         shard_timeout_s, on_progress: as for `verify_store`.
 
@@ -128,7 +129,7 @@ async def audit_store(
     As `read_records` besides.
     """
     store = read_store(find_store(path))
-    before = await read_records(urls)
+    before = await read_records(servers)
     if before.cluster_id != store.cluster_id:
         raise ShardError(f"{path}: belongs to cluster {store.cluster_id}, but the servers are of {before.cluster_id}")
     shards: dict[int, list[ShardContents]] = {}
@@ -140,7 +141,7 @@ async def audit_store(
         on_shard=lambda contents: shards.setdefault(contents.shard.partition, []).append(contents),
     )
     shown = await asyncio.to_thread(_shown_origins, path) if report.ok else {}
-    newer = await read_records(urls, after=before)
+    newer = await read_records(servers, after=before)
     problems: list[Problem] = list(report.problems)
     for lane in sorted({*before.receipts, *shards}):
         rewinds = [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())]

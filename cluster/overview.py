@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -35,6 +35,7 @@ from contracts.settings import Settings, hide_credentials
 from contracts.subjects import BUCKETS, DLQ, EVENTS, HOPS, RECEIPTS
 from contracts.wire import UNREADABLE
 from stages.persist.names import list_shards
+from stages.runtime.access import Servers
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
@@ -123,12 +124,12 @@ class Looker:
     """Looks at a pipeline again and again over one connection, which it makes when it can.
 
     Args:
-        urls: of the servers.
+        servers: of the cluster.
         directory: of a run on this machine, whose processes and disk are looked at too; None for none.
     """
 
-    def __init__(self, urls: Sequence[str], directory: Path | None) -> None:
-        self._urls = tuple(urls)
+    def __init__(self, servers: Servers, directory: Path | None) -> None:
+        self._servers = servers
         self._directory = directory
         self._client: GuardedClient | None = None
         self._seen: dict[object, tuple[object, Any]] = {}
@@ -142,7 +143,7 @@ class Looker:
         """Looks once, for `limit_s` at most and a little. Never raises for what is down."""
         unread: list[str] = []
         jobs: dict[str, Awaitable[Any]] = {
-            "servers": look_at_servers(self._urls),
+            "servers": look_at_servers(self._servers.urls),
             "cluster": self._cluster(limit_s * 0.95, unread),
         }
         if self._directory is not None:
@@ -153,7 +154,7 @@ class Looker:
         return Overview(
             at_ns=time.time_ns(),
             servers=found.get("servers")
-            or tuple(ServerStatus(url=hide_credentials(url), reachable=False) for url in self._urls),
+            or tuple(ServerStatus(url=hide_credentials(url), reachable=False) for url in self._servers.urls),
             metrics_s=0.0 if processes is None else processes[0],
             processes=None if processes is None else processes[1],
             disk=found.get("disk"),
@@ -165,7 +166,8 @@ class Looker:
         if self._client is None:
             try:
                 async with asyncio.timeout(STATUS_CONNECT.s):
-                    self._client = await connect(self._urls, "fi-status", wait_s=STATUS_CONNECT.s)
+                    urls, access = self._servers
+                    self._client = await connect(urls, "fi-status", access=access, wait_s=STATUS_CONNECT.s)
             except (ClusterUnavailableError, TimeoutError):
                 return None
         return self._client if self._client.is_connected else None

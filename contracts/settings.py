@@ -73,6 +73,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         health_port: where a stage answers `/livez`, `/readyz` and `/metrics`; 0: a free port; -1: nowhere. `fictl up`
             gives each stage a free one unless this is set.
         health_host: the address that port is on. `0.0.0.0` for a container's probes.
+        nats_ca_file: certificates, as PEM, that sign those of the servers at `--nats`; empty: those the system trusts.
+            Once this or `nats_cert_file` is set, nothing is said to a server that does not speak TLS.
+        nats_cert_file, nats_key_file: our own certificate and its key, as PEM, for servers that verify clients. Empty
+            key file: the key stands with the certificate.
+        nats_creds_file: a user's JWT and nkey seed, as `nsc` writes them, or an nkey seed alone. All four files are
+            read anew for each connection; the servers of `fictl up` need none of them.
         disk_floor_bytes: persist says that it is not ready when less is free where its shards lie.
         otlp_endpoint: collector that metrics and traces are sent to by OTLP over HTTP, e.g. `http://host:4318`;
             empty: the one that OTEL_EXPORTER_OTLP_ENDPOINT names, if any.
@@ -121,6 +127,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     member_renew_s: _Seconds = 1.0
     health_port: Annotated[int, Meta(ge=-1, le=65535)] = -1
     health_host: str = "127.0.0.1"
+    nats_ca_file: str = ""
+    nats_cert_file: str = ""
+    nats_key_file: str = ""
+    nats_creds_file: str = ""
     disk_floor_bytes: Annotated[int, Meta(ge=0)] = 1024 * MIB
     otlp_endpoint: _SecretUrl = ""
     otlp_interval_s: _Seconds = 10.0

@@ -30,6 +30,7 @@ from contracts.errors import (
     ShardCorruptError,
 )
 from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_credentials, resolve_settings
+from stages.runtime.access import Servers, access_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,11 +96,11 @@ def exit_code(error: FiError) -> int:
     return CORRUPT if isinstance(error, (ShardCorruptError, ProofError)) else FAILED
 
 
-def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
-    """Client URLs: `nats` when given, else those of the run in `directory`.
+def find_servers(directory: Path, nats: list[str] | None, chosen: list[str] | None = None) -> Servers:
+    """Those at `nats` when given, spoken to as the settings say, else those of the run in `directory`.
 
     Raises:
-        SettingsError: a URL that is none.
+        SettingsError: a URL that is none; or as `given_settings`.
         NotRunningError: nothing runs in `directory`.
         NotReadyError: what runs there has no servers yet.
     """
@@ -107,11 +108,11 @@ def find_servers(directory: Path, nats: list[str] | None) -> tuple[str, ...]:
         for url in nats:
             if not _is_server_url(url):
                 raise SettingsError(f"--nats {hide_credentials(url)}: a server URL looks like nats://127.0.0.1:4222")
-        return tuple(nats)
+        return Servers(tuple(nats), access_of(given_settings(chosen).settings))
     urls = read_state(directory).urls
     if not urls:
         raise NotReadyError(f"what runs in {directory} is still starting; try again in a few seconds")
-    return urls
+    return Servers(urls)
 
 
 def _is_server_url(url: str) -> bool:
@@ -170,8 +171,8 @@ def _parse_set(chosen: list[str] | None) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def connected(urls: tuple[str, ...], *, beside: str | None = None) -> AsyncIterator[GuardedClient]:
-    """A connection to any of `urls`, to one that does not lead the stream `beside` if that is given. Closed at the end.
+async def connected(servers: Servers, *, beside: str | None = None) -> AsyncIterator[GuardedClient]:
+    """A connection to any of `servers`, closed at the end; where `beside` is given, to one that does not lead it.
 
     Raises:
         ClusterUnavailableError: none answered within `COMMAND_CONNECT`.
@@ -179,9 +180,9 @@ async def connected(urls: tuple[str, ...], *, beside: str | None = None) -> Asyn
     from stages.runtime.connection import connect, connect_beside
 
     if beside is None:
-        client = await connect(urls, "fi", wait_s=COMMAND_CONNECT.s)
+        client = await connect(servers.urls, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
     else:
-        client = await connect_beside(urls, beside, "fi", wait_s=COMMAND_CONNECT.s)
+        client = await connect_beside(servers.urls, beside, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
     try:
         yield client
     finally:

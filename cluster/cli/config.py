@@ -249,10 +249,10 @@ def _settings(directory: Path, nats: list[str] | None, chosen: list[str] | None)
 
 def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] | None) -> list[Check]:
     async def look() -> list[Check]:
-        urls, settings = find_servers(directory, nats), find_settings(directory, nats, chosen)
-        async with connected(urls) as client:
-            servers = await _try_async("servers", _look_at_servers(client, urls))
-            return [servers, await _try_async("streams", _look_at_streams(client, settings))]
+        servers, settings = find_servers(directory, nats, chosen), find_settings(directory, nats, chosen)
+        async with connected(servers) as client:
+            greeted = await _try_async("servers", _look_at_servers(client, servers.urls))
+            return [greeted, await _try_async("streams", _look_at_streams(client, settings))]
 
     try:
         return run_async(look())

@@ -35,6 +35,7 @@ from contracts.budgets import COMMAND_READY
 from contracts.errors import SettingsError, TopologyError
 from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, publish_subject
+from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
     from cluster.dlq import Counts, DeadLetters, Selection
@@ -93,7 +94,7 @@ def ls(
     Example: fictl dlq ls --stage segment --reason payload --since 2h
     """
     selection = _selection(stage, partition, reason, site, since, until)
-    urls = find_servers(directory, nats)
+    servers = find_servers(directory, nats)
     from cluster.cli import letters as shown
     from cluster.dlq import Counts
 
@@ -104,7 +105,7 @@ def ls(
     newest: deque[str] = deque(maxlen=limit or None)
 
     async def work() -> None:
-        async with _opened(urls) as dead:
+        async with _opened(servers) as dead:
             span = await dead.span(selection)
             if not as_json and not only_summary:
                 print(shown.HEADINGS)
@@ -145,10 +146,10 @@ def show(
     """
     from cluster.cli import letters as shown
 
-    urls = find_servers(directory, nats)
+    servers = find_servers(directory, nats)
 
     async def work() -> Letter | None:
-        async with _opened(urls) as dead:
+        async with _opened(servers) as dead:
             return await dead.find(seq)
 
     letter = run_async(work())
@@ -223,8 +224,8 @@ def replay(
             elif dry_run and not as_json:
                 print(f"letter {letter.seq} would go to {publish_subject(letter.site, letter.consultation)}")
 
-    urls = find_servers(directory, nats)
-    missing = run_async(_go(urls, seqs, selection, "replay", act, dry_run=dry_run, yes=yes))
+    servers = find_servers(directory, nats)
+    missing = run_async(_go(servers, seqs, selection, "replay", act, dry_run=dry_run, yes=yes))
     if as_json:
         print_json({**report, "refused": refused, "missing": missing, "dry_run": dry_run})
     else:
@@ -282,8 +283,8 @@ def drop(
             append(output, page, why)
         report["dropped"] += await dead.remove(page, erase=erase)
 
-    urls = find_servers(directory, nats)
-    missing = run_async(_go(urls, seqs, selection, "drop", act, dry_run=dry_run, yes=yes))
+    servers = find_servers(directory, nats)
+    missing = run_async(_go(servers, seqs, selection, "drop", act, dry_run=dry_run, yes=yes))
     if as_json:
         print_json({**report, "missing": missing, "dry_run": dry_run})
     elif dry_run:
@@ -295,7 +296,7 @@ def drop(
 
 
 async def _go(
-    urls: tuple[str, ...],
+    servers: Servers,
     seqs: list[int] | None,
     selection: Selection,
     verb: str,
@@ -311,7 +312,7 @@ async def _go(
     from cluster.dlq import PAGE, Counts
 
     counts, ask = Counts(), not (dry_run or yes)
-    async with _opened(urls) as dead:
+    async with _opened(servers) as dead:
         if seqs:
             found = [(seq, await dead.find(seq)) for seq in sorted(set(seqs))]
             letters = [letter for _, letter in found if letter is not None]
@@ -403,11 +404,11 @@ def parse_when(option: str, text: str, now_ns: int) -> int:
 
 
 @asynccontextmanager
-async def _opened(urls: tuple[str, ...]) -> AsyncIterator[DeadLetters]:
+async def _opened(servers: Servers) -> AsyncIterator[DeadLetters]:
     from cluster.dlq import DeadLetters
     from stages.runtime.facts import read_cluster
 
-    async with connected(urls) as client:
+    async with connected(servers) as client:
         try:
             facts = await read_cluster(client, wait_s=COMMAND_READY.s)
         except TopologyError as error:

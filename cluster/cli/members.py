@@ -35,6 +35,7 @@ from cluster.words import ranges
 from contracts.budgets import DRAINED, OBEYED, RESTART, SCALE, SETTLED
 from contracts.errors import ClusterUnavailableError, FiError, SettingsError
 from contracts.subjects import STAGES, Stage
+from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
     from cluster.control import RestartAnswer
@@ -96,7 +97,7 @@ def scale(
             return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
 
         done = ", ".join(f"{stage}={answer.after[stage]}" for stage in wanted)
-        return answer.before, answer.after, await _seen(f"{done} is done", _with_cluster(state.urls, wait))
+        return answer.before, answer.after, await _seen(f"{done} is done", _with_cluster(Servers(state.urls), wait))
 
     with progress_bar("scaling"):
         before, after, report = run_async(work())
@@ -140,7 +141,7 @@ def restart(
             return await look_until(client, api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
 
         done = ", ".join(f"{stage}: {count}" for stage, count in answer.replaced.items())
-        return answer, await _seen(f"processes were replaced ({done})", _with_cluster(state.urls, wait))
+        return answer, await _seen(f"processes were replaced ({done})", _with_cluster(Servers(state.urls), wait))
 
     with progress_bar("restarting"):
         answer, report = run_async(work())
@@ -218,7 +219,7 @@ def drain(
             done = await drain_stages(api, facts.partitions, stop, wait_s, lambda n: tell(n, len(STAGES)))
         return done, before
 
-    report, before = run_async(_with_cluster(state.urls, work))
+    report, before = run_async(_with_cluster(Servers(state.urls), work))
     if as_json:
         print_json({**{name: getattr(report, name) for name in report.__struct_fields__}, "stopped": before})
     else:
@@ -296,8 +297,8 @@ async def _seen(done: str, looking: Awaitable[T]) -> T:
         raise ClusterUnavailableError(f"{done}, but what came of it cannot be seen: {error}") from error
 
 
-async def _with_cluster(urls: tuple[str, ...], work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:
-    async with connected(urls) as client:
+async def _with_cluster(servers: Servers, work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:
+    async with connected(servers) as client:
         return await work(client, command_api(client))
 
 

@@ -209,14 +209,14 @@ def list_partitions(
 
     Example: fictl partitions ls --dir .fi
     """
-    urls = find_servers(directory, nats)
+    servers = find_servers(directory, nats)
 
     async def read() -> list[dict[str, Any]]:
         from stages.runtime.checkpoint import last_receipt, last_seal, told_before
         from stages.runtime.facts import read_cluster
 
         rows = []
-        async with connected(urls) as client:
+        async with connected(servers) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             api = command_api(client)
             for partition in range(facts.partitions):
@@ -263,7 +263,7 @@ def _take_back(
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
     if shards is not None:
         check_directory("--shards", shards)
-    urls, settings = find_servers(directory, nats), find_settings(directory, nats, None)
+    servers, settings = find_servers(directory, nats), find_settings(directory, nats, None)
 
     async def run() -> tuple[list[Rewind], list[str], list[int], int]:
         import time
@@ -278,7 +278,7 @@ def _take_back(
         failed: list[str] = []
         passed: list[int] = []
         looked_at = 0
-        async with connected(urls) as client:
+        async with connected(servers) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
             api = command_api(client, settings)

@@ -32,6 +32,7 @@ from cluster.cli.common import (
     say,
 )
 from contracts.budgets import COMMAND_READY, PROGRESS_REFRESH
+from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,10 +80,10 @@ def publish(
         if check_only:
             report = run_async(check_lines(_lines(descriptor), site=site))
         else:
-            urls = find_servers(directory, nats)
+            servers = find_servers(directory, nats)
             settings = given_settings().settings
             work = _publish(
-                descriptor, urls, settings, in_flight, site=site, batch=batch, rate_per_s=rate, deadline_s=deadline
+                descriptor, servers, settings, in_flight, site=site, batch=batch, rate_per_s=rate, deadline_s=deadline
             )
             report = run_async(work)
     except KeyboardInterrupt:
@@ -124,7 +125,7 @@ def _lines(descriptor: int) -> Any:
 
 
 async def _publish(
-    descriptor: int, urls: tuple[str, ...], settings: Settings, in_flight: int, **options: Any
+    descriptor: int, servers: Servers, settings: Settings, in_flight: int, **options: Any
 ) -> PublishReport:
     from cluster.gateway import Gateway
     from cluster.publish import LinePublisher
@@ -135,7 +136,7 @@ async def _publish(
 
     async with (
         observing(settings, "fi-gateway", "publish", os.environ) as telemetry,
-        connected(urls, beside=EVENTS) as client,
+        connected(servers, beside=EVENTS) as client,
     ):
         try:
             await read_cluster(client, wait_s=COMMAND_READY.s)

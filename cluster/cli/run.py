@@ -67,7 +67,7 @@ def run(
         raise SettingsError(f"--log-level {log_level}: use one of {', '.join(LOG_LEVELS)}")
     lanes = None if partitions is None else parse_partitions("--partitions", partitions)
     settings = given_settings(chosen_settings).settings
-    urls = find_servers(directory, nats)
+    servers = find_servers(directory, nats, chosen_settings)
     if shards is None and nats and chosen == "persist":
         raise SettingsError("persist needs a store: give --shards DIR, a directory on this node's own disk")
     store = shards or directory / SHARDS
@@ -93,7 +93,7 @@ def run(
         ) as watch:
             await StageProcess(
                 chosen,
-                urls,
+                servers,
                 settings,
                 actor(chosen, store),
                 partitions=lanes,

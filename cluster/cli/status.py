@@ -21,6 +21,7 @@ from cluster.cli.common import (
 )
 from contracts.budgets import STATUS_FIRST_LOOK, STATUS_WINDOW
 from contracts.settings import hide_credentials
+from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
     from cluster.overview import Overview
@@ -34,7 +35,7 @@ RunOption = Annotated[
 PartitionsOption = Annotated[bool, typer.Option("--partitions", help="Show each partition in place of the streams.")]
 
 
-def find_run(directory: Path | None, nats: list[str] | None) -> tuple[tuple[str, ...], Path | None]:
+def find_run(directory: Path | None, nats: list[str] | None) -> tuple[Servers, Path | None]:
     """Servers to ask, and the run on this machine to look at: the one in `directory`, else the default without `nats`.
 
     Raises as `find_servers`.
@@ -80,8 +81,8 @@ def status(
     from cluster.summary import summarize
     from cluster.verdict import judge
 
-    urls, run = find_run(directory, nats)
-    summary = summarize(run_async(_look_twice(urls, run, window_s)))
+    servers, run = find_run(directory, nats)
+    summary = summarize(run_async(_look_twice(servers, run, window_s)))
     problems = judge(summary)
     if as_json:
         print_json(as_values(summary, problems))
@@ -89,7 +90,7 @@ def status(
         screen = console()
         # On a terminal the verdict must not scroll away; below it is the prompt.
         height = screen.height - 1 if screen.is_terminal else None
-        page = Page(width=screen.width, height=height, title=title(urls, run), by_partition=by_partition)
+        page = Page(width=screen.width, height=height, title=title(servers.urls, run), by_partition=by_partition)
         for line in render(summary, problems, page):
             screen.print(line, no_wrap=True, crop=True)
     if problems:
@@ -102,10 +103,10 @@ def as_values(summary: Summary, problems: tuple[Problem, ...]) -> dict[str, Any]
     return {"well": not problems, "problems": problems, **fields, "waiting": summary.waiting}
 
 
-async def _look_twice(urls: tuple[str, ...], run: Path | None, window_s: float) -> list[Overview]:
+async def _look_twice(servers: Servers, run: Path | None, window_s: float) -> list[Overview]:
     from cluster.overview import Looker
 
-    looker = Looker(urls, run)
+    looker = Looker(servers, run)
     try:
         began_s = asyncio.get_running_loop().time()
         first = await looker.look(STATUS_FIRST_LOOK.s)

@@ -35,6 +35,7 @@ from cluster.cli.common import (
 from cluster.cli.export import verify_export
 from contracts.budgets import SHARD_CHECK
 from contracts.errors import SettingsError, ShardError
+from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
     from cluster.audit import AuditReport
@@ -157,14 +158,14 @@ def verify(
     if path.is_file():
         raise ShardError(f"{path}: has no manifest beside it to be held against; `fictl export --output` writes both")
     trusted = trusted_keys(public_key)
-    urls = find_servers(cluster or path, nats) if receipts else ()
+    servers = find_servers(cluster or path, nats) if receipts else Servers(())
     with progress_bar("verifying") as progress:
         audit: AuditReport | None = None
         if receipts:
             from cluster.audit import audit_store
 
             audit = run_async(
-                audit_store(path, urls, trusted=trusted, shard_timeout_s=shard_timeout, on_progress=progress)
+                audit_store(path, servers, trusted=trusted, shard_timeout_s=shard_timeout, on_progress=progress)
             )
             report = audit.store
         else:

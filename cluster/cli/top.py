@@ -30,15 +30,15 @@ def top(
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise SettingsError("fictl top needs a terminal; elsewhere use `fictl status`, or `fictl status --json`")
-    urls, run = find_run(directory, nats)
+    servers, run = find_run(directory, nats)
 
     async def work() -> None:
         from cluster.overview import Looker
         from cluster.top import Top
 
-        looker = Looker(urls, run)
+        looker = Looker(servers, run)
         try:
-            await Top(looker, interval_s, title(urls, run), console()).run()
+            await Top(looker, interval_s, title(servers.urls, run), console()).run()
         finally:
             await looker.close()
 

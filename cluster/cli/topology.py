@@ -43,12 +43,12 @@ def plan(
 
     Example: fictl cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
     """
-    urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
+    servers, wanted = find_servers(directory, nats, settings), find_settings(directory, nats, settings)
 
     async def work() -> Plan:
         from cluster.apply import plan as make_plan
 
-        async with connected(urls) as client:
+        async with connected(servers) as client:
             return await make_plan(client, wanted, wait_s=TOPOLOGY_PLAN.s)
 
     found = run_async(work())
@@ -72,12 +72,12 @@ def apply(
 
     Example: fictl cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
     """
-    urls, wanted = find_servers(directory, nats), find_settings(directory, nats, settings)
+    servers, wanted = find_servers(directory, nats, settings), find_settings(directory, nats, settings)
 
     async def work() -> Plan:
         from cluster.apply import apply as apply_plan
 
-        async with connected(urls) as client:
+        async with connected(servers) as client:
             return await apply_plan(client, wanted)
 
     with progress_bar("applying"):
@@ -95,13 +95,13 @@ def status(
 
     Example: fictl cluster status --dir .fi --json
     """
-    urls = find_servers(directory, nats)
+    servers = find_servers(directory, nats)
 
     async def work() -> ClusterStatus:
         from cluster.status import status as look
 
-        async with connected(urls) as client:
-            return await look(client, urls)
+        async with connected(servers) as client:
+            return await look(client, servers.urls)
 
     found = run_async(work())
     if as_json:

@@ -22,12 +22,15 @@ from typing import Any, Final
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
+from nats.errors import AuthorizationError, ConnectionDrainingError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
 from contracts.budgets import TROUBLE_COUNTS
+from contracts.errors import SettingsError
+from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import Answers, DeniedError
 from stages.runtime.parser import Sink, SinkParser
+from stages.runtime.tasks import run_blocking
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
 _REFUSES: Final = "a server refuses: "
+_EXPIRED: Final = "user authentication expired"
 _SUBSCRIBING: Final = -1
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 TOLD_MAX: Final = 8
@@ -84,8 +88,9 @@ class GuardedClient(Client):
 
     _ended = False
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access = OPEN) -> None:
         super().__init__()
+        self._access = access
         self.sinks: dict[bytes, Sink] = {}
         self._tokens = count(1)
         self._request_inbox = ""
@@ -290,6 +295,10 @@ class GuardedClient(Client):
             self._remove_sub(self._request_id)
             self._request_id = 0
             self._answers.deny(words, None)
+        if words == _EXPIRED:
+            # nats-py would give up for good; renewed credentials are read for the next connection.
+            await self._process_op_err(AuthorizationError())
+            return
         await super()._process_err(err_msg)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
@@ -297,11 +306,26 @@ class GuardedClient(Client):
         await super()._close(status, do_cbs)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """As nats-py's, but a ``tls://`` URL is never served in plain text: nothing, nor a password, is sent then."""
-        server = self._current_server
-        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
-            raise NatsError("the URL says tls://, and this server does not speak TLS")
+        """As nats-py's, but where TLS was asked for, nothing is sent in plain text, nor a password."""
+        scheme = self._current_server.uri.scheme if self._current_server is not None else ""
+        if initial_connection and not info.get("tls_required") and scheme != "wss":
+            if scheme == "tls":
+                raise NatsError("the URL says tls://, and this server does not speak TLS")
+            if self._access.encrypted:
+                raise NatsError("nats_ca_file or nats_cert_file is set, and this server does not speak TLS")
         await super()._process_info(info, initial_connection)
+
+    async def read_papers(self) -> None:
+        """Reads the files that show servers who we are, and us who they are. Raises `SettingsError`."""
+        if self._access == OPEN:
+            return
+        papers = await run_blocking(self._access.read)
+        if papers.tls is not None:
+            self.options["tls"] = papers.tls
+        if (own := papers.credentials) is not None:
+            self._public_nkey = None if own.jwt else own.public_nkey()
+            self._user_jwt_cb = (lambda: bytearray(own.jwt)) if own.jwt else None
+            self._signature_cb = own.sign
 
     async def _process_connect_init(self) -> None:
         """As nats-py's, but a try that failed leaves no open socket behind, and none follows the end of the client.
@@ -313,12 +337,26 @@ class GuardedClient(Client):
         transport = self._transport
         try:
             self._stop_if_ended()
+            try:
+                await self.read_papers()
+            except SettingsError as error:
+                raise NatsError(str(error)) from error
             await super()._process_connect_init()
+            self._tell_of_tls()
             self._stop_if_ended()
         except BaseException:
             if transport is not None:
                 transport.close()  # type: ignore[no-untyped-call]
             raise
+
+    def _tell_of_tls(self) -> None:
+        """Tells the stream of a connection that it goes over TLS now, which nats-py does not.
+
+        It would warn at every end of a connection, and take in without bounds what nobody has read yet.
+        """
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and writer.get_extra_info("sslcontext") is not None:
+            writer.transport.get_protocol().connection_made(writer.transport)
 
     def _stop_if_ended(self) -> None:
         if self._ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from nats.errors import Error as NatsError
 from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_INTERVAL, RECONNECT_PAUSE
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
+from stages.runtime.access import OPEN, Access
 from stages.runtime.client import GuardedClient, words_of
 from stages.runtime.tasks import end_tasks, side_by_side
 
@@ -26,6 +28,7 @@ async def connect(
     urls: Sequence[str],
     name: str,
     *,
+    access: Access = OPEN,
     wait_s: float = FIRST_CONNECTION.s,
     in_order: bool = False,
     reconnected: Callable[[], None] | None = None,
@@ -35,19 +38,23 @@ async def connect(
     Args:
         urls: ``nats://host:port`` of one or more servers.
         name: shown by the servers as the client's name.
+        access: files for TLS, and credentials.
         wait_s: how long the first connection may take.
         in_order: try `urls` in this order, not in a random one.
         reconnected: called after each later connection.
 
     Raises:
         ClusterUnavailableError: no server took the connection within `wait_s`; says so where one refused it.
+        SettingsError: a file of `access` is not what it should be.
     """
 
-    refused = met = ""
+    refused = met = tls = ""
 
     async def on_error(error: Exception) -> None:
-        nonlocal refused, met
+        nonlocal refused, met, tls
         met = repr(error)
+        if isinstance(error, ssl.SSLError):
+            tls = error.reason or met
         # What a server itself says has no class of its own.
         if type(error) is NatsError:
             refused = words_of(str(error))
@@ -79,7 +86,8 @@ async def connect(
         "pending_size": PENDING_BYTES_MAX,
         "dont_randomize": in_order,
     }
-    client = GuardedClient()
+    client = GuardedClient(access)
+    await client.read_papers()
     # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
     connecting = asyncio.create_task(
         client.connect(**options, max_reconnect_attempts=-1),  # type: ignore[arg-type]
@@ -91,7 +99,12 @@ async def connect(
     except (NatsError, OSError, TimeoutError) as error:
         shown = ", ".join(map(hide_credentials, urls))
         if refused:
-            text = f"{shown} refused the connection: {refused}; see the URL, or its user"
+            text = f"{shown} refused the connection: {refused}; see the URL, its user, or FI_NATS_CREDS_FILE"
+        elif tls:
+            text = (
+                f"no TLS with {shown}: {tls}; FI_NATS_CA_FILE names who signs the servers' certificates, "
+                "FI_NATS_CERT_FILE our own"
+            )
         else:
             text = f"no NATS server answers at {shown} within {wait_s:g} s ({met}); see `fictl cluster status`"
         raise ClusterUnavailableError(text) from error
@@ -114,17 +127,22 @@ async def _unless_cancelled(connecting: asyncio.Task[None], client: GuardedClien
 
 
 async def connect_near(
-    urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
+    urls: Sequence[str],
+    stream: str,
+    name: str,
+    *,
+    access: Access = OPEN,
+    reconnected: Callable[[], None] | None = None,
 ) -> GuardedClient:
     """As `connect`, but to the server that leads `stream` now, if that can be found out.
 
     What is published to the stream then does not cross the cluster's routes twice (durable p95 at 500 events/s: 58 ms
     without, 48 with, medians of six runs). Any other server serves as well: nothing is done when the leader moves.
     """
-    client = await connect(urls, name, reconnected=reconnected)
+    client = await connect(urls, name, access=access, reconnected=reconnected)
     leader, urls_by_name = await _leader_and_names(client, urls, stream)
     near = urls_by_name.get(leader)
-    return client if near is None else await _reconnect(client, near, urls, name, reconnected)
+    return client if near is None else await _reconnect(client, near, urls, name, access, reconnected)
 
 
 async def connect_beside(
@@ -132,6 +150,7 @@ async def connect_beside(
     stream: str,
     name: str,
     *,
+    access: Access = OPEN,
     wait_s: float = FIRST_CONNECTION.s,
     reconnected: Callable[[], None] | None = None,
 ) -> GuardedClient:
@@ -140,12 +159,12 @@ async def connect_beside(
     For those who publish many small messages: this server hands them on to the leader many at a time. All of them
     choose the same one (ADR 29). Any other server serves as well: nothing is done when the leader moves.
     """
-    client = await connect(urls, name, wait_s=wait_s, reconnected=reconnected)
+    client = await connect(urls, name, access=access, wait_s=wait_s, reconnected=reconnected)
     leader, urls_by_name = await _leader_and_names(client, urls, stream)
     others = urls_by_name.keys() - {leader}
     if not leader or not others:
         return client
-    return await _reconnect(client, urls_by_name[min(others)], urls, name, reconnected)
+    return await _reconnect(client, urls_by_name[min(others)], urls, name, access, reconnected)
 
 
 async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: str) -> tuple[str, dict[str, str]]:
@@ -161,12 +180,17 @@ async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: 
 
 
 async def _reconnect(
-    client: GuardedClient, first: str, urls: Sequence[str], name: str, reconnected: Callable[[], None] | None
+    client: GuardedClient,
+    first: str,
+    urls: Sequence[str],
+    name: str,
+    access: Access,
+    reconnected: Callable[[], None] | None,
 ) -> GuardedClient:
     """In place of `client`, a connection to `first`; to another one of `urls` where that does not answer."""
     await client.close()
     others = [url for url in urls if url != first]
-    return await connect([first, *others], name, in_order=True, reconnected=reconnected)
+    return await connect([first, *others], name, access=access, in_order=True, reconnected=reconnected)
 
 
 async def server_name(url: str) -> str | None:

@@ -22,6 +22,7 @@ from contracts.errors import SettingsError
 from contracts.membership import Member
 from contracts.settings import Settings
 from contracts.subjects import INPUT_STREAM, MEMBERS, OUTPUT_STREAM, Stage, is_token, pause_subject
+from stages.runtime.access import Access, Servers
 from stages.runtime.api import REMADE, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect_near
@@ -57,7 +58,13 @@ class Connector(Protocol):
     """Opens the process's connection."""
 
     def __call__(
-        self, urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
+        self,
+        urls: Sequence[str],
+        stream: str,
+        name: str,
+        *,
+        access: Access,
+        reconnected: Callable[[], None] | None = None,
     ) -> Awaitable[GuardedClient]:
         """As `stages.runtime.connection.connect_near`."""
 
@@ -86,7 +93,7 @@ class StageProcess:
 
     Args:
         stage: which stage.
-        urls: NATS servers.
+        servers: NATS servers.
         settings: this process's settings.
         actor: the stage's own part.
         partitions: which lanes, whatever other processes there are; None for its share.
@@ -99,7 +106,7 @@ class StageProcess:
     def __init__(
         self,
         stage: Stage,
-        urls: Sequence[str],
+        servers: Servers,
         settings: Settings,
         actor: Actor,
         *,
@@ -111,7 +118,7 @@ class StageProcess:
     ) -> None:
         self._machine = machine or Machine()
         self._stage: Stage = stage
-        self._urls = urls
+        self._servers = servers
         self._settings = settings
         self._actor = actor
         self._partitions = partitions
@@ -144,7 +151,10 @@ class StageProcess:
         """
         machine = self._machine
         machine.on_terminate(self.stop)
-        client = await machine.connect(self._urls, OUTPUT_STREAM[self._stage], self._name, reconnected=self._nudge)
+        urls, access = self._servers
+        client = await machine.connect(
+            urls, OUTPUT_STREAM[self._stage], self._name, access=access, reconnected=self._nudge
+        )
         try:
             facts = await read_cluster(client)
             api = self._api = Api(client, self._settings, machine.jitter, self._watch.telemetry)

@@ -18,6 +18,7 @@ from cluster.audit import read_records
 from stages.persist.keys import create_key
 from stages.persist.store import EventStore, StoredEvent
 from stages.persist.storedir import open_store
+from stages.runtime.access import Servers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -101,7 +102,7 @@ async def test_a_sealed_event_is_proved_from_the_store_alone(signed: Signed, tmp
 
 
 async def test_two_receipts_of_a_running_pipeline_are_shown_to_be_consistent(signed: Signed, tmp_path: Path) -> None:
-    records = await read_records(signed.pipeline.supervisor.urls)
+    records = await read_records(Servers(signed.pipeline.supervisor.urls))
     sizes = sorted({receipt.persisted for receipt in records.receipts[0]})
     first, last = sizes[len(sizes) // 3], sizes[-1]
     file = tmp_path / "consistency.json"

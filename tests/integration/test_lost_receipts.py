@@ -17,6 +17,7 @@ from contracts.subjects import EVENTS, RECEIPTS
 from stages.persist.names import list_shards
 from stages.persist.rewind import ASIDE
 from stages.persist.store import EventStore
+from stages.runtime.access import Servers
 from stages.runtime.checkpoint import last_receipt
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -108,7 +109,7 @@ async def test_the_stores_say_where_they_go_on_and_nothing_is_lost_doubled_or_ma
         assert sum(one.dead_lettered for one in totals) == 1
         assert sum(one.duplicates for one in totals) == sum(one.duplicates for one in before)
         assert [now[: len(then)] for now, then in zip(records(pipeline.shards), held, strict=True)] == held
-        report = await audit_store(pipeline.shards, pipeline.supervisor.urls)
+        report = await audit_store(pipeline.shards, Servers(pipeline.supervisor.urls))
         assert (report.store.ok, report.rewinds) == (True, []), report.store.problems
         code, out, _ = await fictl(pipeline, "verify", pipeline.shards, "--receipts")
         assert (code, "receipts were lost by" in out) == (0, True), out

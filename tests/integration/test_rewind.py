@@ -28,6 +28,7 @@ from stages.persist.rewind import ASIDE
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore, ShardInfo
 from stages.persist.storedir import existing_store, open_store
+from stages.runtime.access import Servers
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
@@ -55,7 +56,7 @@ async def sealed(pipeline: Pipeline) -> None:
 
 async def assert_agrees(pipeline: Pipeline, shards: Path) -> int:
     """The store agrees with the receipts; gives how often its partitions went back."""
-    report = await audit_store(shards, pipeline.supervisor.urls)
+    report = await audit_store(shards, Servers(pipeline.supervisor.urls))
     assert report.store.ok, report.store.problems
     return len(report.rewinds)
 

@@ -24,6 +24,7 @@ from cluster.overview import Looker
 from cluster.ports import HeldPorts
 from cluster.summary import summarize
 from contracts.subjects import EVENTS, STAGES, STREAMS, publish_subject
+from stages.runtime.access import Servers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -197,7 +198,7 @@ async def test_rates_over_a_window_are_what_was_published_in_it(tmp_path: Path) 
     async with running(tmp_path, settings(health_port=0, partitions=PARTITIONS)) as pipeline:
         await Load(workload(seed=404, events=40)).publish(pipeline.client)
         await pipeline.settled()
-        looker = Looker(pipeline.supervisor.urls, tmp_path)
+        looker = Looker(Servers(pipeline.supervisor.urls), tmp_path)
         try:
             first = await looker.look()
             load = Load(workload(seed=405, events=240))

@@ -29,6 +29,7 @@ from contracts.errors import (
 )
 from contracts.policy import EVENT_TYPES
 from contracts.settings import Settings
+from stages.runtime.access import Servers
 
 
 @pytest.fixture(autouse=True)
@@ -311,7 +312,7 @@ def test_settings_come_from_options_before_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("FI_PARTITIONS", "4")
     settings = find_settings(tmp_path, ["nats://a:1"], ["partitions=2"])
     assert (settings.replicas, settings.partitions) == (1, 2)
-    assert find_servers(tmp_path, ["nats://a:1", "nats://b:2"]) == ("nats://a:1", "nats://b:2")
+    assert find_servers(tmp_path, ["nats://a:1", "nats://b:2"]) == Servers(("nats://a:1", "nats://b:2"))
 
 
 def in_fresh_interpreter(code: str) -> str:

@@ -20,6 +20,7 @@ from stages.actors import actor
 from stages.persist.actor import PersistLane
 from stages.persist.flush import Flushes
 from stages.persist.room import EventsRoom
+from stages.runtime.access import Access, Servers
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.control import Control
@@ -47,7 +48,13 @@ class SimMachine(Machine):
         self._host = host
 
     async def _connect(
-        self, urls: Sequence[str], stream: str, name: str, *, reconnected: Callable[[], None] | None = None
+        self,
+        urls: Sequence[str],
+        stream: str,
+        name: str,
+        *,
+        access: Access,
+        reconnected: Callable[[], None] | None = None,
     ) -> GuardedClient:
         process = self._process
         await process.network.is_up()
@@ -120,7 +127,7 @@ class SimProcess:
         self._machine = SimMachine(self, self.host)
         process = StageProcess(
             self.stage,
-            [],
+            Servers(()),
             self._settings,
             self._actor(),
             partitions=self._pinned,
