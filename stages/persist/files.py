@@ -6,6 +6,7 @@ report success next time, so nothing here retries and callers must stop (`StoreF
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,6 +16,11 @@ SYNC_EVERY_BYTES = 4 * 1024 * 1024
 """Whoever writes a large file beside commits syncs it so often: their fdatasync waits for what is on its way."""
 
 _fdatasync = getattr(os, "fdatasync", os.fsync)
+
+
+def is_lost(error: OSError) -> bool:
+    """True where the medium itself fails: what was there is damaged. With other errors nothing is known of it."""
+    return error.errno == errno.EIO
 
 
 def write_all_at(fd: int, data: bytes | memoryview, offset: int) -> None:

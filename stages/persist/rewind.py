@@ -20,7 +20,7 @@ from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.capacity import create_shard
-from stages.persist.files import publish_file, sync_dir, sync_file
+from stages.persist.files import is_lost, publish_file, sync_dir, sync_file
 from stages.persist.live import LiveReader, open_live
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
 from stages.persist.records import record_path
@@ -145,7 +145,9 @@ class _Walk:
             header = info.header
             if (header.tree_size_before, header.frontier_before) != (self._tree.size, self._tree.to_bytes()):
                 raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
-        except ShardError as error:
+        except (ShardError, OSError) as error:
+            if isinstance(error, OSError) and not is_lost(error):
+                raise
             live = file.path.with_name(live_name(file.partition, file.shard))
             if live.exists():
                 self.live(ShardFile(live, file.partition, file.shard, sealed=False), None)
@@ -228,11 +230,12 @@ def set_aside(store: Store, partition: int, end: StoreEnd, now_ns: int) -> list[
             if live.commits > end.commits or live.torn:
                 copy = _copy_aside(kept, aside, now_ns)
                 live.cut(end.commits)
-                return [copy, *_move_aside(files, aside, now_ns)]
-    return _move_aside(files, aside, now_ns)
+                return [copy, *move_aside(files, aside, now_ns)]
+    return move_aside(files, aside, now_ns)
 
 
-def _move_aside(files: Sequence[ShardFile], aside: Path, now_ns: int) -> list[Path]:
+def move_aside(files: Sequence[ShardFile], aside: Path, now_ns: int) -> list[Path]:
+    """Moves files, and the records beside them, into the directory `aside`. Interrupted as `set_aside`."""
     moved = []
     for file in files:
         _make(aside)

@@ -6,6 +6,7 @@ and only the chunks that hold a wanted event are unpacked.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ _ID_TEXT = f"S{ID_BYTES}"
 _DECOMPRESS_ERROR = cast(type[Exception], isal_zlib.error)
 _NO_ROWS: Array = np.empty(0, "<u4")
 _READ_ERRORS = (
-    OSError,
     LookupError,
     ValueError,
     TypeError,
@@ -43,7 +43,8 @@ _READ_ERRORS = (
     WireFormatError,
     _DECOMPRESS_ERROR,
 )
-"""What reading a damaged file raises, by h5py, numpy and ourselves."""
+"""What reading a damaged file raises, by h5py, numpy and ourselves; and `OSError`, which may have other reasons."""
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESTALE)
 _CHUNK_BYTES_MAX = 1024 * 1024
 """We write chunks of a quarter of that."""
 _LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)
@@ -120,7 +121,10 @@ class _Chunked:
 
 
 class SealedReader:
-    """One sealed shard, opened without a lock. Its methods raise `ShardCorruptError` where it cannot be read."""
+    """One sealed shard, opened without a lock.
+
+    Its methods raise `ShardCorruptError` where the file cannot be read, and `OSError` where the system does not let us.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads the header; the rest of the file is opened when it is first needed.
@@ -356,9 +360,13 @@ class SealedReader:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Whatever goes wrong in the block is the file's fault."""
+        """Whatever goes wrong in the block is the file's fault, but for what the system refuses."""
         try:
             yield
+        except OSError as error:
+            if error.errno in _NOT_THE_FILES_FAULT:
+                raise
+            raise self._unreadable(name, error) from error
         except _READ_ERRORS as error:
             raise self._unreadable(name, error) from error
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +17,16 @@ from cluster.testing.disk import flip
 from contracts.errors import ShardError
 from contracts.events import encode_event
 from contracts.hashing import MerkleFrontier
+from contracts.receipts import StoreEnd, first_receipt
 from contracts.settings import Settings
+from stages.persist import lost, rewind
 from stages.persist.lost import last_place
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.records import keep_record, record_of
 from stages.persist.resume import BEGINNING, resume_after
-from stages.persist.rewind import Place, begin_at
-from stages.persist.seal import sealed_info
+from stages.persist.rewind import Place, begin_at, last_good_place
+from stages.persist.seal import SealedInfo, sealed_info
+from stages.persist.sealed import SealedReader
 
 
 @pytest.fixture
@@ -106,3 +114,50 @@ def test_a_part_that_was_taken_over_from_another_store_is_refused(tmp_path: Path
     begin_at(there, 3, Place(9, 2, 0, tree, 0, 0, b""), Settings(), lambda: NOW_NS)
     with pytest.raises(ShardError, match="goes on from the shards of another store"):
         last_place(list_shards(there.directory)[3])
+
+
+def test_a_shard_on_a_bad_sector_is_damaged_and_one_that_the_system_keeps_from_us_is_not(
+    maker: PartitionMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of(maker)
+    store = maker.store
+    receipt = replace(
+        first_receipt(3, store.cluster_id, store.store_id, "w"), ends={store.store_id: StoreEnd(shard=3, commits=2)}
+    )
+
+    def fails(number: int) -> Callable[[Path], SealedInfo]:
+        def read(path: Path) -> SealedInfo:
+            raise OSError(number, os.strerror(number), str(path))
+
+        return read
+
+    for module in (lost, rewind):
+        monkeypatch.setattr(module, "sealed_info", fails(errno.EIO))
+    for _, damage in (last_place(files), last_good_place(store, 3, [receipt], [])):
+        assert damage is not None
+        assert (damage.file, "Input/output error" in damage.why) == (files[0].path, True)
+    for module in (lost, rewind):
+        monkeypatch.setattr(module, "sealed_info", fails(errno.EMFILE))
+    with pytest.raises(OSError, match="Too many open files"):
+        last_place(files)
+    with pytest.raises(OSError, match="Too many open files"):
+        last_good_place(store, 3, [receipt], [])
+
+
+def test_a_sealed_shard_is_not_called_damaged_when_no_file_can_be_opened(maker: PartitionMaker) -> None:
+    reader = SealedReader(files_of(maker)[0].path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):
+            reader.read("ids")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert list(reader.records())
+    reader.close()
