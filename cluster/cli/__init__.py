@@ -65,6 +65,7 @@ VERBS: Final[dict[str, str | Group]] = {
     "check-proof": "proof:check_proof",
     "consistency": "proof:consistency",
     "rebuild": "partitions:rebuild",
+    "backup": "backup:backup",
     "cluster": Group(
         "The streams of a cluster: what they should be, and how they are.",
         {"plan": "topology:plan", "apply": "topology:apply", "status": "topology:status"},

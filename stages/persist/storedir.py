@@ -75,7 +75,7 @@ def open_store(directory: Path, cluster_id: str, *, now_ns: int) -> Store:
         OSError: the disk refused.
     """
     try:
-        _make_directory(directory)
+        make_directory(directory)
         lock = os.open(directory / _STORE_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if error.errno not in _NOT_ALLOWED:
@@ -260,9 +260,10 @@ def _check_there(store: Store) -> None:
         )
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Makes it, with its parents, durably; one that is there is left so. Raises `OSError`."""
     if not directory.is_dir():
-        _make_directory(directory.parent)
+        make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
         sync_dir(directory.parent)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from uuid import UUID
 
@@ -157,6 +158,31 @@ async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_
         code, _, err = await fictl(pipeline, "prove", wanted, "--output", tmp_path / "proof.json")
         assert (code, err.count("no receipt")) == (0, 0), err
         assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0
+
+
+async def test_a_store_whose_disk_was_lost_is_whole_again_from_its_backup_and_the_stream(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads, copies = [], tmp_path / "backup"
+        for seed in (42, 43):
+            loads.append(await published(pipeline, seed))
+            await sealed(pipeline)
+        assert (await run_fictl("backup", pipeline.shards, copies)).code == 0
+        loads.append(await published(pipeline, seed=44))
+        await sealed(pipeline)
+        loads.append(await published(pipeline, seed=45))
+        for partition, files in list_shards(pipeline.shards).items():
+            await trimmed(pipeline, partition, [file for file in files if file.sealed][-1])
+        await pipeline.supervisor.hold_down("persist-0")
+        shutil.rmtree(pipeline.shards)
+        shutil.copytree(copies, pipeline.shards)
+        code, out, err = await fictl(pipeline, "rebuild", "--wait", "0")
+        assert (code, out.count("are made again from the stream")) == (0, PARTITIONS), err
+        await pipeline.supervisor.bring_back("persist-0")
+        for load in loads:
+            await pipeline.assert_whole(load)
+        assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
+        told = json.loads((await run_fictl("backup", pipeline.shards, copies, "--json")).out)
+        assert (told["problems"], told["aside"]) == ([], [])
 
 
 @pytest.mark.slow

@@ -224,6 +224,20 @@ def test_the_examples_agree_on_ports_settings_and_the_time_to_stop() -> None:
     assert set(re.findall(r"--[a-z-]+", command + environment("fi.env")["SERVERS"])) <= options
 
 
+def test_the_backups_unit_runs_a_verb_that_there_is_with_what_it_takes() -> None:
+    unit = (DEPLOY / "systemd" / "fi-backup.service").read_text()
+    (command,) = re.findall(r"^ExecStart=/opt/fi/bin/fictl (\w+) (\S+) (\S+)$", unit, re.MULTILINE)
+    verb = typer.main.get_command(app).commands[command[0]]  # type: ignore[attr-defined]
+    required = [parameter for parameter in verb.params if parameter.required]
+    assert (command[0], len(required)) == ("backup", 2)
+    (read, written) = re.findall(r"^RequiresMountsFor=(\S+) (\S+)$", unit, re.MULTILINE)[0]
+    assert command[1] == read
+    assert Path(command[2]).parent == Path(written)
+    assert f"ReadWritePaths={written}\n" in unit
+    for name in re.findall(r"^EnvironmentFile=/etc/fi/(\S+)$", unit, re.MULTILINE):
+        load_settings(environment(name))
+
+
 def test_the_cases_for_promtool_speak_of_alerts_that_exist() -> None:
     text = (DEPLOY / "prometheus" / "alerts.test.yml").read_text()
     names = set(re.findall(r'alertname(?:="|: )(Fi\w+)', text))

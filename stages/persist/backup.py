@@ -1,0 +1,259 @@
+"""Copies of sealed shards on another disk: a store lies on one disk of one node.
+
+Sealed shards do not change, so a copy is made once, beside a working persister. Live shards are not copied: `FI_EVENTS`
+has what is in them. A copy is never deleted; one that the store does not have any more is moved aside once another
+shard has its number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import msgspec
+
+from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from stages.persist.files import (
+    SYNC_EVERY_BYTES,
+    is_lost,
+    publish_file,
+    sync_data,
+    sync_file,
+    write_all_at,
+    write_new_file,
+)
+from stages.persist.header import HEADER_BYTES, read_sealed_header
+from stages.persist.names import ShardFile, list_shards, tmp_path
+from stages.persist.records import record_path
+from stages.persist.rewind import ASIDE, move_aside
+from stages.persist.store import find_store
+from stages.persist.storedir import STORE_FILE, make_directory, read_store
+
+_LOCK: Final = "backup.lock"
+_READ_BYTES: Final = 1024 * 1024
+
+
+class NotCopied(msgspec.Struct, frozen=True):
+    """A shard of which there is no good copy, and why."""
+
+    shard: str
+    why: str
+
+
+class Backup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run found and did.
+
+    Attributes:
+        store: whose shards they are.
+        shards: sealed shards of the store that the copy has now.
+        copied: those of them that it did not have before.
+        bytes: of these.
+        aside: copies that were moved aside, by name.
+        new: partition → how many were copied, where the copy had some of it before.
+        problems: sealed shards of the store that the copy does not have.
+    """
+
+    store: str
+    shards: int
+    copied: int
+    bytes: int
+    aside: tuple[str, ...]
+    new: dict[int, int]
+    problems: tuple[NotCopied, ...]
+
+
+def back_up(
+    path: Path, target: Path, *, now_ns: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Backup:
+    """Copies what is sealed in the store at `path` to the directory `target`, where it is not there yet.
+
+    If the process dies or the power fails here: what has its name in `target` is whole; run it again.
+
+    Args:
+        path: as for `find_store`.
+        target: made when missing.
+        now_ns: names what is moved aside.
+        on_progress: told (bytes looked at, of how many).
+
+    Raises:
+        ShardError: there is no store, or `target` is in use by one, or holds copies of another.
+        NotOursError: another run copies to `target`.
+        OSError: a disk refused.
+    """
+    source = find_store(path)
+    store = read_store(source)
+    make_directory(target)
+    if target.resolve() == source.resolve():
+        raise ShardError(f"{target}: is the store itself; choose a directory on another disk")
+    with _locked(target):
+        _identify(source, target)
+        sealed = [file for files in list_shards(source).values() for file in files if file.sealed]
+        before = {partition: len(files) for partition, files in list_shards(target).items()}
+        total = sum(_size(file.path) for file in sealed)
+        run = _Run(target, now_ns)
+        looked_at = 0
+        for file in sealed:
+            on_progress(looked_at, total)
+            looked_at += _size(file.path)
+            run.take(file)
+        on_progress(total, total)
+    return Backup(
+        store=store.store_id,
+        shards=len(sealed) - len(run.problems) - run.gone,
+        copied=sum(run.copied.values()),
+        bytes=run.bytes,
+        aside=tuple(run.aside),
+        new={partition: count for partition, count in run.copied.items() if before.get(partition)},
+        problems=tuple(run.problems),
+    )
+
+
+class _Run:
+    """One run: what it did so far."""
+
+    def __init__(self, target: Path, now_ns: int) -> None:
+        self._target = target
+        self._now_ns = now_ns
+        self._there = list_shards(target)
+        self.copied: dict[int, int] = {}
+        self.bytes = 0
+        self.gone = 0
+        self.aside: list[str] = []
+        self.problems: list[NotCopied] = []
+
+    def take(self, file: ShardFile) -> None:
+        """Sees to it that there is a copy of a sealed shard, and of the record beside it."""
+        final = self._target / file.path.name
+        same_number = [one for one in self._there.get(file.partition, ()) if one.shard == file.shard]
+        try:
+            if not (final.exists() and _is_copy(file.path, final)):
+                size = _copy(file.path, final, lambda: self._move_aside(same_number))
+                self.copied[file.partition] = self.copied.get(file.partition, 0) + 1
+                self.bytes += size
+            _copy_record(record_path(file.path), record_path(final))
+        except FileNotFoundError:
+            if file.path.exists():
+                raise
+            # A rebuild gave it up just now.
+            self.gone += 1
+        except ShardError as error:
+            self.problems.append(NotCopied(file.path.name, str(error)))
+
+    def _move_aside(self, files: list[ShardFile]) -> None:
+        moved = move_aside(files, self._target / ASIDE, self._now_ns)
+        self.aside += [path.name for path in moved]
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    fd = os.open(target / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NotOursError(f"{target}: another backup is at work there; let it end") from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def _identify(source: Path, target: Path) -> None:
+    """Holds that `target` is for copies of this store, and makes it so when it is new."""
+    shards = [file for files in list_shards(target).values() for file in files]
+    if live := next((file for file in shards if not file.sealed), None):
+        raise ShardError(f"{target}: {live.path.name} is there, so a persister works in it; choose another directory")
+    if not (target / STORE_FILE).exists():
+        if shards:
+            raise ShardError(f"{target}: has shards and no {STORE_FILE}: nobody knows of which store; choose another")
+        tmp = tmp_path(target / STORE_FILE)
+        write_new_file(tmp, (source / STORE_FILE).read_bytes())
+        publish_file(tmp, target / STORE_FILE)
+    own, there = read_store(source), read_store(target)
+    if (own.store_id, own.cluster_id) != (there.store_id, there.cluster_id):
+        raise ShardError(
+            f"{target}: holds copies of store {there.store_id}, and {source} is store {own.store_id}; choose another "
+            "directory. Was the disk lost, and a new store begun? Then leave these copies: there is nothing else"
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _is_copy(path: Path, copy: Path) -> bool:
+    """By length and header, which has the check sum of everything after it: what is in the copy is not read."""
+    if _size(path) != _size(copy):
+        return False
+    with path.open("rb") as one, copy.open("rb") as other:
+        return one.read(HEADER_BYTES) == other.read(HEADER_BYTES)
+
+
+def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
+    """Copies a sealed shard, whose every byte is held against its check sum; gives its length in bytes.
+
+    `make_room` is called before the copy gets its name.
+    """
+    header = read_sealed_header(path)
+    tmp = tmp_path(final)
+    body = sha256()
+    size = unsynced = 0
+    try:
+        with path.open("rb") as read, tmp.open("wb") as write, _told_of(tmp):
+            while data := _read(read, _READ_BYTES if size else HEADER_BYTES):
+                if size:
+                    body.update(data)
+                write_all_at(write.fileno(), data, size)
+                size += len(data)
+                unsynced += len(data)
+                if unsynced >= SYNC_EVERY_BYTES:
+                    sync_data(write.fileno())
+                    unsynced = 0
+            if body.hexdigest() != header.body_sha256:
+                raise ShardCorruptError(f"{path}: its bytes are not those that were sealed; run `fictl rebuild`")
+            sync_file(write.fileno())
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    make_room()
+    publish_file(tmp, final)
+    return size
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Raises `ShardCorruptError` where the disk cannot give what it has."""
+    try:
+        return file.read(size)
+    except OSError as error:
+        if not is_lost(error):
+            raise
+        raise ShardCorruptError(f"{file.name}: {error.strerror}; run `fictl rebuild`") from error
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system that do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _copy_record(path: Path, final: Path) -> None:
+    """The record comes a moment after its shard: until the next run there may be none."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    if not final.exists() or final.read_bytes() != data:
+        write_new_file(tmp_path(final), data)
+        publish_file(tmp_path(final), final)

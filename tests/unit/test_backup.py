@@ -1,0 +1,212 @@
+"""Copies of sealed shards: made once, whole or not there, of one store only, and never deleted."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from commandline import Captured, fictl
+from shard_maker import NOW_NS, PartitionMaker, filled_store, new_store
+from verifying import verify_here
+
+from cluster.testing.disk import flip
+from contracts.errors import NotOursError, ShardError
+from stages.persist import backup as module
+from stages.persist.backup import Backup, back_up
+from stages.persist.names import ShardFile, list_shards, sealed_name
+from stages.persist.names import tmp_path as unfinished
+from stages.persist.records import keep_record, record_of, record_path
+from stages.persist.rewind import ASIDE
+from stages.persist.seal import sealed_info
+from stages.persist.store import EventStore
+from stages.persist.storedir import Store
+
+
+class Ground(NamedTuple):
+    """A store with three sealed shards and a live one, and where its copies go."""
+
+    store: Store
+    maker: PartitionMaker
+    target: Path
+
+    def run(self, **given: Any) -> Backup:
+        return back_up(self.store.directory, self.target, now_ns=NOW_NS, **given)
+
+    def sealed(self) -> list[ShardFile]:
+        return [file for file in list_shards(self.store.directory)[3] if file.sealed]
+
+    def copies(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.target.glob("p*")}
+
+
+@pytest.fixture
+def ground(tmp_path: Path) -> Ground:
+    return Ground(*filled_store(tmp_path / "store"), tmp_path / "disk" / "copy")
+
+
+def test_what_is_sealed_is_copied_once_and_can_be_read(ground: Ground) -> None:
+    told: list[tuple[int, int]] = []
+    keep_record(ground.sealed()[0].path, record_of(sealed_info(ground.sealed()[0].path)))
+    done = ground.run(on_progress=lambda *seen: told.append(seen))
+    names = [file.path.name for file in ground.sealed()]
+    size = sum(file.path.stat().st_size for file in ground.sealed())
+    assert (done.shards, done.copied, done.bytes, done.new, done.problems) == (3, 3, size, {}, ())
+    assert told[-1] == (size, size)
+    first_record = record_path(ground.sealed()[0].path)
+    assert ground.copies() == {
+        name: (ground.store.directory / name).read_bytes() for name in (*names, first_record.name)
+    }
+    report = verify_here(ground.target)
+    assert (report.ok, report.events) == (True, 84)
+    with EventStore(ground.target) as copy:
+        assert [stored.event for stored in copy.iterate()] == ground.maker.events[:84]
+
+    before = {path.name: path.stat().st_mtime_ns for path in ground.target.iterdir()}
+    again = ground.run()
+    assert (again.shards, again.copied, again.bytes, again.new) == (3, 0, 0, {})
+    assert {path.name: path.stat().st_mtime_ns for path in ground.target.iterdir()} == before
+
+    # A record comes after its shard.
+    keep_record(ground.sealed()[1].path, record_of(sealed_info(ground.sealed()[1].path)))
+    assert ground.run().copied == 0
+    assert record_path(ground.target / names[1]).exists()
+
+
+def test_what_was_sealed_since_is_counted(ground: Ground) -> None:
+    ground.run()
+    for _ in range(2):
+        ground.maker.begin()
+        ground.maker.commit(3)
+        ground.maker.seal()
+    assert ground.run().new == {3: 2}
+
+
+def test_a_run_that_was_broken_off_left_nothing_under_a_shards_name(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = ground.sealed()[0].path
+
+    def full(fd: int, data: bytes, offset: int) -> None:
+        os.pwrite(fd, data[: len(data) // 2], offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_all_at", full)
+        with pytest.raises(OSError, match="No space left") as refused:
+            ground.run()
+    assert refused.value.filename == str(unfinished(ground.target / copied.name))
+    assert ground.copies() == {}
+    # Killed, it leaves what is unfinished.
+    unfinished(ground.target / copied.name).write_bytes(b"half")
+    assert ground.run().copied == 3
+    assert not list(ground.target.glob("*.tmp"))
+    assert verify_here(ground.target).ok
+
+
+def test_a_damaged_shard_is_told_of_and_the_others_are_copied(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (file.path for file in ground.sealed())
+    flip(first, first.stat().st_size // 2)
+    opened, bad = Path.open, second.read_bytes()
+
+    class BadSector(io.BytesIO):
+        name = str(second)
+
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    def open_path(path: Path, *how: Any, **more: Any) -> Any:
+        return BadSector(bad) if path == second and how == ("rb",) else opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", open_path)
+    done = ground.run()
+    assert (done.shards, done.copied) == (1, 1)
+    assert [problem.shard for problem in done.problems] == [first.name, second.name]
+    assert "are not those that were sealed; run `fictl rebuild`" in done.problems[0].why
+    assert "Input/output error; run `fictl rebuild`" in done.problems[1].why
+    assert ground.copies().keys() == {third.name}
+
+
+def test_a_copy_that_is_not_the_stores_any_more_is_moved_aside(ground: Ground) -> None:
+    ground.run()
+    second, third = (file.path for file in ground.sealed()[1:])
+    # Made again: the same name and other bytes; and another name.
+    other = PartitionMaker(new_store(ground.store.directory.parent / "other"), 3, seed=2)
+    other.begin()
+    other.commit(4)
+    remade = other.seal().path
+    shutil.copyfile(remade, second)
+    third.unlink()
+    shutil.copyfile(remade, third.with_name(sealed_name(3, 3, 1, 2)))
+    done = ground.run()
+    assert (done.copied, len(done.aside)) == (2, 2)
+    assert sorted(name.rpartition(".")[0] for name in done.aside) == [second.name, third.name]
+    assert {path.name for path in (ground.target / ASIDE).iterdir()} == set(done.aside)
+    assert (ground.target / second.name).read_bytes() == remade.read_bytes()
+    assert [file.path.name for file in list_shards(ground.target)[3]] == [file.path.name for file in ground.sealed()]
+    assert ground.run().aside == ()
+
+
+def test_copies_of_one_store_are_not_mixed_with_another_or_with_a_store_in_use(ground: Ground, tmp_path: Path) -> None:
+    ground.run()
+    kept = ground.copies()
+    another, _ = filled_store(tmp_path / "another")
+    for source, target, words in (
+        (another.directory, ground.target, "holds copies of store .* Was the disk lost"),
+        (ground.store.directory, another.directory, "a persister works in it"),
+        (ground.store.directory, ground.store.directory / ".", "is the store itself"),
+        (tmp_path, ground.target, "there is no store here"),
+    ):
+        with pytest.raises(ShardError, match=words):
+            back_up(source, target, now_ns=NOW_NS)
+    (ground.target / "store.json").unlink()
+    with pytest.raises(ShardError, match="nobody knows of which store"):
+        ground.run()
+    assert ground.copies() == kept
+
+
+def test_two_runs_do_not_copy_to_one_place_at_once(ground: Ground) -> None:
+    ground.run()
+    with (ground.target / "backup.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(NotOursError, match="another backup is at work"):
+            ground.run()
+    ground.run()
+
+
+def test_a_shard_that_a_rebuild_gives_up_meanwhile_is_passed_over(ground: Ground) -> None:
+    second = ground.sealed()[1].path
+    done = ground.run(on_progress=lambda done, total: second.unlink(missing_ok=True) if done else None)
+    assert (done.shards, done.copied, done.problems) == (2, 2, ())
+
+
+def test_the_command_says_what_it_did_and_what_was_on_one_disk_alone(ground: Ground, capsys: Captured) -> None:
+    assert fictl("backup", ground.store.directory, ground.target) == 0
+    seen = capsys.readouterr()
+    assert "3 shards copied" in seen.out
+    assert seen.err == ""
+    for _ in range(2):
+        ground.maker.begin()
+        ground.maker.commit(3)
+        ground.maker.seal()
+    assert fictl("backup", ground.store.directory, ground.target, "--json") == 0
+    seen = capsys.readouterr()
+    told = json.loads(seen.out)
+    assert (told["copied"], told["shards"], told["store"]) == (2, 5, ground.store.store_id)
+    assert "partition 3: 2 shards were sealed since the last backup, and FI_EVENTS keeps 1" in seen.err
+    flip(ground.sealed()[0].path, 9000)
+    shutil.rmtree(ground.target)
+    assert fictl("backup", ground.store.directory, ground.target) == 4
+    assert "are not those that were sealed" in capsys.readouterr().out
+    file = ground.target.parent / "file"
+    file.touch()
+    assert fictl("backup", ground.store.directory, file) == 2
+    assert "is no directory" in capsys.readouterr().err
