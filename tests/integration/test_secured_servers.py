@@ -30,18 +30,16 @@ from stages.runtime.connection import connect, server_name
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 EVENTS = 300
-MAY_ALL = 'publish: ["fi.>", "$JS.API.>", "$KV.>"], subscribe: "_INBOX.>"'
-MAY_PUBLISH = 'publish: "fi.events.>", subscribe: "_INBOX.>"'
-"""As README gives them, to stages and operators, and to gateways."""
-SMALL = {"FI_REPLICAS": "1", "FI_PARTITIONS": "2"}
+EXAMPLE = Path("cluster/deploy/nats/nats-server.conf").absolute()
+NAMES = ("n1", "n2", "n3")
 
 
 class Server:
     """One nats-server on a port of its own, started and killed as the test says."""
 
-    def __init__(self, directory: Path, port: int) -> None:
+    def __init__(self, directory: Path, port: int, name: str = "server") -> None:
         self.port = port
-        self.config = directory / "server.conf"
+        self.config = directory / f"{name}.conf"
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -49,7 +47,8 @@ class Server:
         return (f"nats://127.0.0.1:{self.port}",)
 
     async def start(self, config: str) -> None:
-        self.config.write_text(f"port: {self.port}\n{config}")
+        listen = "" if "listen:" in config else f"port: {self.port}\n"
+        self.config.write_text(listen + config)
         self._process = await asyncio.create_subprocess_exec(
             find_nats_server(), "-c", self.config, stderr=asyncio.subprocess.DEVNULL
         )
@@ -77,20 +76,48 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
             await server.kill()
 
 
-def tls(authority: Authority, name: str = "server", *, verify: bool = False) -> str:
+@asynccontextmanager
+async def example(directory: Path, users: dict[str, Nkey]) -> AsyncIterator[tuple[str, ...]]:
+    """Three servers that run by the example, with our places, ports and keys in it; gives their URLs."""
+    with HeldPorts() as held:
+        clients, routes = held.take(3), held.take(3)
+        servers = [Server(directory, port, name) for port, name in zip(clients, NAMES, strict=True)]
+        text = EXAMPLE.read_text().replace("/etc/fi/", f"{directory}/")
+        for name, port in zip(NAMES, routes, strict=True):
+            text = text.replace(f"nats-route://{name}:6222", f"nats-route://127.0.0.1:{port}")
+        for name, user in users.items():
+            text = text.replace(name, user.public)
+        try:
+            for server, name, port in zip(servers, NAMES, routes, strict=True):
+                own = text
+                for what, by in (
+                    ("server_name: n1", f"server_name: {name}"),
+                    ("/var/lib/nats", f"{directory}/{name}"),
+                    ("0.0.0.0:4222", f"127.0.0.1:{server.port}"),
+                    ("0.0.0.0:6222", f"127.0.0.1:{port}"),
+                ):
+                    assert what in own
+                    own = own.replace(what, by)
+                await server.start(own)
+            yield tuple(url for server in servers for url in server.urls)
+        finally:
+            for server in servers:
+                await server.kill()
+
+
+def tls(authority: Authority, name: str) -> str:
     certificate, key = authority.sign(name)
-    asked = f', ca_file: "{authority.file}", verify: true' if verify else ""
-    return f'tls {{ cert_file: "{certificate}", key_file: "{key}"{asked} }}\n'
+    return f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
 
 
 @asynccontextmanager
-async def stages(server: Server, shards: Path, environment: dict[str, str]) -> AsyncIterator[None]:
+async def stages(urls: tuple[str, ...], shards: Path, environment: dict[str, str]) -> AsyncIterator[None]:
     """One process of each stage, ready."""
     running = []
     try:
         for stage in STAGES:
             where = ["--shards", str(shards)] if stage == "persist" else []
-            command = [sys.executable, "-m", "cluster", "run", stage, "--name", f"{stage}-a", *at_servers(server.urls)]
+            command = [sys.executable, "-m", "cluster", "run", stage, "--name", f"{stage}-a", *at_servers(urls)]
             running.append(
                 await asyncio.create_subprocess_exec(*command, *where, stdout=asyncio.subprocess.PIPE, env=environment)
             )
@@ -107,73 +134,70 @@ async def stages(server: Server, shards: Path, environment: dict[str, str]) -> A
             assert await process.wait() == 0
 
 
-async def test_a_pipeline_on_servers_that_verify_their_clients_and_know_their_users(
-    server: Server, tmp_path: Path
+async def test_a_pipeline_on_the_example_servers_which_verify_their_clients_and_know_their_users(
+    tmp_path: Path,
 ) -> None:
     authority = Authority(tmp_path, "hospital")
+    authority.file.rename(tmp_path / "ca.pem")
+    authority.sign("server")
     certificate, key = authority.sign("node-1")
-    user, edge = Nkey(nkeys.PREFIX_BYTE_USER), Nkey(nkeys.PREFIX_BYTE_USER)
-    seed, edge_seed = tmp_path / "node-1.nk", tmp_path / "edge.nk"
-    seed.write_bytes(user.seed)
-    edge_seed.write_bytes(edge.seed)
+    users = {name: Nkey(nkeys.PREFIX_BYTE_USER) for name in ("UCSTAGES", "UCGATEWAYS", "UCADMIN")}
+    for name, user in users.items():
+        (tmp_path / name).write_bytes(user.seed)
     files = {
-        "FI_NATS_CA_FILE": str(authority.file),
+        "FI_NATS_CA_FILE": str(tmp_path / "ca.pem"),
         "FI_NATS_CERT_FILE": str(certificate),
         "FI_NATS_KEY_FILE": str(key),
-        "FI_NATS_CREDS_FILE": str(seed),
+        "FI_NATS_CREDS_FILE": str(tmp_path / "UCSTAGES"),
     }
-    await server.start(
-        tls(authority, verify=True)
-        + f'jetstream {{ store_dir: "{tmp_path}/js" }}\n'
-        + f"authorization {{ users: [ {{ nkey: {user.public}, permissions: {{ {MAY_ALL} }} }},"
-        + f" {{ nkey: {edge.public}, permissions: {{ {MAY_PUBLISH} }} }} ] }}\n"
-    )
-
-    async def fictl(*arguments: str | Path, **environment: str) -> Ran:
-        return await run_fictl(*arguments, *at_servers(server.urls), **(SMALL | environment))
-
-    made = await fictl("cluster", "apply", **files)
-    assert (made.code, made.err) == (0, "")
-    events = tmp_path / "events.ndjson"
-    rows = list(consultations(seed=61, events=EVENTS))
-    events.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in rows))
-    shards = tmp_path / "shards"
     config = tmp_path / "fi.toml"
     config.write_text("".join(f'{name.removeprefix("FI_").lower()} = "{file}"\n' for name, file in files.items()))
-    async with stages(server, shards, {**SMALL, "FI_CONFIG": str(config)}):
-        sent = await fictl("publish", events, **files)
-        assert sent.code == 0, sent.err
-        access = Access(str(authority.file), str(certificate), str(key), str(edge_seed))
-        gateway = await connect(server.urls, "gateway", access=access)
-        subject = f"fi.events.clinic-1.{rows[0]['consultation_id']}"
-        accepted = await gateway.request(subject, msgspec.json.encode(rows[0]), timeout=60)
-        assert json.loads(accepted.data)["seq"] > EVENTS
-        await gateway.close()
-        flushed = await fictl("flush", **files)
-        assert flushed.code == 0, flushed.err
-        seen = await fictl("status", "--json", **files)
-        assert seen.code == 0, seen.out
-        assert json.loads(seen.out)["servers"][0]["reachable"]
-        checked = await run_fictl(
-            "--config", config, "config", "check", "--connect", *at_servers(server.urls), "--shards", shards, **SMALL
-        )
-        assert checked.code == 0, checked.out
-    audited = await fictl("verify", shards, "--receipts", "--json", **files)
-    assert audited.code == 0, audited.err
-    assert json.loads(audited.out)["store"]["events"] == EVENTS
+    rows = list(consultations(seed=61, events=EVENTS))
+    events, shards = tmp_path / "events.ndjson", tmp_path / "shards"
+    events.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in rows))
+    async with example(tmp_path, users) as urls:
 
-    for missing, words in (
-        ("FI_NATS_CA_FILE", "no TLS with .*CERTIFICATE_VERIFY_FAILED; FI_NATS_CA_FILE names"),
-        ("FI_NATS_CREDS_FILE", "refused the connection: .*FI_NATS_CREDS_FILE"),
-    ):
-        refused = await fictl("cluster", "status", **{name: file for name, file in files.items() if name != missing})
-        assert refused.code == 3
-        assert re.search(words, refused.err), refused.err
-    unknown = await fictl("cluster", "status", FI_NATS_CA_FILE=str(authority.file), FI_NATS_CREDS_FILE=str(seed))
-    assert unknown.code == 3
-    assert "FI_NATS_CERT_FILE" in unknown.err, unknown.err
-    nowhere = await fictl("cluster", "status", **(files | {"FI_NATS_KEY_FILE": "/none.pem"}))
-    assert (nowhere.code, "nats_key_file /none.pem: No such file" in nowhere.err) == (2, True), nowhere.err
+        async def fictl(*arguments: str | Path, **environment: str) -> Ran:
+            return await run_fictl(*arguments, *at_servers(urls), **environment)
+
+        made = await fictl("cluster", "apply", **files)
+        assert (made.code, made.err) == (0, "")
+        async with stages(urls, shards, {"FI_CONFIG": str(config)}):
+            sent = await fictl("publish", events, **files)
+            assert sent.code == 0, sent.err
+            access = Access(files["FI_NATS_CA_FILE"], str(certificate), str(key), str(tmp_path / "UCGATEWAYS"))
+            gateway = await connect(urls, "gateway", access=access)
+            subject = f"fi.events.clinic-1.{rows[0]['consultation_id']}"
+            accepted = await gateway.request(subject, msgspec.json.encode(rows[0]), timeout=60)
+            assert json.loads(accepted.data)["seq"] > EVENTS
+            await gateway.close()
+            flushed = await fictl("flush", **files)
+            assert flushed.code == 0, flushed.err
+            seen = await fictl("status", "--json", **files)
+            assert seen.code == 0, seen.out
+            assert [server["name"] for server in json.loads(seen.out)["servers"]] == list(NAMES)
+            checked = await run_fictl(
+                *("--config", config, "config", "check", "--connect", *at_servers(urls), "--shards", shards)
+            )
+            assert checked.code == 0, checked.out
+        audited = await fictl("verify", shards, "--receipts", "--json", **files)
+        assert audited.code == 0, audited.err
+        assert json.loads(audited.out)["store"]["events"] == EVENTS
+
+        for missing, words in (
+            ("FI_NATS_CA_FILE", "no TLS with .*CERTIFICATE_VERIFY_FAILED; FI_NATS_CA_FILE names"),
+            ("FI_NATS_CREDS_FILE", "refused the connection: .*FI_NATS_CREDS_FILE"),
+        ):
+            given = {name: file for name, file in files.items() if name != missing}
+            refused = await fictl("cluster", "status", **given)
+            assert refused.code == 3
+            assert re.search(words, refused.err), refused.err
+        nameless = {name: file for name, file in files.items() if "CERT" not in name and "KEY" not in name}
+        unknown = await fictl("cluster", "status", **nameless)
+        assert unknown.code == 3
+        assert "FI_NATS_CERT_FILE" in unknown.err, unknown.err
+        nowhere = await fictl("cluster", "status", **(files | {"FI_NATS_KEY_FILE": "/none.pem"}))
+        assert (nowhere.code, "nats_key_file /none.pem: No such file" in nowhere.err) == (2, True), nowhere.err
 
 
 async def test_nothing_is_said_in_plain_text_where_files_for_tls_are_named(server: Server, tmp_path: Path) -> None:
