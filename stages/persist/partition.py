@@ -150,7 +150,7 @@ class PartitionFiles:
         if file is None:
             raise ShardCorruptError(
                 f"{self._store.directory}: shard {number} of partition {self._partition} is missing, though receipts "
-                "commit it; restore the file, or the whole store from its replica"
+                "commit it; put the copy that `fictl backup` made in its place, or run `fictl rebuild`"
             )
         if file.sealed:
             self._load_sealed(number, file.path)
@@ -216,7 +216,7 @@ class PartitionFiles:
             if end.commits:
                 raise ShardCorruptError(
                     f"{self._store.directory}: live shard {end.shard} of partition {self._partition} is missing, "
-                    f"though receipts commit {end.commits} groups in it; restore the store"
+                    f"though receipts commit {end.commits} groups in it; `fictl rebuild` makes it again from the stream"
                 )
             self._begin(end.shard)
             return
