@@ -6,8 +6,11 @@ They are read anew for every connection, so that renewed ones serve from the nex
 from __future__ import annotations
 
 import base64
+import logging
+import os
 import re
 import ssl
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -16,6 +19,9 @@ import msgspec
 from contracts.errors import SettingsError
 from contracts.settings import Settings
 
+log = logging.getLogger(__name__)
+
+_OTHERS: Final = 0o077
 _JWT: Final = re.compile(rb"-+BEGIN NATS USER JWT-+\s+(\S+)\s+-+END")
 _SEED: Final = re.compile(rb"(?:-+BEGIN USER NKEY SEED-+\s+|\A\s*)(SU[A-Z2-7]+)\s*(?:-+END|\Z)")
 
@@ -86,9 +92,9 @@ class Access(msgspec.Struct, frozen=True):
         if self.key_file and not self.cert_file:
             raise SettingsError(f"nats_key_file {self.key_file}: set nats_cert_file too, the certificate of this key")
         if self.cert_file:
-            for name, file in (("nats_cert_file", self.cert_file), ("nats_key_file", self.key_file)):
-                if file:
-                    _read(name, file)
+            _read("nats_cert_file", self.cert_file, secret=not self.key_file)
+            if self.key_file:
+                _read("nats_key_file", self.key_file, secret=True)
             try:
                 # Without a password to give, OpenSSL would ask for it on the terminal.
                 context.load_cert_chain(self.cert_file, self.key_file or None, password="")
@@ -102,7 +108,7 @@ class Access(msgspec.Struct, frozen=True):
     def _read_credentials(self) -> Credentials | None:
         if not self.creds_file:
             return None
-        data = _read("nats_creds_file", self.creds_file)
+        data = _read("nats_creds_file", self.creds_file, secret=True)
         jwt, seed = _JWT.search(data), _SEED.search(data)
         if seed is None or (jwt is None and b"JWT" in data):
             raise SettingsError(
@@ -130,6 +136,12 @@ def access_of(settings: Settings) -> Access:
     return Access(settings.nats_ca_file, settings.nats_cert_file, settings.nats_key_file, settings.nats_creds_file)
 
 
+@cache
+def _warn_once(text: str) -> None:
+    """The files are read for each connection; what is wrong with them stays the same."""
+    log.warning("%s", text)
+
+
 def _is_whole(seed: bytes) -> bool:
     """True for a seed whose check sum is right, which `nkeys` writes and does not look at."""
     import nkeys
@@ -141,8 +153,11 @@ def _is_whole(seed: bytes) -> bool:
         return False
 
 
-def _read(name: str, file: str) -> bytes:
+def _read(name: str, file: str, *, secret: bool = False) -> bytes:
     try:
-        return Path(file).read_bytes()
+        with Path(file).open("rb") as opened:
+            if secret and os.fstat(opened.fileno()).st_mode & _OTHERS:
+                _warn_once(f"{name} {file} can be read by others than its owner; chmod 600 it")
+            return opened.read()
     except OSError as error:
         raise SettingsError(f"{name} {file}: {error.strerror}") from error

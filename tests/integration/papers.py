@@ -48,6 +48,7 @@ class Authority:
         certificate, key_file = self._directory / f"{name}.pem", self._directory / f"{name}-key.pem"
         certificate.write_bytes(unsigned.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
         key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        key_file.chmod(0o600)
         return certificate, key_file
 
 

@@ -51,6 +51,21 @@ def test_certificates_and_credentials_are_read_anew(tmp_path: Path) -> None:
         assert public.verify(b"nonce", base64.b64decode(own.sign("nonce")))
 
 
+def test_secrets_that_others_can_read_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificate, key = Authority(tmp_path, "a").sign("stage")
+    both, seed = tmp_path / "both.pem", tmp_path / "user.nk"
+    both.write_bytes(certificate.read_bytes() + key.read_bytes())
+    seed.write_bytes(Nkey(nkeys.PREFIX_BYTE_USER).seed)
+    for file in (certificate, both, seed):
+        file.chmod(0o644)
+    key.chmod(0o600)
+    for _ in range(2):
+        Access(cert_file=str(certificate), key_file=str(key)).read()
+        Access(cert_file=str(both), creds_file=str(seed)).read()
+    told = "can be read by others than its owner; chmod 600 it"
+    assert caplog.messages == [f"nats_cert_file {both} {told}", f"nats_creds_file {seed} {told}"]
+
+
 def test_an_nkey_seed_alone_is_enough(tmp_path: Path) -> None:
     user = Nkey(nkeys.PREFIX_BYTE_USER)
     file = tmp_path / "user.nk"

@@ -144,6 +144,7 @@ async def test_a_pipeline_on_the_example_servers_which_verify_their_clients_and_
     users = {name: Nkey(nkeys.PREFIX_BYTE_USER) for name in ("UCSTAGES", "UCGATEWAYS", "UCADMIN")}
     for name, user in users.items():
         (tmp_path / name).write_bytes(user.seed)
+        (tmp_path / name).chmod(0o600)
     files = {
         "FI_NATS_CA_FILE": str(tmp_path / "ca.pem"),
         "FI_NATS_CERT_FILE": str(certificate),
