@@ -32,7 +32,7 @@ from stages.persist.lost import begin
 from stages.persist.moved import let_go, signed
 from stages.persist.records import record_of
 from stages.persist.resume import BEGINNING
-from stages.persist.room import EventsRoom
+from stages.persist.room import EARLY_SHARE, EventsRoom
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import Store, disk_of
 from stages.persist.trim import Trimmer
@@ -50,8 +50,6 @@ T = TypeVar("T")
 
 GROUP_FRAMES_MAX = 64
 GROUP_BYTES_MAX = 4 * 1024 * 1024
-EARLY_SHARE = 1 / 60
-"""Of the age limit: for want of room in `FI_EVENTS`, which may be full of others', no shard is sealed sooner."""
 
 
 class PersistLane(LaneBase):
@@ -101,6 +99,7 @@ class PersistLane(LaneBase):
         self._seal_work = asyncio.Event()
         self._all_sealed = asyncio.Event()
         self._standing_by = False
+        self._shown = True
         self._disk_circuit = Circuit(
             failures_max=1,
             pause_s_min=DISK_PAUSE_MIN.s,
@@ -180,7 +179,7 @@ class PersistLane(LaneBase):
         files = await run_blocking(self._disk.open, *where, undo=methodcaller("close"))
         if files.cut_commits:
             log.warning("partition %d: an unaccepted tail was cut", self._partition)
-        self._files = files
+        self._files, self._shown = files, True
         self._trimmer = Trimmer(self._api, self._partition, self._room, self.look_again)
         # The owner before may have died between a commit and its trim: a full stream would then stay full.
         self._trimmer.committed(self._receipt)
@@ -275,7 +274,7 @@ class PersistLane(LaneBase):
         self._probe.worked()
         await self._writer.publish(encode_receipt(receipt), str(receipt.origin))
         self._probe.committed(receipt, len(group.records), group.duplicates)
-        self._receipt = receipt
+        self._receipt, self._shown = receipt, False
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
         self._holes = 0
         self._disk_circuit.answered(asyncio.get_running_loop().time())
@@ -283,21 +282,24 @@ class PersistLane(LaneBase):
         log.debug(EVENT_PERSISTED, extra={"stage": self._stage, "partition": self._partition, "origin": receipt.origin})
         if self._files.wants_next():
             self._seal_work.set()
-        if self._flush_is_due():
-            self.look_again()
-        await self._show(feed)
+        self._suspicious = self._suspicious or self._flush_is_due()
 
-    async def _show(self, feed: InputFeed) -> None:
+    async def _finish(self, feed: InputFeed) -> bool:
         """Shows readers the last commit, unless input for another comes soon, whose thread does it."""
+        if self._shown:
+            return False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHOW.s):
                 await feed.reader.wait()
         if not feed.reader.buffered:
             await run_blocking(self._files.accepted)
+            self._shown = True
+        return True
 
     def _store_group(self, messages: Sequence[StoredMessage], origin: int) -> tuple[Group | None, Receipt | None]:
         """In a thread, which first shows the commit before: the group, and its durable receipt; None without room."""
         self._files.accepted()
+        self._shown = True
         with disk_of(self._store):
             group = plan_group(messages, origin, self._files.seen.seen)
         if group is None or not self._files.fits(group) or self._files.is_old():

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 SHORT_AT: Final = 0.9
 """The part of its limit that is taken when the stream counts as short of room."""
 
+EARLY_SHARE: Final = 1 / 60
+"""Of a shard's age limit: for want of room, which others' events may have taken, none is sealed sooner."""
+
 
 class _Config(msgspec.Struct):
     max_bytes: int = -1

@@ -177,12 +177,18 @@ class LaneBase(ABC):
                 await feed.check()
             if feed.reader.buffered:
                 return True
+            if await self._finish(feed):
+                continue
             try:
                 async with asyncio.timeout(probe_s):
                     await feed.reader.wait()
             except TimeoutError:
                 self._suspicious = True
                 probe_s = min(probe_s * 2, settings.probe_s * PROBE_BACKOFF_MAX)
+        return False
+
+    async def _finish(self, feed: InputFeed) -> bool:
+        """What a stage leaves undone while input comes in; called when none waits. False: there was nothing."""
         return False
 
     async def _rest(self, seconds: float) -> None:

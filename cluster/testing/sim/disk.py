@@ -281,6 +281,7 @@ class MemoryFiles:
     def roll(self) -> None:
         """See `PartitionFiles.roll`."""
         self._disk.refuse_if_failing()
+        self.accepted()
         job = SealJob(self._path(self._number), self._number, len(self._live.groups), self._frontier_before)
         self.trees[self._number] = self.frontier.size, self.frontier.root().hex()
         self._number += 1
