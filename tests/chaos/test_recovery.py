@@ -204,7 +204,7 @@ def test_a_bit_flipped_in_a_sealed_body_is_named_by_verification(stand: Stand) -
 @pytest.mark.parametrize("shard", [1, 2, 3, 4])
 def test_a_missing_shard_is_refused_by_its_number(stand: Stand, shard: int) -> None:
     stand.path(shard).unlink()
-    refused(stand, f"shard {shard} of partition {PARTITION} is missing", "restore")
+    refused(stand, f"shard {shard} of partition {PARTITION} is missing", "`fictl rebuild`")
 
 
 @pytest.mark.parametrize("shard", [2, 3, 4])

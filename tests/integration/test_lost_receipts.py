@@ -84,11 +84,13 @@ async def test_the_stores_say_where_they_go_on_and_nothing_is_lost_doubled_or_ma
             await delete_receipts(pipeline)
             await late.reached(100)
             await apply(pipeline)
-            await other.start()
             own_log = (pipeline.supervisor.directory / "logs" / "persist-0.log").read_text
             for partition in range(PARTITIONS):
-                await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
                 await until(said(own_log, partition), "persist waits", 60)
+            # Nobody's any more, they are shared anew once another comes.
+            await other.start()
+            for partition in range(PARTITIONS):
+                await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
             code, out, err = await fictl(pipeline, "status", "--json")
             assert (code, json.loads(out)["problems"][0]["kind"]) == (3, "receipts_lost"), err
             code, out, err = await fictl(pipeline, "partitions", "restore", "--shards", there)
