@@ -58,6 +58,8 @@ def backup(
             f"{done.copied} shards copied, {done.bytes} bytes; {target} has {done.shards} sealed shards of store "
             f"{done.store}"
         )
+    if done.same_disk:
+        say(f"fi: {target} is on the disk of the store, and is lost with it; is the other disk mounted there?")
     for partition, count in done.new.items():
         if count > kept:
             say(

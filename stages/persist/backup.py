@@ -56,6 +56,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
         aside: copies that were moved aside, by name.
         new: partition → how many were copied, where the copy had some of it before.
         problems: sealed shards of the store that the copy does not have.
+        same_disk: the copies lie on the file system of the store itself, and go with it.
     """
 
     store: str
@@ -65,6 +66,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
     aside: tuple[str, ...]
     new: dict[int, int]
     problems: tuple[NotCopied, ...]
+    same_disk: bool
 
 
 def back_up(
@@ -110,6 +112,7 @@ def back_up(
         aside=tuple(run.aside),
         new={partition: count for partition, count in run.copied.items() if before.get(partition)},
         problems=tuple(run.problems),
+        same_disk=source.stat().st_dev == target.stat().st_dev,
     )
 
 

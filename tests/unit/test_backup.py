@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,12 @@ def test_two_runs_do_not_copy_to_one_place_at_once(ground: Ground) -> None:
     ground.run()
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system in memory is Linux's")
+def test_copies_on_another_file_system_are_not_said_to_be_on_the_same(ground: Ground) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert not ground._replace(target=Path(memory)).run().same_disk
+
+
 def test_a_shard_that_a_rebuild_gives_up_meanwhile_is_passed_over(ground: Ground) -> None:
     second = ground.sealed()[1].path
     done = ground.run(on_progress=lambda done, total: second.unlink(missing_ok=True) if done else None)
@@ -192,7 +199,9 @@ def test_the_command_says_what_it_did_and_what_was_on_one_disk_alone(ground: Gro
     assert fictl("backup", ground.store.directory, ground.target) == 0
     seen = capsys.readouterr()
     assert "3 shards copied" in seen.out
-    assert seen.err == ""
+    assert seen.err.splitlines() == [
+        f"fi: {ground.target} is on the disk of the store, and is lost with it; is the other disk mounted there?"
+    ]
     for _ in range(2):
         ground.maker.begin()
         ground.maker.commit(3)
