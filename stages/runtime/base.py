@@ -232,4 +232,4 @@ class LaneBase(ABC):
         # message is before it: then the input begins with a hole again, and is emptied again.
         if (tries := self._holes - HOLES_BEFORE_PURGE) > 0:
             settings = self._api.settings
-            await self._rest(min(settings.probe_s, settings.retry_s_max * 2**tries))
+            await self._rest(min(settings.probe_s, settings.retry_s_max * tries))

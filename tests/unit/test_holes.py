@@ -1,0 +1,51 @@
+"""An input that begins with a hole however often it is emptied."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from contracts.settings import Settings
+from stages.runtime import base
+from stages.runtime.base import LaneBase
+from stages.runtime.telemetry import OFF
+
+
+class EmptiedApi:
+    """Counts what is emptied, of a stream that nothing is stored in for good."""
+
+    settings = Settings(probe_s=0.001)
+    telemetry = OFF
+
+    def __init__(self) -> None:
+        self.purged = 0
+
+    async def pause(self) -> None:
+        """No time passes."""
+
+    async def purge(self, stream: str, subject: str) -> None:
+        self.purged += 1
+
+
+class Lane(LaneBase):
+    async def _session(self, nonce: str) -> None:
+        raise NotImplementedError
+
+    async def _check_output(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("holes", "purges"), [(1, 0), (2, 0), (3, 1), (4, 1), (5000, 1)])
+async def test_a_hole_is_emptied_out_at_the_third_attempt_and_at_the_five_thousandth(
+    holes: int, purges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_receipt(api: object, partition: int) -> tuple[None, int]:
+        return None, 0
+
+    monkeypatch.setattr(base, "last_receipt", no_receipt)
+    api = EmptiedApi()
+    lane = Lane(cast(Any, api), "hash", 0, "nonce", lambda partition: None)
+    lane._holes = holes
+    await lane._heal_hole()
+    assert api.purged == purges
