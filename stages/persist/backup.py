@@ -95,7 +95,6 @@ def back_up(
     with _locked(target):
         _identify(source, target)
         sealed = [file for files in list_shards(source).values() for file in files if file.sealed]
-        before = {partition: len(files) for partition, files in list_shards(target).items()}
         total = sum(_size(file.path) for file in sealed)
         run = _Run(target, now_ns)
         looked_at = 0
@@ -110,19 +109,19 @@ def back_up(
         copied=sum(run.copied.values()),
         bytes=run.bytes,
         aside=tuple(run.aside),
-        new={partition: count for partition, count in run.copied.items() if before.get(partition)},
+        new={partition: count for partition, count in run.copied.items() if partition in run.there},
         problems=tuple(run.problems),
         same_disk=source.stat().st_dev == target.stat().st_dev,
     )
 
 
 class _Run:
-    """One run: what it did so far."""
+    """One run: what it did so far. `there`: the copies that it found."""
 
     def __init__(self, target: Path, now_ns: int) -> None:
         self._target = target
         self._now_ns = now_ns
-        self._there = list_shards(target)
+        self.there = list_shards(target)
         self.copied: dict[int, int] = {}
         self.bytes = 0
         self.gone = 0
@@ -132,7 +131,7 @@ class _Run:
     def take(self, file: ShardFile) -> None:
         """Sees to it that there is a copy of a sealed shard, and of the record beside it."""
         final = self._target / file.path.name
-        same_number = [one for one in self._there.get(file.partition, ()) if one.shard == file.shard]
+        same_number = [one for one in self.there.get(file.partition, ()) if one.shard == file.shard]
         try:
             if not (final.exists() and _is_copy(file.path, final)):
                 size = _copy(file.path, final, lambda: self._move_aside(same_number))
@@ -236,6 +235,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
         return file.read(size)
     except OSError as error:
         if not is_lost(error):
+            error.filename = file.name
             raise
         raise ShardCorruptError(f"{file.name}: {error.strerror}; run `fictl rebuild`") from error
 
