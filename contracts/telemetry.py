@@ -271,6 +271,11 @@ COMMIT_DURATION: Final = _histogram(
 SEAL_DURATION: Final = _histogram("fi.seal.duration", "s", _LATENCY_S, "time to write, verify and sync a sealed shard")
 SEAL_BYTES: Final = _counter("fi.seal.size", "By", "bytes of the shards sealed")
 STORAGE_FREE: Final = _gauge("fi.storage.free", "By", "free bytes where the shards lie")
+BACKUP_AGE: Final = _gauge(
+    "fi.backup.age",
+    "s",
+    "since a `fictl backup` left nothing of the store uncopied to another disk; no value where there never was one",
+)
 BACKPRESSURE_TIME: Final = _counter(
     "fi.backpressure.duration",
     "s",
@@ -349,6 +354,7 @@ CATALOGUE: Final[dict[str, Instrument]] = {
         SEAL_DURATION,
         SEAL_BYTES,
         STORAGE_FREE,
+        BACKUP_AGE,
         BACKPRESSURE_TIME,
         BACKPRESSURE_AGE,
         RECONNECTS,

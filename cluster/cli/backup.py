@@ -60,6 +60,8 @@ def backup(
         )
     if done.same_disk:
         say(f"fi: {target} is on the disk of the store, and is lost with it; is the other disk mounted there?")
+    elif done.unmarked and not done.problems:
+        say(f"fi: all is copied, but persist cannot tell so as fi.backup.age: {done.unmarked}")
     for partition, count in done.new.items():
         if count > kept:
             say(

@@ -18,6 +18,7 @@ from contracts.settings import Settings
 from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES
 from contracts.telemetry import (
     BACKPRESSURE_AGE,
+    BACKUP_AGE,
     BREAKER_OPEN,
     CIRCUIT_STATE,
     CONSUMER_LAG,
@@ -275,6 +276,14 @@ def _disk() -> Iterator[Alert]:
         severity="ticket",
         summary="{{ $labels.instance }} stored events and did not seal them",
         description="Their shard is older than FI_SHARD_AGE_S_MAX. FI_EVENTS keeps what is not sealed, and fills.",
+    )
+    yield Alert(
+        name="FiBackupOld",
+        expr=f"{lowest(BACKUP_AGE, 'instance')} > {age_s}",
+        held="10m",
+        severity="ticket",
+        summary="The store of {{ $labels.instance }} was last copied {{ $value | humanizeDuration }} ago",
+        description="What was sealed since, but for what FI_EVENTS keeps, is lost with that disk.",
     )
 
 

@@ -28,6 +28,7 @@ from contracts.telemetry import (
     ACCEPTED_LATENCY,
     BACKPRESSURE_AGE,
     BACKPRESSURE_TIME,
+    BACKUP_AGE,
     BREAKER_OPEN,
     BREAKER_TRIPS,
     BUFFER_SIZE,
@@ -248,6 +249,12 @@ _THROUGHPUT: Final = {
                 ),
             ),
             description="At the last hour's rate; far up when nothing fills it.",
+            unit="s",
+        ),
+        Panel(
+            title="Since the last backup",
+            queries=((lowest(BACKUP_AGE, "instance"), "{{instance}}"),),
+            description=BACKUP_AGE.meaning,
             unit="s",
         ),
         Panel(

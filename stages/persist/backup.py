@@ -17,6 +17,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.errors import NotOursError, ShardCorruptError, ShardError
 from stages.persist.files import (
     SYNC_EVERY_BYTES,
@@ -57,6 +58,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
         new: partition → how many were copied, where the copy had some of it before.
         problems: sealed shards of the store that the copy does not have.
         same_disk: the copies lie on the file system of the store itself, and go with it.
+        unmarked: why the store does not say that it is copied up to now; empty where it does.
     """
 
     store: str
@@ -67,6 +69,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
     new: dict[int, int]
     problems: tuple[NotCopied, ...]
     same_disk: bool
+    unmarked: str
 
 
 def back_up(
@@ -74,12 +77,14 @@ def back_up(
 ) -> Backup:
     """Copies what is sealed in the store at `path` to the directory `target`, where it is not there yet.
 
+    When that is all there is, and on another disk, the store is marked with it (`contracts.backups`).
+
     If the process dies or the power fails here: what has its name in `target` is whole; run it again.
 
     Args:
         path: as for `find_store`.
         target: made when missing.
-        now_ns: names what is moved aside.
+        now_ns: the time; also names what is moved aside.
         on_progress: told (bytes looked at, of how many).
 
     Raises:
@@ -103,15 +108,22 @@ def back_up(
             looked_at += _size(file.path)
             run.take(file)
         on_progress(total, total)
+        shards = len(sealed) - len(run.problems) - run.gone
+        same_disk = source.stat().st_dev == target.stat().st_dev
+        if same_disk or run.problems:
+            unmarked = "not all of it is copied to another disk"
+        else:
+            unmarked = _mark(source, LastBackup(at_ns=now_ns, to=str(target.absolute()), shards=shards))
     return Backup(
         store=store.store_id,
-        shards=len(sealed) - len(run.problems) - run.gone,
+        shards=shards,
         copied=sum(run.copied.values()),
         bytes=run.bytes,
         aside=tuple(run.aside),
         new={partition: count for partition, count in run.copied.items() if partition in run.there},
         problems=tuple(run.problems),
-        same_disk=source.stat().st_dev == target.stat().st_dev,
+        same_disk=same_disk,
+        unmarked=unmarked,
     )
 
 
@@ -181,6 +193,17 @@ def _identify(source: Path, target: Path) -> None:
             f"{target}: holds copies of store {there.store_id}, and {source} is store {own.store_id}; choose another "
             "directory. Was the disk lost, and a new store begun? Then leave these copies: there is nothing else"
         )
+
+
+def _mark(source: Path, last: LastBackup) -> str:
+    """Why it could not be, where the copies may be made by one who may not write to the store; else empty."""
+    mark = source / BACKUP_FILE
+    try:
+        write_new_file(tmp_path(mark), encode_last_backup(last))
+        publish_file(tmp_path(mark), mark)
+    except OSError as error:
+        return f"{mark}: {error.strerror}"
+    return ""
 
 
 def _size(path: Path) -> int:

@@ -32,6 +32,7 @@ from opentelemetry.sdk.resources import Resource
 from contracts.subjects import Stage
 from contracts.telemetry import (
     BACKPRESSURE_AGE,
+    BACKUP_AGE,
     BREAKER_OPEN,
     BREAKER_TRIPS,
     BUFFER_SIZE,
@@ -76,6 +77,7 @@ class Meters(Telemetry):
         lanes: the lanes that are there, by stage and partition.
         streams: what was last heard of the streams, by name. Kept by `stages.runtime.watch`.
         storage_free_bytes: where the shards lie; None when there is no store.
+        backed_up_ns: until when the store is copied to another disk; None when it is not, or there is none.
         tracer: makes spans; None when nothing takes them.
     """
 
@@ -83,6 +85,7 @@ class Meters(Telemetry):
         self.lanes: dict[tuple[Stage, int], LaneMeter] = {}
         self.streams: dict[str, StreamFacts] = {}
         self.storage_free_bytes: int | None = None
+        self.backed_up_ns: int | None = None
         self.tracer: Tracer | None = None
         self._counters: dict[str, dict[_Attributes, Counter]] = {name: {} for name in CATALOGUE}
         self._writers: dict[str, WriterMeter] = {}
@@ -117,6 +120,7 @@ class Meters(Telemetry):
             (LANES, self._read_lanes),
             (BACKPRESSURE_AGE, self._read_holds),
             (STORAGE_FREE, self._read_storage),
+            (BACKUP_AGE, self._read_backup),
             (CIRCUIT_STATE, self._read_circuits),
             (CPU_TIME, _read_cpu),
             (MEMORY_USAGE, _read_memory),
@@ -262,6 +266,9 @@ class Meters(Telemetry):
 
     def _read_storage(self) -> Readings:
         return [] if self.storage_free_bytes is None else [({}, self.storage_free_bytes)]
+
+    def _read_backup(self) -> Readings:
+        return [] if self.backed_up_ns is None else [({}, max(0.0, (time.time_ns() - self.backed_up_ns) / 1e9))]
 
 
 def _key(what: Instrument, attributes: Mapping[str, str]) -> _Attributes:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from nats.errors import Error as NatsError
 
+from contracts.backups import BACKUP_FILE, decode_last_backup
 from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_DISK, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK
+from contracts.errors import WireFormatError
 from contracts.settings import Settings
 from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
 from contracts.telemetry import LOOP_LAG, RECONNECTS
@@ -337,10 +339,18 @@ def _check_disk(store: Path, floor_bytes: int, meters: Meters) -> Check:
     except OSError as error:
         return Check(False, f"{place}: {error.strerror}")
     free = meters.storage_free_bytes = found.f_bavail * found.f_frsize
+    meters.backed_up_ns = _backed_up_ns(store)
     if not os.access(place, os.W_OK):
         return Check(False, f"{place} cannot be written")
     words = f"{free / 1e9:.2f} GB free at {place}, floor {floor_bytes / 1e9:.2f} GB"
     return Check(free >= floor_bytes, words)
+
+
+def _backed_up_ns(store: Path) -> int | None:
+    try:
+        return decode_last_backup((store / BACKUP_FILE).read_bytes()).at_ns
+    except (OSError, WireFormatError):
+        return None
 
 
 def _report_failure(task: asyncio.Task[None]) -> None:

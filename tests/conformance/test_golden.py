@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from process_samples import READ, WRITTEN
 
+from contracts.backups import LastBackup, decode_last_backup, encode_last_backup
 from contracts.errors import FiError
 from contracts.events import Event, EventKey, decode_event, decode_event_key, encode_event
 from contracts.evidence import (
@@ -200,6 +201,7 @@ POLICY = Policy(
     follows=5,
 )
 LENIENT = msgspec.structs.replace(POLICY, rules=Rules(check_lifecycle=False))
+BACKUP = LastBackup(at_ns=1_767_323_046_000_000_009, to="/mnt/fi-backup/server-a", shards=31)
 FLUSH = Flush(cluster="c-77", targets={0: 4_294_967_300, 11: 12}, since_ns=1_767_323_046_000_000_009, by="ana@server-a")
 
 
@@ -234,6 +236,7 @@ SAMPLES = [
     Sample("export-manifest.1.filters.json", FILTERED, encode_manifest, decode_manifest),
     Sample("policy.1.lenient.json", LENIENT, encode_policy, lambda data: decode_policy(data, LENIENT.version)),
     Sample("policy.1.json", POLICY, encode_policy, lambda data: decode_policy(data, POLICY.version)),
+    Sample("backup.1.json", BACKUP, encode_last_backup, decode_last_backup),
     Sample("flush.1.json", FLUSH, encode_flush, decode_flush),
     *(Sample(*sample) for sample in WRITTEN),
 ]

@@ -27,8 +27,8 @@ from stages.runtime.telemetry import OFF, Telemetry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-NEEDS_A_FAILURE = {"fi.persist.errors", "fi.lane.restarts"}
-"""Recorded only when something fails; tests/unit/test_instruments.py makes that happen."""
+NOT_HERE = {"fi.persist.errors", "fi.lane.restarts", "fi.backup.age"}
+"""Only when something failed or was backed up: see tests/unit/test_instruments.py and test_health_port.py."""
 
 
 def watched(receiver: OtlpReceiver, **changes: object) -> Settings:
@@ -189,7 +189,7 @@ def check_trace(receiver: OtlpReceiver, traceparent: str) -> None:
 def check_catalogue(receiver: OtlpReceiver) -> None:
     """What came is what the catalogue says: names, kinds, units, meanings, attributes, buckets."""
     assert receiver.names() - set(CATALOGUE) == set()
-    assert set(CATALOGUE) - receiver.names() == NEEDS_A_FAILURE
+    assert set(CATALOGUE) - receiver.names() == NOT_HERE
     for series, sample in receiver.samples.items():
         what, metric = CATALOGUE[series.name], sample.metric
         given = {key for key, _ in series.attributes}

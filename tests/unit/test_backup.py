@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from shard_maker import NOW_NS, PartitionMaker, filled_store, new_store
 from verifying import verify_here
 
 from cluster.testing.disk import flip
+from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup
 from contracts.errors import NotOursError, ShardError
 from stages.persist import backup as module
 from stages.persist.backup import Backup, back_up
@@ -183,10 +185,57 @@ def test_two_runs_do_not_copy_to_one_place_at_once(ground: Ground) -> None:
     ground.run()
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system in memory is Linux's")
-def test_copies_on_another_file_system_are_not_said_to_be_on_the_same(ground: Ground) -> None:
+@pytest.fixture
+def elsewhere(ground: Ground) -> Iterator[Ground]:
+    """Copies go to another file system."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("a file system in memory is Linux's")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        assert not ground._replace(target=Path(memory)).run().same_disk
+        yield ground._replace(target=Path(memory) / "copy")
+
+
+def last_backup(ground: Ground) -> LastBackup | None:
+    mark = ground.store.directory / BACKUP_FILE
+    return decode_last_backup(mark.read_bytes()) if mark.exists() else None
+
+
+def test_the_store_is_marked_once_nothing_of_it_is_left_to_copy_to_another_disk(
+    ground: Ground, elsewhere: Ground
+) -> None:
+    done = ground.run()
+    assert done.same_disk
+    assert done.unmarked == "not all of it is copied to another disk"
+    assert last_backup(ground) is None
+
+    flip(ground.sealed()[1].path, -40)
+    done = elsewhere.run()
+    assert not done.same_disk
+    assert len(done.problems) == 1
+    assert done.unmarked == "not all of it is copied to another disk"
+    assert last_backup(ground) is None
+
+    flip(ground.sealed()[1].path, -40)
+    assert elsewhere.run().unmarked == ""
+    assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), shards=3)
+    assert not (elsewhere.target / BACKUP_FILE).exists()
+
+
+def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_persist_cannot_tell(
+    ground: Ground, elsewhere: Ground, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        if path.parent == ground.store.directory:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        write(path, data)
+
+    write = module.write_new_file
+    monkeypatch.setattr(module, "write_new_file", refuse)
+    assert fictl("backup", ground.store.directory, elsewhere.target) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"fi: all is copied, but persist cannot tell so as fi.backup.age: {ground.store.directory}/backup.json: "
+        "Permission denied"
+    ]
+    assert len(elsewhere.copies()) == 3
 
 
 def test_a_shard_that_a_rebuild_gives_up_meanwhile_is_passed_over(ground: Ground) -> None:

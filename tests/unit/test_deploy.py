@@ -233,7 +233,7 @@ def test_the_backups_unit_runs_a_verb_that_there_is_with_what_it_takes() -> None
     (read, written) = re.findall(r"^RequiresMountsFor=(\S+) (\S+)$", unit, re.MULTILINE)[0]
     assert command[1] == read
     assert Path(command[2]).parent == Path(written)
-    assert f"ReadWritePaths={written}\n" in unit
+    assert f"ReadWritePaths={written} {read}\n" in unit
     for name in re.findall(r"^EnvironmentFile=/etc/fi/(\S+)$", unit, re.MULTILINE):
         load_settings(environment(name))
 

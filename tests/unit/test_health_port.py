@@ -17,6 +17,7 @@ import pytest_asyncio
 
 from cluster.health import get, read_health_files
 from cluster.testing.waiting import until
+from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.budgets import HEALTH_DISK, HEALTH_REQUEST, HEALTH_STUCK
 from contracts.errors import SettingsError, StoreFailedError
 from contracts.settings import Settings
@@ -152,7 +153,23 @@ async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp
             assert f"GB free at {tmp_path}" in report.checks["disk"].why
             # Nobody told it of a connection.
             assert not report.ok
-            assert json.loads(await metrics_free(watched)) > 0
+            assert json.loads((await shown(watched))["fi_storage_free_bytes"]) > 0
+
+
+async def test_how_long_ago_the_store_was_copied_is_told_where_it_ever_was(tmp_path: Path) -> None:
+    ago_s = 7200
+    for content, known in (
+        (None, False),
+        (b"{", False),
+        (encode_last_backup(LastBackup(at_ns=time.time_ns() - ago_s * 10**9, to="/mnt/b", shards=3)), True),
+    ):
+        if content is not None:
+            (tmp_path / BACKUP_FILE).write_bytes(content)
+        async with Watch("persist", "persist-0", Settings(health_port=0), {}, store=tmp_path) as watched:
+            await watched.ready()
+            values = await shown(watched)
+            assert ("fi_backup_age_seconds" in values) is known
+    assert ago_s <= float(values["fi_backup_age_seconds"]) < ago_s + 600
 
 
 async def test_a_partition_whose_disk_hangs_or_refuses_is_not_ready_and_says_why(
@@ -181,11 +198,12 @@ async def test_a_partition_whose_disk_hangs_or_refuses_is_not_ready_and_says_why
         assert (await watched.ready()).checks["lanes"].why.endswith("/d: is not a store")
 
 
-async def metrics_free(watched: Watch) -> str:
-    """The value of the gauge of free bytes."""
+async def shown(watched: Watch) -> dict[str, str]:
+    """Metrics without attributes and their values, as text."""
     assert watched._server is not None
     _, text = await get(f"http://127.0.0.1:{watched._server.port}/metrics")
-    return next(line.split(" ")[1] for line in text.decode().splitlines() if line.startswith("fi_storage_free_bytes "))
+    samples = (line.split(" ") for line in text.decode().splitlines() if not line.startswith("#"))
+    return {name: value for name, value in samples if "{" not in name}
 
 
 async def test_without_a_port_and_a_collector_nothing_is_watched(tmp_path: Path) -> None:
