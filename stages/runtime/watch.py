@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -124,6 +125,8 @@ class Watch:
         self._streams: dict[str, str] = {}
         self._disk = Check(False, "not looked at yet")
         self._disk_look: asyncio.Future[Check] | None = None
+        # Its own two: lanes whose disk hangs have taken all others, and that must be seen.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="watch")
 
     async def __aenter__(self) -> Watch:
         """Begins to watch. Raises `SettingsError` if the health port cannot be had."""
@@ -156,6 +159,7 @@ class Watch:
             await self._server.close()
         if self._observed is not None:
             await self._observed.close()
+        self._threads.shutdown(wait=False)
 
     def connected(self, api: Api, control: Control) -> None:
         """The process is connected."""
@@ -188,7 +192,9 @@ class Watch:
             return report_answer(await self.ready())
 
         async def metrics() -> Answer:
-            return Answer(200, PROMETHEUS, await asyncio.to_thread(lambda: prometheus_text(meters.collect())))
+            loop = asyncio.get_running_loop()
+            text = await loop.run_in_executor(self._threads, lambda: prometheus_text(meters.collect()))
+            return Answer(200, PROMETHEUS, text)
 
         host, port = self._settings.health_host, self._settings.health_port
         self._server = HealthServer(host, port, {"/livez": livez, "/readyz": readyz, "/metrics": metrics})
@@ -256,7 +262,7 @@ class Watch:
         if self._disk_look is None or self._disk_look.done():
             loop = asyncio.get_running_loop()
             self._disk_look = loop.run_in_executor(
-                None, _check_disk, self._store, self._settings.disk_floor_bytes, meters
+                self._threads, _check_disk, self._store, self._settings.disk_floor_bytes, meters
             )
         done, _ = await asyncio.wait((self._disk_look,), timeout=HEALTH_ASK.s)
         self._disk = self._disk_look.result() if done else Check(False, f"{self._store} does not answer")

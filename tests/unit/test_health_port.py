@@ -198,6 +198,20 @@ async def test_a_partition_whose_disk_hangs_or_refuses_is_not_ready_and_says_why
         assert (await watched.ready()).checks["lanes"].why.endswith("/d: is not a store")
 
 
+async def test_metrics_are_told_while_a_disk_that_hangs_has_taken_every_thread_of_the_lanes(tmp_path: Path) -> None:
+    mended = threading.Event()
+    loop = asyncio.get_running_loop()
+    try:
+        hanging = [loop.run_in_executor(None, mended.wait) for _ in range(40)]
+        async with Watch("persist", "persist-0", Settings(health_port=0), {}, store=tmp_path) as watched:
+            report = await watched.ready()
+            assert report.checks["disk"].ok
+            assert int((await shown(watched))["fi_storage_free_bytes"]) > 0
+    finally:
+        mended.set()
+        await asyncio.gather(*hanging)
+
+
 async def shown(watched: Watch) -> dict[str, str]:
     """Metrics without attributes and their values, as text."""
     assert watched._server is not None
