@@ -56,10 +56,15 @@ def fi_backend(request: pytest.FixtureRequest) -> str:
     Where no Docker engine answers, a test that a parameter puts there is skipped. One that the command line or
     ``FICLUSTER_BACKEND`` puts there fails: a run that was asked for and did not happen must not look well.
     """
+    from cluster.testing.errors import NotSupportedError
     from cluster.testing.ficluster import choose_backend
 
     by_parameter = hasattr(request, "param")
-    chosen = choose_backend(request.param if by_parameter else request.config.getoption("--fi-backend"))
+    try:
+        chosen = choose_backend(request.param if by_parameter else request.config.getoption("--fi-backend"))
+    except NotSupportedError as error:
+        where = "the parameter of fi_backend" if by_parameter else "FICLUSTER_BACKEND"
+        raise pytest.fail.Exception(f"{where}: {error}", pytrace=False) from None
     if chosen == "docker":
         from cluster.testing.containers import engine_missing
 

@@ -246,3 +246,19 @@ def test_without_an_engine_containers_that_were_asked_for_fail_a_test_and_a_para
     )
     assert "ERROR test_it.py::test_asked_for - Failed: needs a Docker engine" in done.stdout, done.stdout
     assert "1 skipped, 1 error" in done.stdout
+
+
+def test_a_misspelt_backend_is_named_with_where_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("async def test_asked_for(fi_cluster): ...\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rE"],
+        cwd=tmp_path,
+        env={**os.environ, "FICLUSTER_BACKEND": "dokcer", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = "FICLUSTER_BACKEND: no backend is called 'dokcer'; use embedded, docker or auto"
+    assert f"ERROR test_it.py::test_asked_for - Failed: {told}" in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout
