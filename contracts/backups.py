@@ -1,4 +1,4 @@
-"""What `fictl backup` leaves in the store it copied, for persist's metrics: until when everything is copied."""
+"""What `fictl backup` leaves in the store it copied, for persist: until when, and up to which shards, it is copied."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class LastBackup(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     Attributes:
         at_ns: what was sealed by then is copied; nanoseconds since 1970.
         to: where the copies are, on the node that made them.
-        shards: sealed shards that are there.
+        copied: partition → the newest sealed shard that there was, by number.
     """
 
     at_ns: int
     to: str
-    shards: int
+    copied: dict[int, int]
 
 
 _decoder = msgspec.json.Decoder(LastBackup)

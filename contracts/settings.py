@@ -59,7 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         shard_events_max: events in a live shard; reaching it seals.
         shard_age_s_max: a live shard with events older than this is sealed.
         sealed_kept: the newest sealed shards of a partition whose events stay in `FI_EVENTS`, so that `fictl rebuild`
-            can make them again; none while it is nearly full and nothing else of the partition is in it.
+            can make them again; none while it is nearly full and nothing else of the partition is in it. Those that
+            `fictl backup` has not copied stay too, once it copied any, while the stream is at most half full.
         seal_on_drain: seal what is committed when persist is told to stop.
         trim_s: how often committed data is purged from the streams.
         receipts_kept: commit receipts kept for each partition.

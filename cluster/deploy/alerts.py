@@ -283,7 +283,7 @@ def _disk() -> Iterator[Alert]:
         held="10m",
         severity="ticket",
         summary="The store of {{ $labels.instance }} was last copied {{ $value | humanizeDuration }} ago",
-        description="What was sealed since, but for what FI_EVENTS keeps, is lost with that disk.",
+        description="What was sealed since, and found no room in FI_EVENTS, is on one disk alone.",
     )
 
 

@@ -256,7 +256,7 @@ class PersistLane(LaneBase):
             early = self._room.short and self._files.is_old(EARLY_SHARE)
             if early or self._files.is_old() or self._flush_is_due():
                 await self._roll()
-            elif self._room.short:
+            elif not self._room.spare:
                 self._seal_work.set()
 
     async def _advance(self, feed: InputFeed) -> None:
@@ -360,7 +360,7 @@ class PersistLane(LaneBase):
             if record is None or shard > record.shard:
                 record = await self._record(writer, record, await run_blocking(files.sealed_info, shard))
         while True:
-            self._trimmer.sealed(files.settled_origin(self._kept()))
+            await self._settle()
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
                 known = record if record is not None and record.shard == job.shard else None
@@ -373,7 +373,7 @@ class PersistLane(LaneBase):
                     record = await self._record(writer, record, info)
                 async with self._files_lock:
                     await run_blocking(files.finish_seal, job, info)
-                self._trimmer.sealed(files.settled_origin(self._kept()))
+                await self._settle()
             if files.wants_next():
                 async with self._prepare_lock:
                     await run_blocking(files.prepare_next)
@@ -391,9 +391,9 @@ class PersistLane(LaneBase):
         whose = record.store == self._store.store_id or record.shard < self._files.end.first
         return whose and self._files.trees.get(record.shard) == (record.tree_size, record.root)
 
-    def _kept(self) -> int:
-        """Sealed shards whose events stay in `FI_EVENTS`: none when they may be what keeps everything out of it."""
-        return 0 if self._room.short and self._files.is_empty() else self._api.settings.sealed_kept
+    async def _settle(self) -> None:
+        """What is in sealed shards may leave `FI_EVENTS`, as far as the trimmer lets it."""
+        self._trimmer.settle(self._files, await run_blocking(self._disk.copied, self._store.directory, self._partition))
 
     async def _summarize_next(self) -> bool:
         """Gives the next full group of sealed shards its summary of ids; False when all have theirs."""

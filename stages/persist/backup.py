@@ -2,12 +2,13 @@
 
 Sealed shards do not change, so a copy is made once, beside a working persister. Live shards are not copied: `FI_EVENTS`
 has what is in them. A copy is never deleted; one that the store does not have any more is moved aside once another
-shard has its number.
+shard has its number. The store is told what is copied: until then `FI_EVENTS` keeps it, while it has room to spare.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from typing import BinaryIO, Final
 
 import msgspec
 
-from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
-from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup, encode_last_backup
+from contracts.errors import NotOursError, ShardCorruptError, ShardError, WireFormatError
+from contracts.events import format_rfc3339
 from stages.persist.files import (
     SYNC_EVERY_BYTES,
     is_lost,
@@ -34,6 +36,8 @@ from stages.persist.records import record_path
 from stages.persist.rewind import ASIDE, move_aside
 from stages.persist.store import find_store
 from stages.persist.storedir import STORE_FILE, make_directory, read_store
+
+log = logging.getLogger(__name__)
 
 _LOCK: Final = "backup.lock"
 _READ_BYTES: Final = 1024 * 1024
@@ -55,7 +59,6 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
         copied: those of them that it did not have before.
         bytes: of these.
         aside: copies that were moved aside, by name.
-        new: partition → how many were copied, where the copy had some of it before.
         problems: sealed shards of the store that the copy does not have.
         same_disk: the copies lie on the file system of the store itself, and go with it.
         unmarked: why the store does not say that it is copied up to now; empty where it does.
@@ -66,7 +69,6 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
     copied: int
     bytes: int
     aside: tuple[str, ...]
-    new: dict[int, int]
     problems: tuple[NotCopied, ...]
     same_disk: bool
     unmarked: str
@@ -94,9 +96,9 @@ def back_up(
     """
     source = find_store(path)
     store = read_store(source)
+    _check_apart(source, target)
+    _check_mounted(source, target)
     make_directory(target)
-    if target.resolve() == source.resolve():
-        raise ShardError(f"{target}: is the store itself; choose a directory on another disk")
     with _locked(target):
         _identify(source, target)
         sealed = [file for files in list_shards(source).values() for file in files if file.sealed]
@@ -109,32 +111,68 @@ def back_up(
             run.take(file)
         on_progress(total, total)
         shards = len(sealed) - len(run.problems) - run.gone
+        # What is not there any more was given up by a rebuild, unless the whole store went.
+        if read_store(source) != store:
+            raise ShardError(f"{source}: holds another store than when this began; run it again")
         same_disk = source.stat().st_dev == target.stat().st_dev
-        if same_disk or run.problems:
+        if same_disk or run.problems or run.gone:
             unmarked = "not all of it is copied to another disk"
         else:
-            unmarked = _mark(source, LastBackup(at_ns=now_ns, to=str(target.absolute()), shards=shards))
+            copied = {file.partition: file.shard for file in sealed}
+            unmarked = _mark(source, LastBackup(at_ns=now_ns, to=str(target.absolute()), copied=copied))
     return Backup(
         store=store.store_id,
         shards=shards,
-        copied=sum(run.copied.values()),
+        copied=run.copied,
         bytes=run.bytes,
         aside=tuple(run.aside),
-        new={partition: count for partition, count in run.copied.items() if partition in run.there},
         problems=tuple(run.problems),
         same_disk=same_disk,
         unmarked=unmarked,
     )
 
 
+def copied_shard(directory: Path, partition: int) -> int | None:
+    """The newest sealed shard that a partition had when its store was last backed up, by number.
+
+    None for a store that never was; 0 where nobody knows, so that nothing counts as copied that may not be.
+    """
+    try:
+        return decode_last_backup((directory / BACKUP_FILE).read_bytes()).copied.get(partition, 0)
+    except FileNotFoundError:
+        return None
+    except (OSError, WireFormatError) as error:
+        log.warning("%s: %s", directory / BACKUP_FILE, error)
+        return 0
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    own, there = source.resolve(), target.resolve()
+    if own == there or own in there.parents or there in own.parents:
+        raise ShardError(f"{target}: is the store {source}, or has it in it, or lies in it; choose another directory")
+
+
+def _check_mounted(source: Path, target: Path) -> None:
+    """Raises `ShardError` if the copies that the last run made are not in `target`."""
+    try:
+        last = decode_last_backup((source / BACKUP_FILE).read_bytes())
+    except (OSError, WireFormatError):
+        return
+    if last.to == str(target.absolute()) and not (target / STORE_FILE).exists():
+        raise ShardError(
+            f"{target}: the copies of {format_rfc3339(last.at_ns)} are not there; is its disk mounted? If they are "
+            f"lost, remove {source / BACKUP_FILE} and run it again"
+        )
+
+
 class _Run:
-    """One run: what it did so far. `there`: the copies that it found."""
+    """One run: what it did so far."""
 
     def __init__(self, target: Path, now_ns: int) -> None:
         self._target = target
         self._now_ns = now_ns
-        self.there = list_shards(target)
-        self.copied: dict[int, int] = {}
+        self._there = list_shards(target)
+        self.copied = 0
         self.bytes = 0
         self.gone = 0
         self.aside: list[str] = []
@@ -143,11 +181,11 @@ class _Run:
     def take(self, file: ShardFile) -> None:
         """Sees to it that there is a copy of a sealed shard, and of the record beside it."""
         final = self._target / file.path.name
-        same_number = [one for one in self.there.get(file.partition, ()) if one.shard == file.shard]
+        same_number = [one for one in self._there.get(file.partition, ()) if one.shard == file.shard]
         try:
             if not (final.exists() and _is_copy(file.path, final)):
                 size = _copy(file.path, final, lambda: self._move_aside(same_number))
-                self.copied[file.partition] = self.copied.get(file.partition, 0) + 1
+                self.copied += 1
                 self.bytes += size
             _copy_record(record_path(file.path), record_path(final))
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,18 @@ def plan_group(
     duplicates = len(records) - len(fresh_records)
     dropped_bytes = sum(map(len, records)) - sum(map(len, fresh_records)) if duplicates else 0
     return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed, dropped_bytes)
+
+
+def count_settled(shards: Sequence[int], kept: int, copied: int | None) -> int:
+    """How many of a store's sealed shards, by number in order, `FI_EVENTS` need not have any more.
+
+    Args:
+        shards: the numbers.
+        kept: so many of the newest it has.
+        copied: the newest that is copied to another disk; None where that does not count.
+    """
+    settled = max(0, len(shards) - kept)
+    return settled if copied is None else min(settled, bisect_right(shards, copied))
 
 
 def _read_event(message: StoredMessage, record: bytes) -> Event:

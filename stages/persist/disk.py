@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, Protocol
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
+from stages.persist.backup import copied_shard
 from stages.persist.core import Group
 from stages.persist.names import partition_state
 from stages.persist.partition import PartitionFiles
@@ -120,7 +121,7 @@ class Files(Protocol):
     def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
         """As `PartitionFiles.resume_after`."""
 
-    def settled_origin(self, kept: int) -> int:
+    def settled_origin(self, kept: int, copied: int | None) -> int:
         """As `PartitionFiles.settled_origin`."""
 
     def keep_record(self, record: SealRecord) -> None:
@@ -141,13 +142,15 @@ class Disk(NamedTuple):
         open: as `PartitionFiles.open`.
         probe: as `probe_disk`.
         state: as `partition_state`.
+        copied: as `copied_shard`.
     """
 
     lock: Callable[[Store, int], Lock]
     open: Callable[[Store, int, Receipt, Settings, Callable[[], int]], Files]
     probe: Callable[[Store, int, int], None]
     state: Callable[[Path, int], object]
+    copied: Callable[[Path, int], int | None]
 
 
-LOCAL: Final = Disk(lock_partition, PartitionFiles.open, probe_disk, partition_state)
+LOCAL: Final = Disk(lock_partition, PartitionFiles.open, probe_disk, partition_state, copied_shard)
 """Real files."""

@@ -18,7 +18,7 @@ from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.capacity import create_shard
-from stages.persist.core import Group
+from stages.persist.core import Group, count_settled
 from stages.persist.files import publish_file, remove_file
 from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
 from stages.persist.ids import SeenIds
@@ -388,15 +388,16 @@ class PartitionFiles:
         with disk_of(self._store):
             return resume_after(before, info.path)
 
-    def settled_origin(self, kept: int) -> int:
-        """How far the sealed shards reach but for the newest `kept` of them; 0 when there are no others."""
-        if kept > len(self.sealed):
-            return 0
+    def settled_origin(self, kept: int, copied: int | None) -> int:
+        """How far the sealed shards reach that are settled, as `count_settled` says; 0 when there are none."""
         numbers = sorted(self.sealed)
-        newest = parse_name(self.sealed[numbers[-kept] if kept else numbers[-1]]) if numbers else None
-        if newest is None or newest.first_origin is None or newest.last_origin is None:
+        settled = count_settled(numbers, kept, copied)
+        if not numbers or kept > len(numbers):
             return 0
-        return newest.first_origin - 1 if kept else newest.last_origin
+        named = parse_name(self.sealed[numbers[min(settled, len(numbers) - 1)]])
+        if named is None or named.first_origin is None or named.last_origin is None:
+            return 0
+        return named.last_origin if settled == len(numbers) else named.first_origin - 1
 
     def keep_record(self, record: SealRecord) -> None:
         """Lays an accepted seal record beside its file, for proofs without the cluster."""

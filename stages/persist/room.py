@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 SHORT_AT: Final = 0.9
 """The part of its limit that is taken when the stream counts as short of room."""
 
+SPARE_UP_TO: Final = 0.5
+"""The part of its limit up to which the stream keeps what no backup has yet: others' events must find room too."""
+
 EARLY_SHARE: Final = 1 / 60
 """Of a shard's age limit: for want of room, which others' events may have taken, none is sealed sooner."""
 
@@ -46,6 +49,7 @@ class EventsRoom:
 
     Attributes:
         short: little of it was left when it was last looked.
+        spare: enough of it was, to keep more there than must be.
     """
 
     def __init__(self, api: Api) -> None:
@@ -53,13 +57,14 @@ class EventsRoom:
         self._asking = asyncio.Lock()
         self._next_s = 0.0
         self.short = False
+        self.spare = True
 
-    async def look(self) -> bool:
-        """Looks, once every `probe_s` at most, and gives `short`: as it was, where the stream does not answer."""
+    async def look(self) -> None:
+        """Looks, once every `probe_s` at most. Where the stream does not answer, all stays as it was."""
         loop, settings = asyncio.get_running_loop(), self._api.settings
         async with self._asking:
             if loop.time() < self._next_s:
-                return self.short
+                return
             subject = f"$JS.API.STREAM.INFO.{EVENTS}"
             try:
                 # Once: what waits for this must go on trimming, also while nobody leads the stream.
@@ -67,11 +72,11 @@ class EventsRoom:
                 info = _decode_info(answer.data)
             except (NatsError, msgspec.MsgspecError) as error:
                 log.debug("%s: %r", subject, error)
-                return self.short
+                return
             finally:
                 self._next_s = loop.time() + settings.probe_s
             taken, limit = info.state.bytes, info.config.max_bytes
             was_short, self.short = self.short, 0 < SHORT_AT * limit < taken
+            self.spare = limit <= 0 or taken <= SPARE_UP_TO * limit
             if self.short and not was_short:
                 log.warning("%s is nearly full (%d of %d bytes): shards are sealed sooner", EVENTS, taken, limit)
-            return self.short

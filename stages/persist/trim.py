@@ -17,6 +17,7 @@ from contracts.errors import WireFormatError
 from contracts.frames import decode_frame_head
 from contracts.receipts import Receipt
 from contracts.subjects import EVENTS, HOPS, RECEIPTS, Stage, input_filter, raw_filter, receipt_subject
+from stages.persist.disk import Files
 from stages.persist.room import EventsRoom
 from stages.runtime.api import Api, RequestRefusedError
 
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 KEPT_SHARE: Final = 0.25
 """The part of a hop stream that kept frames may take."""
+_NOT_COPIED: Final = (
+    f"what no backup has leaves {EVENTS}, which is over half full: until one has it, it is on this disk alone. Run "
+    "`fictl backup` more often, or raise FI_EVENTS_BYTES_MAX"
+)
 _HOP_STAGES: tuple[Stage, ...] = ("segment", "hash", "persist")
 
 
@@ -33,7 +38,7 @@ class Trimmer:
     Args:
         api, partition: whose.
         room: of `FI_EVENTS`.
-        look_again: called when a claim is needed, and again and again while `FI_EVENTS` is short of room.
+        look_again: called when a claim is needed, and again and again while `FI_EVENTS` has no room to spare.
     """
 
     def __init__(self, api: Api, partition: int, room: EventsRoom, look_again: Callable[[], None]) -> None:
@@ -52,15 +57,35 @@ class Trimmer:
         self._committed = receipt
         self._news.set()
 
-    def sealed(self, origin: int) -> None:
+    def sealed(self, origin: int) -> bool:
         """What is before `origin` is in sealed shards that are recorded: it may leave `FI_EVENTS` after a claim.
+
+        Returns: whether that is more than was told before.
 
         Records are not fenced by receipts: who was fenced off while it sealed records on, and what its successor was
         just told to make again from `FI_EVENTS` must stay there.
         """
-        if origin > self._sealed_origin:
-            self._sealed_origin = origin
-            self._look_again()
+        if origin <= self._sealed_origin:
+            return False
+        self._sealed_origin = origin
+        self._look_again()
+        return True
+
+    def settle(self, files: Files, copied: int | None) -> None:
+        """Has `FI_EVENTS` trimmed of what is in sealed shards: of all but the newest, `sealed_kept`.
+
+        While it has room to spare it also keeps those that no backup has. With little room, and nothing of the
+        partition in a live shard, it keeps none: they may be what keeps everything out of it.
+
+        Args:
+            files: the partition's.
+            copied: the newest sealed shard that is copied to another disk; None: the store was never backed up.
+        """
+        kept = 0 if self._room.short and files.is_empty() else self._api.settings.sealed_kept
+        safe = files.settled_origin(kept, copied)
+        origin = safe if self._room.spare else files.settled_origin(kept, None)
+        if self.sealed(origin) and origin > safe:
+            log.warning("partition %d: %s", self._partition, _NOT_COPIED)
 
     @property
     def unclaimed(self) -> int:
@@ -84,7 +109,8 @@ class Trimmer:
                     await asyncio.sleep(settings.trim_s)
                     self._news.clear()
                     await self._trim()
-                if await self._room.look():
+                await self._room.look()
+                if not self._room.spare:
                     self._look_again()
             except RequestRefusedError as error:
                 log.warning("partition %d is not trimmed now: %s", self._partition, error)

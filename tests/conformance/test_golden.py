@@ -201,7 +201,7 @@ POLICY = Policy(
     follows=5,
 )
 LENIENT = msgspec.structs.replace(POLICY, rules=Rules(check_lifecycle=False))
-BACKUP = LastBackup(at_ns=1_767_323_046_000_000_009, to="/mnt/fi-backup/server-a", shards=31)
+BACKUP = LastBackup(at_ns=1_767_323_046_000_000_009, to="/mnt/fi-backup/server-a", copied={0: 31, 11: 7})
 FLUSH = Flush(cluster="c-77", targets={0: 4_294_967_300, 11: 12}, since_ns=1_767_323_046_000_000_009, by="ana@server-a")
 
 

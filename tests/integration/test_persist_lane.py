@@ -23,6 +23,7 @@ from cluster.apply import apply
 from cluster.audit import read_partition
 from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
+from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.receipts import Receipt, SealRecord
 from contracts.settings import MIB, Settings
 from contracts.subjects import EVENTS, STAGES, raw_filter
@@ -351,10 +352,9 @@ async def test_a_stream_that_others_fill_does_not_have_young_shards_sealed(clien
     class Counted(EventsRoom):
         looks_when_short = 0
 
-        async def look(self) -> bool:
-            short = await super().look()
-            self.looks_when_short += short
-            return short
+        async def look(self) -> None:
+            await super().look()
+            self.looks_when_short += self.short
 
     async def takes() -> bool:
         return await cluster.takes(uuid4(), "x" * 500_000, "NO_SUCH_TYPE")
@@ -373,6 +373,41 @@ async def test_a_stream_that_others_fill_does_not_have_young_shards_sealed(clien
             pass
         await until(looked, "it was seen that there is no room", 60)
         assert [shard.sealed for shard in list_shards(store.directory)[0]] == [False]
+
+
+async def test_what_no_backup_has_stays_in_the_stream_while_it_has_room_to_spare(
+    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = await ready(client, sealed_kept=0, shard_events_max=10, events_bytes_max=8 * MIB)
+    store = await new_store(client, tmp_path / "store")
+
+    def backed_up(shard: int) -> None:
+        mark = encode_last_backup(LastBackup(at_ns=1, to="/mnt/backup", copied={0: shard}))
+        (store.directory / BACKUP_FILE).write_bytes(mark)
+
+    async def starts_after(shard: int) -> bool:
+        """`FI_EVENTS` has all that came after the shard, and the message that this follows."""
+        file = next(file for file in list_shards(store.directory)[0] if file.shard == shard)
+        return file.sealed and await cluster.first_kept() == file.last_origin
+
+    backed_up(2)
+    async with cluster.upstream(), going(cluster.persist(store)):
+        for shards in (3, 5):
+            while len(await cluster.seals()) < shards:
+                await cluster.publish(10)
+            await until(lambda: starts_after(2), "what is copied has left", 60)
+        backed_up(4)
+        await cluster.publish(20)
+        await until(lambda: starts_after(4), "what was copied since has left too", 60)
+        small = cluster.last
+        for _ in range(12):
+            await cluster.send(uuid4(), "x" * 500_000)
+
+        async def left() -> bool:
+            return await cluster.first_kept() > small
+
+        await until(left, "what is not copied leaves a stream that is over half full", 60)
+    assert "what no backup has leaves FI_EVENTS" in caplog.text
 
 
 async def test_what_was_sealed_while_a_claim_was_made_waits_for_the_next_claim(client: Client) -> None:

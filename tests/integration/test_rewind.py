@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -160,18 +162,31 @@ async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_
         assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0
 
 
-async def test_a_store_whose_disk_was_lost_is_whole_again_from_its_backup_and_the_stream(tmp_path: Path) -> None:
+@pytest.fixture
+def another_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory on another file system than `tmp_path`."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("a file system in memory is Linux's")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        yield Path(memory)
+
+
+async def test_a_store_whose_disk_was_lost_is_whole_again_from_its_backup_and_the_stream(
+    tmp_path: Path, another_disk: Path
+) -> None:
     async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
-        loads, copies = [], tmp_path / "backup"
+        loads, copies = [], another_disk / "backup"
         for seed in (42, 43):
             loads.append(await published(pipeline, seed))
             await sealed(pipeline)
         assert (await run_fictl("backup", pipeline.shards, copies)).code == 0
-        loads.append(await published(pipeline, seed=44))
-        await sealed(pipeline)
-        loads.append(await published(pipeline, seed=45))
+        # By default the stream keeps one sealed shard of a partition.
+        for seed in (44, 45, 46):
+            loads.append(await published(pipeline, seed))
+            await sealed(pipeline)
+        loads.append(await published(pipeline, seed=47))
         for partition, files in list_shards(pipeline.shards).items():
-            await trimmed(pipeline, partition, [file for file in files if file.sealed][-1])
+            await trimmed(pipeline, partition, [file for file in files if file.sealed][2])
         await pipeline.supervisor.hold_down("persist-0")
         shutil.rmtree(pipeline.shards)
         shutil.copytree(copies, pipeline.shards)

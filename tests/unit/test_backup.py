@@ -22,7 +22,7 @@ from cluster.testing.disk import flip
 from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup
 from contracts.errors import NotOursError, ShardError
 from stages.persist import backup as module
-from stages.persist.backup import Backup, back_up
+from stages.persist.backup import Backup, back_up, copied_shard
 from stages.persist.names import ShardFile, list_shards, sealed_name
 from stages.persist.names import tmp_path as unfinished
 from stages.persist.records import keep_record, record_of, record_path
@@ -60,7 +60,7 @@ def test_what_is_sealed_is_copied_once_and_can_be_read(ground: Ground) -> None:
     done = ground.run(on_progress=lambda *seen: told.append(seen))
     names = [file.path.name for file in ground.sealed()]
     size = sum(file.path.stat().st_size for file in ground.sealed())
-    assert (done.shards, done.copied, done.bytes, done.new, done.problems) == (3, 3, size, {}, ())
+    assert (done.shards, done.copied, done.bytes, done.problems) == (3, 3, size, ())
     assert told[-1] == (size, size)
     first_record = record_path(ground.sealed()[0].path)
     assert ground.copies() == {
@@ -73,7 +73,7 @@ def test_what_is_sealed_is_copied_once_and_can_be_read(ground: Ground) -> None:
 
     before = {path.name: path.stat().st_mtime_ns for path in ground.target.iterdir()}
     again = ground.run()
-    assert (again.shards, again.copied, again.bytes, again.new) == (3, 0, 0, {})
+    assert (again.shards, again.copied, again.bytes) == (3, 0, 0)
     assert {path.name: path.stat().st_mtime_ns for path in ground.target.iterdir()} == before
 
     # A record comes after its shard.
@@ -82,13 +82,49 @@ def test_what_is_sealed_is_copied_once_and_can_be_read(ground: Ground) -> None:
     assert record_path(ground.target / names[1]).exists()
 
 
-def test_what_was_sealed_since_is_counted(ground: Ground) -> None:
-    ground.run()
-    for _ in range(2):
-        ground.maker.begin()
-        ground.maker.commit(3)
-        ground.maker.seal()
-    assert ground.run().new == {3: 2}
+def test_what_is_copied_is_known_to_persist_and_an_unreadable_mark_counts_for_nothing(
+    ground: Ground, elsewhere: Ground, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ground.store.directory
+    assert copied_shard(store, 3) is None
+    elsewhere.run()
+    assert [copied_shard(store, partition) for partition in (2, 3)] == [0, 3]
+    assert caplog.text == ""
+    (store / BACKUP_FILE).write_bytes(b"{}")
+    assert copied_shard(store, 3) == 0
+    assert f"{store / BACKUP_FILE}: {BACKUP_FILE} cannot be read by this build" in caplog.text
+
+
+def test_copies_that_are_gone_are_missed_and_not_begun_anew_where_their_disk_was(
+    ground: Ground, elsewhere: Ground
+) -> None:
+    elsewhere.run()
+    elsewhere.target.rename(elsewhere.target.with_name("unmounted"))
+    with pytest.raises(ShardError, match=r"the copies of 2023-.*Z are not there; is its disk mounted\?"):
+        elsewhere.run()
+    assert not elsewhere.target.exists()
+    (ground.store.directory / BACKUP_FILE).unlink()
+    assert elsewhere.run().copied == 3
+
+
+def test_a_store_that_goes_away_meanwhile_is_no_complete_backup(ground: Ground, elsewhere: Ground) -> None:
+    away = ground.store.directory.with_name("away")
+
+    def unmount(done: int, total: int) -> None:
+        if 0 < done < total and not away.exists():
+            ground.store.directory.rename(away)
+            ground.store.directory.mkdir()
+
+    with pytest.raises(ShardError, match="is not a store"):
+        elsewhere.run(on_progress=unmount)
+    assert list(ground.store.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", [".", "..", "copies"])
+def test_copies_lie_neither_in_the_store_nor_around_it(ground: Ground, where: str) -> None:
+    with pytest.raises(ShardError, match="choose another directory"):
+        ground._replace(target=ground.store.directory / where).run()
+    assert not (ground.store.directory / "copies").exists()
 
 
 def test_a_run_that_was_broken_off_left_nothing_under_a_shards_name(
@@ -165,7 +201,7 @@ def test_copies_of_one_store_are_not_mixed_with_another_or_with_a_store_in_use(g
     for source, target, words in (
         (another.directory, ground.target, "holds copies of store .* Was the disk lost"),
         (ground.store.directory, another.directory, "a persister works in it"),
-        (ground.store.directory, ground.store.directory / ".", "is the store itself"),
+        (ground.store.directory, ground.store.directory / ".", "lies in it; choose another"),
         (tmp_path, ground.target, "there is no store here"),
     ):
         with pytest.raises(ShardError, match=words):
@@ -216,11 +252,11 @@ def test_the_store_is_marked_once_nothing_of_it_is_left_to_copy_to_another_disk(
 
     flip(ground.sealed()[1].path, -40)
     assert elsewhere.run().unmarked == ""
-    assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), shards=3)
+    assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), copied={3: 3})
     assert not (elsewhere.target / BACKUP_FILE).exists()
 
 
-def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_persist_cannot_tell(
+def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_persist_does_not_know(
     ground: Ground, elsewhere: Ground, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, data: bytes) -> None:
@@ -232,8 +268,8 @@ def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_
     monkeypatch.setattr(module, "write_new_file", refuse)
     assert fictl("backup", ground.store.directory, elsewhere.target) == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"fi: all is copied, but persist cannot tell so as fi.backup.age: {ground.store.directory}/backup.json: "
-        "Permission denied"
+        f"fi: all is copied, but persist does not know: {ground.store.directory}/backup.json: Permission denied; so "
+        "fi.backup.age does not tell it, nor does FI_EVENTS keep what is not copied yet. Let this user write there"
     ]
     assert len(elsewhere.copies()) == 3
 
@@ -242,9 +278,10 @@ def test_a_shard_that_a_rebuild_gives_up_meanwhile_is_passed_over(ground: Ground
     second = ground.sealed()[1].path
     done = ground.run(on_progress=lambda done, total: second.unlink(missing_ok=True) if done else None)
     assert (done.shards, done.copied, done.problems) == (2, 2, ())
+    assert done.unmarked
 
 
-def test_the_command_says_what_it_did_and_what_was_on_one_disk_alone(ground: Ground, capsys: Captured) -> None:
+def test_the_command_says_what_it_did_and_that_both_are_on_one_disk(ground: Ground, capsys: Captured) -> None:
     assert fictl("backup", ground.store.directory, ground.target) == 0
     seen = capsys.readouterr()
     assert "3 shards copied" in seen.out
@@ -259,7 +296,6 @@ def test_the_command_says_what_it_did_and_what_was_on_one_disk_alone(ground: Gro
     seen = capsys.readouterr()
     told = json.loads(seen.out)
     assert (told["copied"], told["shards"], told["store"]) == (2, 5, ground.store.store_id)
-    assert "partition 3: 2 shards were sealed since the last backup, and FI_EVENTS keeps 1" in seen.err
     flip(ground.sealed()[0].path, 9000)
     shutil.rmtree(ground.target)
     assert fictl("backup", ground.store.directory, ground.target) == 4

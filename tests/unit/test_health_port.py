@@ -161,7 +161,7 @@ async def test_how_long_ago_the_store_was_copied_is_told_where_it_ever_was(tmp_p
     for content, known in (
         (None, False),
         (b"{", False),
-        (encode_last_backup(LastBackup(at_ns=time.time_ns() - ago_s * 10**9, to="/mnt/b", shards=3)), True),
+        (encode_last_backup(LastBackup(at_ns=time.time_ns() - ago_s * 10**9, to="/mnt/b", copied={0: 3})), True),
     ):
         if content is not None:
             (tmp_path / BACKUP_FILE).write_bytes(content)

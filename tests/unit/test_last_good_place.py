@@ -187,7 +187,9 @@ def test_what_is_settled_leaves_out_the_newest_sealed_shards_that_the_stream_kee
     settings = Settings(shard_bytes=MIB)
     files = PartitionFiles.open(maker.store, PARTITION, maker.receipts[-1], settings, lambda: NOW_NS)
     first, second = (seal.last_origin for seal in maker.seals)
-    assert [files.settled_origin(kept) for kept in range(4)] == [second, first, 0, 0]
+    assert [files.settled_origin(kept, None) for kept in range(4)] == [second, first, 0, 0]
+    assert [files.settled_origin(0, copied) for copied in range(4)] == [0, first, second, second]
+    assert files.settled_origin(1, 2) == first
     files.close()
 
 

@@ -17,7 +17,7 @@ from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
-from stages.persist.core import Group
+from stages.persist.core import Group, count_settled
 from stages.persist.disk import Disk
 from stages.persist.header import SealedHeader
 from stages.persist.seal import SealedInfo, SealJob
@@ -57,12 +57,14 @@ class MemoryDisk:
 
     Attributes:
         failing: it refuses writes, as a full or broken disk does.
+        copied: the newest sealed shard of each partition that is on another disk too; None: there are no backups.
         kill_in_commit: called between a commit's append and its fdatasync; gives True when it killed the process.
     """
 
     def __init__(self, store: Store, rng: random.Random) -> None:
         self.store = store
         self.failing = False
+        self.copied: int | None = rng.choice((None, 0, 3))
         self.kill_in_commit: Callable[[Host], bool] = lambda host: False
         self._rng = rng
         self._shards: dict[int, dict[int, Shard]] = {}
@@ -71,7 +73,7 @@ class MemoryDisk:
 
     def as_disk(self) -> Disk:
         """What a persist lane is handed."""
-        return Disk(self._lock, self._open, self._probe, self._state)
+        return Disk(self._lock, self._open, self._probe, self._state, self._copied)
 
     def shards(self, partition: int) -> dict[int, Shard]:
         """The partition's shards by number."""
@@ -108,6 +110,9 @@ class MemoryDisk:
 
     def _state(self, directory: Path, partition: int) -> object:
         return {number: len(shard.groups) for number, shard in self.shards(partition).items()}
+
+    def _copied(self, directory: Path, partition: int) -> int | None:
+        return self.copied
 
     def refuse_if_failing(self) -> None:
         """Raises `StoreFailedError` when the disk is failing."""
@@ -341,15 +346,14 @@ class MemoryFiles:
             closed=before.closed,
         )
 
-    def settled_origin(self, kept: int) -> int:
+    def settled_origin(self, kept: int, copied: int | None) -> int:
         """See `PartitionFiles.settled_origin`."""
-        if kept > len(self.sealed):
-            return 0
         numbers = sorted(self.sealed)
-        if not numbers:
+        settled = count_settled(numbers, kept, copied)
+        if not numbers or kept > len(numbers):
             return 0
-        newest = self._infos[numbers[-kept] if kept else numbers[-1]].header
-        return newest.first_origin - 1 if kept else newest.last_origin
+        header = self._infos[numbers[min(settled, len(numbers) - 1)]].header
+        return header.last_origin if settled == len(numbers) else header.first_origin - 1
 
     def keep_record(self, record: SealRecord) -> None:
         """See `PartitionFiles.keep_record`."""
