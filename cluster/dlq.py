@@ -40,6 +40,7 @@ from contracts.subjects import DLQ, is_token, publish_subject
 from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_ORIGIN, DEAD_STAGE
 from stages.ingest.core import parse_message, parse_uuid
 from stages.runtime.api import Api
+from stages.runtime.graveyard import place_of
 from stages.runtime.messages import StoredMessage
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter
@@ -351,17 +352,17 @@ class DeadLetters:
             elif letter.handled:
                 return False
             else:
-                await self._mark(letter)
+                await self._mark(letter, *place_of(last))
 
-    async def _mark(self, newest: Letter) -> None:
-        """Stores a mark after `newest` if it is still the last message of its subject."""
+    async def _mark(self, newest: Letter, origin: int, index: int) -> None:
+        """Stores a mark after `newest`, which speaks of that event, if it is still the last message of its subject."""
         self._readers += 1
         writer = FencedWriter(self._api, DLQ, newest.subject, f"{self._nonce}-{self._readers}")
         writer.expected_seq = newest.seq
         headers = {
             DEAD_STAGE: newest.stage,
-            DEAD_ORIGIN: str(newest.origin),
-            DEAD_INDEX: str(newest.index),
+            DEAD_ORIGIN: str(origin),
+            DEAD_INDEX: str(index),
             DEAD_HANDLED: str(newest.seq),
         }
         try:

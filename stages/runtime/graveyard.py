@@ -28,6 +28,7 @@ from contracts.telemetry import (
     DEAD_REASON,
     DEAD_STAGE,
     DEAD_SUBJECT,
+    HEADER_EXPECTED_LAST_SUBJECT_SEQ,
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
     parse_traceparent,
@@ -192,7 +193,13 @@ class Graveyard:
 
 
 def place_of(message: StoredMessage) -> tuple[int, int]:
-    """Which event a letter is of: origin and index; (0, -1), none, for what says neither. Anybody may publish there."""
+    """Which event a letter is of: origin and index; (0, -1), none, for what says neither.
+
+    Anybody may publish there, and copy a letter from another cluster, whose origins are others. What no fence let in
+    was put there by no stage, and says nothing.
+    """
+    if HEADER_EXPECTED_LAST_SUBJECT_SEQ not in message.headers:
+        return _NOTHING
     letter = read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers)
     return (letter.origin, letter.index) if letter.origin >= 0 else _NOTHING
 

@@ -18,6 +18,7 @@ from contracts.frames import decode_frame_head
 from contracts.letters import Letter, read_letter
 from contracts.settings import MIB, Settings
 from contracts.subjects import DLQ, EVENTS, SEGMENT
+from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
 from stages.ingest.actor import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.graveyard import Graveyard
@@ -106,6 +107,21 @@ async def test_a_stage_that_goes_on_meets_the_mark_and_loses_and_doubles_nothing
         assert await buried(dead) == []
     (mark,) = await everything(dead)
     assert (mark.origin, mark.index, mark.handled) == (5, 0, True)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+async def test_what_somebody_else_put_there_keeps_no_letter_from_being_buried(client: Client, dropped: bool) -> None:
+    """A letter copied by hand from a cluster whose origins are further on, say."""
+    api = await without_originals(client)
+    dead = DeadLetters(api, "c")
+    await Graveyard(api, "ingest", 0, "first").bury([refused(5)])
+    copied = {DEAD_ORIGIN: "5000000", DEAD_INDEX: "0"}
+    await client.jetstream(timeout=30).publish("fi.dlq.ingest.0", b"copied", headers=copied)
+    if dropped:
+        assert await dead.remove((await everything(dead))[1:]) == 1
+    for name in ("second", "third"):
+        await Graveyard(api, "ingest", 0, name).bury([refused(9), refused(12)])
+    assert [place for place in await buried(dead) if place != (5_000_000, 0)] == [(5, 0), (9, 0), (12, 0)]
 
 
 async def test_a_mark_goes_when_there_is_a_letter_after_it(client: Client) -> None:
