@@ -1,11 +1,12 @@
 """Where refused events go: `FI_DLQ`, each once, acknowledged before the frame that covers it.
 
-The subject's last message is the checkpoint here too: letters at or before it are already buried. The fence
-refuses a second process that dead-letters the same events at the same time. So the last message of a subject is never
-deleted: who removes that letter first puts a message after it that says so (`cluster.dlq`).
+The subject's last message is the checkpoint here too: letters after it are not there yet. The fence refuses a second
+process that dead-letters the same events at the same time. So the last message of a subject is never deleted: who
+removes that letter first puts a message after it that says so (`cluster.dlq`).
 
-Where a policy decides, the order alone proves nothing: what is judged again after hop streams were lost may be judged
-by another version, and refused where it passed. Such a letter is looked for, and buried unless it is found.
+Of letters before it the order alone proves nothing: what is judged again after hop streams were lost, or its process
+died, may be judged by another policy or another build, and refused where it passed. Such a letter is looked for, and
+buried unless it is found. So one that was removed in just that time comes again.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class Graveyard:
     async def _is_buried(self, letter: DeadLetter, last_seq: int) -> bool:
         """`last_seq`: of the subject's last letter. Raises as `_find_from`."""
         key = (letter.origin, letter.index)
-        if key > self._buried or not letter.policy:
-            return key <= self._buried
+        if key > self._buried:
+            return False
         if letter.origin < self._found_from or key > self._found_to:
             self._found = await self._find_from(letter.origin, last_seq)
             self._found_from, self._found_to = letter.origin, self._buried
