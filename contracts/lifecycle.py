@@ -1,7 +1,8 @@
 """Which consultations are committed: the memory that segment hands down with its frames, and that receipts carry on.
 
-A consultation takes no more clinical events that happened after its commit, until it is reset. The memory is bounded:
-it holds the last committed ones only, oldest first.
+A consultation takes no more clinical events that happened after its commit, until it is reset. A commit that comes
+again, or late, does not close again what was reset since. The memory is bounded: it holds the consultations that were
+committed or reset last, oldest first.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from contracts.events import Event
 _ROW = struct.Struct(">16sq")
 
 
+_ALL_BITS = (1 << 128) - 1
+
+
 class ClosedConsultations:
-    """Consultation id (16 bytes) → when it was committed, nanoseconds since the epoch."""
+    """Consultation id (16 bytes) → when it was committed, nanoseconds since the epoch.
+
+    One that was reset has a row too: under its id with every bit turned, which is no consultation's to builds that do
+    not know of such rows, and with the time of the reset.
+    """
 
     def __init__(self, packed: bytes, remembered_max: int) -> None:
         """The memory that `packed` holds; it keeps `remembered_max` consultations at most.
@@ -41,13 +49,20 @@ class ClosedConsultations:
 
     def note(self, event: Event) -> None:
         """Takes an event that passed into account."""
-        committed_ns = self._closed.get(event.consultation_id)
+        if event.event_type not in ("CONSULTATION_RESET", "CONSULTATION_COMMITTED"):
+            return
+        closed, opened = event.consultation_id, _turned(event.consultation_id)
+        committed_ns, reset_ns = self._closed.get(closed), self._closed.get(opened)
+        at_ns = event.timestamp_ns
         if event.event_type == "CONSULTATION_RESET":
-            if committed_ns is None or event.timestamp_ns < committed_ns:
+            since_ns = reset_ns if committed_ns is None else committed_ns
+            if since_ns is None or at_ns < since_ns:
                 return
-            del self._closed[event.consultation_id]
-        elif event.event_type == "CONSULTATION_COMMITTED" and committed_ns is None:
-            self._closed[event.consultation_id] = event.timestamp_ns
+            self._closed.pop(closed, None)
+            self._closed[opened] = at_ns
+        elif committed_ns is None and (reset_ns is None or at_ns > reset_ns):
+            self._closed.pop(opened, None)
+            self._closed[closed] = at_ns
         else:
             return
         self._pack()
@@ -56,3 +71,7 @@ class ClosedConsultations:
         while len(self._closed) > self._remembered_max:
             del self._closed[next(iter(self._closed))]
         self.packed = b"".join(_ROW.pack(*row) for row in self._closed.items())
+
+
+def _turned(consultation_id: bytes) -> bytes:
+    return (int.from_bytes(consultation_id, "big") ^ _ALL_BITS).to_bytes(16, "big")

@@ -209,6 +209,11 @@ COMMIT, RESET, LATE = "CONSULTATION_COMMITTED", "CONSULTATION_RESET", "MESSAGE_U
         ([(COMMIT, 10), (RESET, 9)], 15, False),  # a reset from before the commit came late
         ([(RESET, 9), (COMMIT, 10)], 15, False),
         ([(COMMIT, 10), (RESET, 12), (COMMIT, 14)], 15, False),
+        ([(COMMIT, 10), (RESET, 12), (COMMIT, 10)], 15, True),  # a file that is sent again
+        ([(COMMIT, 10), (RESET, 12), (COMMIT, 10), (RESET, 12)], 15, True),
+        ([(COMMIT, 10), (RESET, 12), (COMMIT, 11)], 15, True),  # a commit from before the reset came late
+        ([(COMMIT, 10), (RESET, 12), (COMMIT, 14), (RESET, 12)], 15, False),
+        ([(COMMIT, 10), (RESET, 12), (RESET, 16), (COMMIT, 14)], 17, True),
     ],
 )
 def test_what_happened_after_the_commit_is_refused_until_a_reset(
@@ -219,6 +224,20 @@ def test_what_happened_after_the_commit_is_refused_until_a_reset(
     step = judge(core, *history, event(9, LATE, at_ns=at_hour * HOUR_NS))
     assert [one.origin for one in step.events] == [*range(1, len(before) + 1), *([9] if passes else [])]
     assert [letter.error.reason for letter in step.letters] == ([] if passes else ["lifecycle.closed"])
+
+
+def test_a_reset_takes_one_row_which_a_build_that_does_not_know_it_takes_for_no_consultation_of_ours() -> None:
+    closed = ClosedConsultations(b"", 64)
+    first = event(1, COMMIT, at_ns=10 * HOUR_NS)
+    for one in (first, event(2, RESET, at_ns=12 * HOUR_NS)):
+        closed.note(one)
+    turned = bytes(byte ^ 0xFF for byte in first.consultation_id)
+    assert closed.packed == turned + (12 * HOUR_NS).to_bytes(8, "big")
+    again = ClosedConsultations(closed.packed, 64)
+    again.note(first)
+    assert again.packed == closed.packed
+    again.note(event(3, COMMIT, at_ns=13 * HOUR_NS))
+    assert again.packed == first.consultation_id + (13 * HOUR_NS).to_bytes(8, "big")
 
 
 def test_an_event_that_does_not_say_when_it_happened_passes_after_the_commit() -> None:
