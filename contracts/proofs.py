@@ -161,8 +161,8 @@ def check_consistency(old_size: int, old_root: bytes, new_size: int, new_root: b
     if not 0 <= old_size <= new_size:
         raise ProofError(f"a tree of {old_size} leaves is not the beginning of one of {new_size}")
     if old_size in (0, new_size):
-        expected = EMPTY_ROOT if old_size == 0 else new_root
-        if path or old_root != expected:
+        is_known = old_size > 0 or old_root == EMPTY_ROOT
+        if path or not is_known or (old_size == new_size and old_root != new_root):
             raise ProofError(f"the roots at {old_size} and {new_size} leaves contradict each other")
         return
     whole = old_size & (old_size - 1) == 0

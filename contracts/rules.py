@@ -149,7 +149,9 @@ def parse_rules(words: list[str], rules: Rules) -> dict[str, Any]:
             raise SettingsError(f"{word!r}: write NAME=VALUE, e.g. check_payload=false")
         rule, dot, event_type = name.partition(".")
         if rule == "criticality" and dot:
-            overrides: dict[str, str] = given.setdefault(rule, dict(rules.criticality))
+            overrides = given.setdefault(rule, dict(rules.criticality))
+            if not isinstance(overrides, dict):
+                raise SettingsError(f"{rule} = {overrides!r}: a JSON object, e.g. {{}}, or leave it out")
             if text:
                 if text not in CRITICALITIES:
                     raise SettingsError(f"{name} = {text}: use one of {', '.join(CRITICALITIES)}, or nothing")

@@ -16,6 +16,7 @@ import msgspec
 from cluster.cli.common import plain
 from cluster.dlq import obstacle
 from contracts.events import format_rfc3339, is_json
+from stages.persist.files import sync_dir
 
 if TYPE_CHECKING:
     from cluster.dlq import Counts
@@ -55,17 +56,34 @@ def whole(letter: Letter) -> dict[str, Any]:
 
 
 def append(path: Path, letters: Sequence[Letter], why: str) -> None:
-    """Appends the letters to the file `path`, one a line, each with `why` if it says anything. Durable at the end."""
+    """Appends the letters to the file `path`, one a line, each with `why` if it says anything. Durable at the end.
+
+    If the process dies or the power fails before: some may be there, the last of them cut short. The next call begins
+    on a line of its own.
+    """
     rows = [whole(letter) | ({"why": why} if why else {}) for letter in letters]
     try:
+        is_new = not path.exists()
         with path.open("ab") as file:
-            file.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+            data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+            file.write(data if _ends_a_line(path) else b"\n" + data)
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_dir(path.parent)
     except OSError as error:
         # What is done to a descriptor fails without saying which file it was.
         error.filename = str(path)
         raise
+
+
+def _ends_a_line(path: Path) -> bool:
+    """True for an empty file, and for what is none."""
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _head(letter: Letter) -> dict[str, Any]:

@@ -177,6 +177,19 @@ def test_a_file_that_takes_no_letters_is_named(tmp_path: Path) -> None:
     assert refused.value.filename == str(pipe)
 
 
+def test_what_is_dropped_begins_on_a_line_of_its_own_after_one_that_was_cut_short(tmp_path: Path) -> None:
+    dropped = tmp_path / "dropped.ndjson"
+    for _ in range(2):
+        append(dropped, [letter()], "")
+    whole_lines = dropped.read_bytes()
+    assert whole_lines == 2 * (msgspec.json.encode(whole(letter())) + b"\n")
+    dropped.write_bytes(whole_lines[:-9])
+    append(dropped, [letter()], "")
+    assert [json.loads(text) for text in dropped.read_bytes().splitlines()[::2]] == [
+        json.loads(whole_lines[:-1].split(b"\n")[0])
+    ] * 2
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("3d", 259200)])
 def test_a_time_may_be_so_long_ago(text: str, seconds: int) -> None:
     assert parse_when("--since", text, NOW_NS) == NOW_NS - seconds * 10**9

@@ -21,6 +21,7 @@ import pytest
 from exporting import ALL, EXPORT_ID, NAMES, expected, exported, filled_place, read_back
 from shard_maker import CLUSTER, NOW_NS, SITES, PartitionMaker, make_event, new_store
 
+from contracts.backups import BACKUP_FILE
 from contracts.errors import SettingsError, ShardCorruptError
 from contracts.events import Event, encode_event, event_to_dict, format_rfc3339
 from contracts.hashing import MerkleFrontier, leaf_hash
@@ -287,7 +288,9 @@ def test_a_name_that_cannot_be_an_exports_is_refused(place: Path) -> None:
     live = next((place / "shards").glob("*.live.h5")).name
     kept = {path: path.read_bytes() for path in (place / "shards").iterdir()}
     with EventStore(place) as store:
-        for output in (place / "shards" / live, place / "shards" / "store.json", place, place / "no" / "where.csv"):
+        shards = place / "shards"
+        used = (shards / live, shards / "store.json", shards / BACKUP_FILE, place / "a.csv.manifest.json")
+        for output in (*used, place, place / "no" / "where.csv"):
             with pytest.raises(SettingsError, match=r"choose another|name a file"):
                 export_file(
                     store,

@@ -98,6 +98,12 @@ def test_a_word_that_is_no_assignment_is_refused(word: str) -> None:
         parse_rules([word], Rules())
 
 
+@pytest.mark.parametrize("value", ["5", "[]", "null", '"critical"'])
+def test_one_override_beside_a_value_that_is_no_object_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match="a JSON object"):
+        parse_rules([f"criticality={value}", "criticality.MESSAGE_DELETED=critical"], Rules())
+
+
 def test_words_change_what_they_name_and_leave_the_rest() -> None:
     before = Rules(closed_remembered=9, criticality={"LLM_CALL_FAILED": "critical", "CORE_ERROR_OCCURRED": "routine"})
     words = [

@@ -171,6 +171,9 @@ def test_an_empty_tree_begins_every_tree_and_equal_trees_need_no_path() -> None:
         (3, LEAVES[0], []),
     ):
         assert not consistent(old, root, 5, tree.root(), path)
+    check_consistency(0, EMPTY_ROOT, 0, EMPTY_ROOT, [])
+    assert not consistent(0, EMPTY_ROOT, 0, tree.root(), [])
+    assert not consistent(0, tree.root(), 0, tree.root(), [])
 
 
 def test_a_path_too_long_or_short_for_its_sizes_is_refused_though_it_leads_to_a_root() -> None:

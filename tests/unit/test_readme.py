@@ -80,6 +80,10 @@ def test_the_auditors_example_takes_a_proof_and_nothing_else(
         said = f"in partition 3 as event {number}, says {SIGNER.public_key}\n"
         assert capsys.readouterr().out == said
         whole = json.loads(Path("proof.json").read_bytes())
+        # What is printed is what was signed; `check-proof` refuses this one.
+        Path("proof.json").write_text(json.dumps(whole | {"partition": 0, "event_id": str(UUID(int=99))}))
+        exec(snippets()[2], {})
+        assert capsys.readouterr().out == said
         other = base64.b64encode(base64.b64decode(whole["record"]) + b"\0").decode()
         for change in ({"record": other}, {"index": number + 1}, {"path": whole["path"][1:]}, {"path": ["00" * 32]}):
             if change.get("path", None) == whole["path"]:

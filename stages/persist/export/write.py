@@ -14,14 +14,22 @@ from contracts.errors import DefiniteError, SettingsError
 from contracts.events import format_rfc3339
 from stages.persist.export.consultations import write_consultations
 from stages.persist.export.formats import ExportFormat, write_csv, write_ndjson
-from stages.persist.export.manifest import Filters, Manifest, encode_manifest, file_sha256, manifest_path, with_digest
+from stages.persist.export.manifest import (
+    MANIFEST_SUFFIX,
+    Filters,
+    Manifest,
+    encode_manifest,
+    file_sha256,
+    manifest_path,
+    with_digest,
+)
 from stages.persist.files import publish_file, remove_file, sync_file, write_new_file
 from stages.persist.names import tmp_path
 from stages.persist.sealed import Selection
 from stages.persist.store import EventStore, StoredEvent
 from stages.persist.storedir import read_store
 
-_STORE_NAMES = re.compile(r"p\d{3,4}[-.].*|store\..*", re.ASCII)
+_STORE_NAMES = re.compile(r"p\d{3,4}[-.].*|(store|backup)\..*", re.ASCII)
 _REPORT_EVENTS = 1000
 _WRITING = 0.9
 """Of all the work; the rest is to read what was written once more, for its digest."""
@@ -139,6 +147,8 @@ def _check_output(output: Path, store: Path) -> None:
         raise SettingsError(f"{output}: is not a regular file; choose another place, or leave --output out for stdout")
     if output.resolve().parent == store.resolve() and _STORE_NAMES.fullmatch(output.name):
         raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
+    if output.name.endswith(MANIFEST_SUFFIX):
+        raise SettingsError(f"{output}: is the name of another export's manifest; choose another")
 
 
 def _write(
