@@ -168,13 +168,19 @@ async def connect_beside(
 
 
 async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: str) -> tuple[str, dict[str, str]]:
-    """The server that leads `stream`, "" where that is not known, and the URLs of all that answer by their names."""
+    """The server that leads `stream`, "" where that is not known, and the URLs of all that answer by their names.
+
+    Cancelled, it closes the client, which nobody has yet.
+    """
     try:
         info = await client.jetstream(timeout=GREETING.s).stream_info(stream)
+        names = await side_by_side(*map(server_name, urls))
     except NatsError as error:
         log.debug("the leader of %s is not known: %r", stream, error)
         return "", {}
-    names = await side_by_side(*map(server_name, urls))
+    except asyncio.CancelledError:
+        await client.close()
+        raise
     leader = info.cluster.leader if info.cluster is not None else None
     return leader or "", {found: url for url, found in zip(urls, names, strict=True) if found is not None}
 

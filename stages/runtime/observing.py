@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from contracts.errors import SettingsError
 from contracts.settings import Settings
 from contracts.telemetry import SPANS_DROPPED
 from stages.runtime.telemetry import OFF, Telemetry, otlp_endpoint
@@ -25,6 +26,9 @@ class Observed:
         settings: the process's.
         service, name: ``service.name`` and ``service.instance.id``.
         endpoint: of the collector; empty for none.
+
+    Raises:
+        SettingsError: one of OpenTelemetry's own variables is not what it should be.
     """
 
     def __init__(self, settings: Settings, service: str, name: str, endpoint: str) -> None:
@@ -49,7 +53,10 @@ class Observed:
             from stages.runtime.otlp import OtlpExporter
             from stages.runtime.tracing import Tracer
 
-            tracer = Tracer(resource, settings.trace_share)
+            try:
+                tracer = Tracer(resource, settings.trace_share)
+            except ValueError as error:
+                raise SettingsError(f"OpenTelemetry cannot use a variable of the environment: {error}") from error
             exporter = OtlpExporter(endpoint, settings.otlp_interval_s, self.meters.collect, tracer.waiting)
             self.meters.tracer, self._exporter = tracer, exporter
             self.meters.read_from(SPANS_DROPPED, lambda: [({}, tracer.spans_dropped + exporter.spans_dropped)])
@@ -68,7 +75,7 @@ class Observed:
 async def observing(settings: Settings, service: str, name: str, env: Mapping[str, str]) -> AsyncIterator[Telemetry]:
     """Telemetry for a process that is no stage, exported if the settings or `env` name a collector.
 
-    Args as `Observed`. Raises `SettingsError` for an endpoint that is no URL.
+    Args as `Observed`. Raises `SettingsError` for an endpoint that is no URL, and as `Observed`.
     """
     endpoint = otlp_endpoint(settings, env)
     if not endpoint:

@@ -14,9 +14,9 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from contracts.errors import SettingsError
 from contracts.membership import Member
@@ -141,7 +141,7 @@ class StageProcess:
         self._watch.drain()
 
     async def run(self) -> None:
-        """Works until `stop`, then drains within the limit.
+        """Works until `stop`, then drains within the limit. Stopped before it works, it gives up what it waits for.
 
         Raises:
             ClusterUnavailableError: no server answers at the start.
@@ -152,11 +152,15 @@ class StageProcess:
         machine = self._machine
         machine.on_terminate(self.stop)
         urls, access = self._servers
-        client = await machine.connect(
-            urls, OUTPUT_STREAM[self._stage], self._name, access=access, reconnected=self._nudge
+        client = await self._unless_stopped(
+            machine.connect(urls, OUTPUT_STREAM[self._stage], self._name, access=access, reconnected=self._nudge)
         )
+        if client is None:
+            return
         try:
-            facts = await read_cluster(client)
+            facts = await self._unless_stopped(read_cluster(client))
+            if facts is None:
+                return
             api = self._api = Api(client, self._settings, machine.jitter, self._watch.telemetry)
             control = Control(api, self._changed)
             self._watch.connected(api, control)
@@ -171,13 +175,14 @@ class StageProcess:
         finally:
             await _close(client, self._settings.publish_timeout_s)
 
-    async def _unless_stopped(self, arrival: Coroutine[Any, Any, T], listening: asyncio.Task[None]) -> T | None:
+    async def _unless_stopped(self, arrival: Awaitable[T], listening: asyncio.Task[None] | None = None) -> T | None:
         """What `arrival` gives; None when told to stop before it was done. Raises what `listening` failed with."""
-        arriving = asyncio.create_task(arrival, name="arrival")
+        arriving = asyncio.ensure_future(arrival)
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        others = (stopping,) if listening is None else (stopping, listening)
         try:
-            await asyncio.wait((arriving, listening, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if listening.done():
+            await asyncio.wait((arriving, *others), return_when=asyncio.FIRST_COMPLETED)
+            if listening is not None and listening.done():
                 listening.result()
             return arriving.result() if arriving.done() else None
         finally:

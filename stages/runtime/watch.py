@@ -129,7 +129,7 @@ class Watch:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="watch")
 
     async def __aenter__(self) -> Watch:
-        """Begins to watch. Raises `SettingsError` if the health port cannot be had."""
+        """Begins to watch. Raises `SettingsError`: no health port can be had, or as `Observed`."""
         if not self._endpoint and self._settings.health_port < 0:
             return self
         self._observed = Observed(self._settings, f"fi-{self._stage}", self._name, self._endpoint)
@@ -339,8 +339,10 @@ def _circuits(meters: Meters) -> Check:
 
 
 def _check_disk(store: Path, floor_bytes: int, meters: Meters) -> Check:
-    place = next((path for path in (store, *store.absolute().parents) if path.exists()), store)
+    place = store
     try:
+        # Before the first start there is no store yet, and maybe no directory that it is to lie in.
+        place = next((path for path in (store, *store.absolute().parents) if path.exists()), store)
         found = os.statvfs(place)
     except OSError as error:
         return Check(False, f"{place}: {error.strerror}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import pytest_asyncio
-from commands import run_fictl
+from commands import run_fictl, stop_stage_once_it_says
 from nats.errors import Error as NatsError
 from pipeline import until
 
@@ -101,6 +101,12 @@ CASES = [
     ("reads", "policy", '"$kv.fi_control.policy.2"'),
     ("events", "publish", '"fi.events.'),
 ]
+
+
+async def test_a_stage_that_waits_for_the_streams_of_its_cluster_stops_when_told(server: Server) -> None:
+    ran = await stop_stage_once_it_says("leader of FI_SEGMENT is not known", "ingest", "--nats", server.url("bare"))
+    assert ran.code == 0, ran.err
+    assert "draining" in ran.err
 
 
 @pytest.mark.parametrize(("user", "verb", "what"), CASES)

@@ -1,11 +1,13 @@
-"""A server that takes connections and says nothing, as a frozen one does."""
+"""Servers that say nothing, as frozen ones do, or that are not there."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from commands import stop_stage_once_it_says
 
+from cluster.ports import HeldPorts
 from contracts.errors import ClusterUnavailableError
 from stages.runtime.connection import connect
 
@@ -54,3 +56,11 @@ async def test_a_server_that_says_nothing_is_given_up_when_the_time_is_over() ->
         async with asyncio.timeout(30):
             with pytest.raises(ClusterUnavailableError, match="within 5 s"):
                 await connect([f"nats://127.0.0.1:{port}"], "test", wait_s=5.0)
+
+
+async def test_a_stage_that_waits_for_its_first_server_stops_when_told() -> None:
+    with HeldPorts() as held:
+        (port,) = held.take(1)
+    ran = await stop_stage_once_it_says("connection error", "ingest", "--nats", f"nats://127.0.0.1:{port}")
+    assert ran.code == 0, ran.err
+    assert "draining" in ran.err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import socket
 import threading
 import time
@@ -18,7 +20,7 @@ import pytest_asyncio
 from cluster.health import get, read_health_files
 from cluster.testing.waiting import until
 from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
-from contracts.budgets import HEALTH_DISK, HEALTH_REQUEST, HEALTH_STUCK
+from contracts.budgets import HEALTH_DISK, HEALTH_FRESH, HEALTH_REQUEST, HEALTH_STUCK
 from contracts.errors import SettingsError, StoreFailedError
 from contracts.settings import Settings
 from stages.runtime import health, watch
@@ -156,6 +158,21 @@ async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp
             assert json.loads((await shown(watched))["fi_storage_free_bytes"]) > 0
 
 
+async def test_a_disk_that_cannot_even_be_looked_for_is_not_ready_and_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(watch, "HEALTH_FRESH", msgspec.structs.replace(HEALTH_FRESH, s=0.0))
+    async with Watch("persist", "persist-0", Settings(health_port=0), {}, store=tmp_path) as watched:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "exists", failing)
+            found = (await watched.ready()).checks["disk"]
+            assert (found.ok, found.why) == (False, f"{tmp_path}: {os.strerror(errno.ESTALE)}")
+        assert (await watched.ready()).checks["disk"].ok
+
+
 async def test_how_long_ago_the_store_was_copied_is_told_where_it_ever_was(tmp_path: Path) -> None:
     ago_s = 7200
     for content, known in (
@@ -218,6 +235,13 @@ async def shown(watched: Watch) -> dict[str, str]:
     _, text = await get(f"http://127.0.0.1:{watched._server.port}/metrics")
     samples = (line.split(" ") for line in text.decode().splitlines() if not line.startswith("#"))
     return {name: value for name, value in samples if "{" not in name}
+
+
+async def test_a_variable_that_opentelemetry_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_ATTRIBUTE_COUNT_LIMIT", "many")
+    with pytest.raises(SettingsError, match="OTEL_ATTRIBUTE_COUNT_LIMIT"):
+        async with Watch("hash", "hash-0", Settings(otlp_endpoint="http://127.0.0.1:9"), {}):
+            pass
 
 
 async def test_without_a_port_and_a_collector_nothing_is_watched(tmp_path: Path) -> None:
