@@ -22,7 +22,7 @@ from contracts.settings import Settings
 log = logging.getLogger(__name__)
 
 _OTHERS: Final = 0o077
-_JWT: Final = re.compile(rb"-+BEGIN NATS USER JWT-+\s+(\S+)\s+-+END")
+_JWT: Final = re.compile(rb"-+BEGIN NATS USER JWT-+\s+([\w.=-]+)\s+-+END")
 _SEED: Final = re.compile(rb"(?:-+BEGIN USER NKEY SEED-+\s+|\A\s*)(SU[A-Z2-7]+)\s*(?:-+END|\Z)")
 
 _SEED_BYTES: Final = 32

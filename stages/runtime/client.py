@@ -344,9 +344,12 @@ class GuardedClient(Client):
             await super()._process_connect_init()
             self._tell_of_tls()
             self._stop_if_ended()
-        except BaseException:
+        except BaseException as error:
             if transport is not None:
                 transport.close()  # type: ignore[no-untyped-call]
+            if isinstance(error, Exception) and not isinstance(error, (NatsError, OSError)):
+                # After anything else nats-py would end reconnecting for good, and nobody would see it.
+                raise NatsError(f"{type(error).__name__}: {error}") from error
             raise
 
     def _tell_of_tls(self) -> None:

@@ -90,6 +90,8 @@ def test_what_is_not_what_it_should_be_is_refused_by_name(tmp_path: Path) -> Non
         "damaged": broken,
         "damaged-beside-jwt": f"{JWT}-----BEGIN USER NKEY SEED-----\n{broken}\n------END USER NKEY SEED------\n",
         "account-seed": Nkey(nkeys.PREFIX_BYTE_ACCOUNT).seed.decode(),
+        "not-ascii": JWT.replace("JWT-----\n", "JWT-----\n\xa0", 1)
+        + f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n",
         "cut": JWT[:30] + f"\n-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n",
     }
     for name, text in creds.items():

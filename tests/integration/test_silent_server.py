@@ -58,6 +58,54 @@ async def test_a_server_that_says_nothing_is_given_up_when_the_time_is_over() ->
                 await connect([f"nats://127.0.0.1:{port}"], "test", wait_s=5.0)
 
 
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"HTTP/1.1 502 Bad Gateway\r\n\r\n",
+        b"INFO []\r\n",
+        b"INFO\r\n",
+        b"x" * 70_000,
+        b'INFO {"connect_urls":["[::1"]}\r\n',
+        GREETING + b"-ERR\r\n",
+    ],
+    ids=lambda greeting: repr(greeting[:24]),
+)
+async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting: bytes) -> None:
+    greetings = [GREETING]
+    came, back = asyncio.Event(), asyncio.Event()
+    hang_up: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        wrong = greetings[0] is greeting
+        writer.write(greetings[0])
+        hang_up.append(writer)
+        try:
+            while not wrong and (line := await reader.readline()):
+                if line.startswith(b"PING"):
+                    writer.write(b"PONG\r\n")
+            if wrong:
+                await reader.read()
+                came.set()
+        except OSError:
+            came.set()
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    client = await connect([url], "test", reconnected=back.set)
+    try:
+        greetings[0] = greeting
+        hang_up[0].close()
+        async with asyncio.timeout(60):
+            await came.wait()
+            greetings[0] = GREETING
+            await back.wait()
+    finally:
+        await client.close()
+        server.close()
+
+
 async def test_a_stage_that_waits_for_its_first_server_stops_when_told() -> None:
     with HeldPorts() as held:
         (port,) = held.take(1)
