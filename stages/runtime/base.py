@@ -117,10 +117,16 @@ class LaneBase(ABC):
             DefiniteError: something can never be stored.
             StoreFailedError: the disk failed (persist).
         """
+        to_heal = False
         while not self._stopping.is_set():
             self._sessions += 1
             self._suspicious = False
             try:
+                # What goes wrong with it is met as it is in a session.
+                if to_heal:
+                    to_heal = False
+                    await self._heal_hole()
+                    continue
                 # Each session has a nonce of its own: after a purge the same frame may come again under the same
                 # expectation, and must not be taken for a repeated publish.
                 await self._session(f"{self._nonce}_{self._sessions}")
@@ -132,10 +138,10 @@ class LaneBase(ABC):
                 self._probe.restarting(error)
                 self._holes += 1
                 log.warning("%s partition %d: %s (attempt %d)", self._stage, self._partition, error, self._holes)
-                await self._heal_hole()
+                to_heal = True
             except StrayFrameError as error:
                 self._probe.restarting(error)
-                await self._heal_stray(error)
+                to_heal = await self._is_hole(error)
             except WireFormatError as error:
                 self._probe.restarting(error)
                 log.error("%s partition %d cannot read on: %s", self._stage, self._partition, error)
@@ -199,7 +205,7 @@ class LaneBase(ABC):
         except TimeoutError:
             return
 
-    async def _heal_stray(self, error: StrayFrameError) -> None:
+    async def _is_hole(self, error: StrayFrameError) -> bool:
         """What nobody of ours wrote into the input is a hole in it. In the output it is the next stage's to heal.
 
         An upstream that makes it again whenever the input was emptied is not asked for ever.
@@ -208,10 +214,10 @@ class LaneBase(ABC):
         if not ours or self._holes >= STRAYS_MAX:
             log.error("%s partition %d cannot go on: %s", self._stage, self._partition, error)
             await self._rest(self._api.settings.probe_s)
-            return
+            return False
         self._holes += 1
         log.error("%s partition %d: %s (attempt %d)", self._stage, self._partition, error, self._holes)
-        await self._heal_hole()
+        return True
 
     async def _heal_hole(self) -> None:
         """Read again; then from the first message; at last empty the input, so that upstream rebuilds it.

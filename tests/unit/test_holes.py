@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from contracts.errors import HoleError, WireFormatError
 from contracts.settings import Settings
 from stages.runtime import base
 from stages.runtime.base import LaneBase
@@ -29,8 +30,13 @@ class EmptiedApi:
 
 
 class Lane(LaneBase):
+    """Meets a hole in every session but the fifth, in which it is told to stop."""
+
     async def _session(self, nonce: str) -> None:
-        raise NotImplementedError
+        if self._sessions == 5:
+            self.stop()
+            return
+        raise HoleError("fi.hash.0", 1, 2)
 
     async def _check_output(self) -> None:
         raise NotImplementedError
@@ -49,3 +55,16 @@ async def test_a_hole_is_emptied_out_at_the_third_attempt_and_at_the_five_thousa
     lane._holes = holes
     await lane._heal_hole()
     assert api.purged == purges
+
+
+async def test_a_receipt_that_cannot_be_read_while_a_hole_is_healed_does_not_end_the_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def unreadable(api: object, partition: int) -> tuple[None, int]:
+        raise WireFormatError("of a later version")
+
+    monkeypatch.setattr(base, "last_receipt", unreadable)
+    lane = Lane(cast(Any, EmptiedApi()), "hash", 0, "nonce", lambda partition: None)
+    lane._holes = 2
+    await lane.run()
+    assert lane._sessions == 5
