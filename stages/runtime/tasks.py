@@ -29,13 +29,21 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     """Cancels `tasks` and returns when all have ended. What they raised is dropped: look at them before.
 
     Cancels again while a task goes on: `asyncio.wait_for` of Python 3.11, which every nats-py request stands on,
-    swallows a cancellation that comes together with the answer.
+    swallows a cancellation that comes together with the answer. Cancelled itself, it ends them all the same.
     """
+    ended = None
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
             task.cancel()
-        await asyncio.wait(pending, timeout=CANCEL_REPEAT.s)
-    await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await asyncio.wait(pending, timeout=CANCEL_REPEAT.s)
+        except asyncio.CancelledError as error:
+            ended = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+    if ended is not None:
+        raise ended
 
 
 async def run_blocking(call: Callable[..., T], *arguments: object, undo: Callable[[T], None] | None = None) -> T:

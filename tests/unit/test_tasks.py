@@ -1,15 +1,17 @@
-"""What runs side by side ends together."""
+"""What runs side by side ends together, and what is to end ends."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
+from typing import Any
 
 import pytest
 from turns import turns
 
-from stages.runtime.tasks import run_blocking, side_by_side
+from stages.runtime.tasks import end_tasks, run_blocking, side_by_side
 
 
 async def test_what_jobs_give_comes_in_their_order() -> None:
@@ -105,3 +107,39 @@ async def test_what_a_thread_raises_to_nobody_is_not_reported_and_nothing_is_und
     del task
     gc.collect()
     assert (undone, reported) == ([], [])
+
+
+async def test_whoever_ends_tasks_ends_them_all_though_it_is_cancelled_itself() -> None:
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    ending, may_end = asyncio.Event(), asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            while not may_end.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await may_end.wait()
+            raise OSError("on its way out")
+
+    async def owner() -> None:
+        task = asyncio.create_task(stubborn())
+        await asyncio.sleep(0)
+        await end_tasks(task)
+
+    owning = asyncio.create_task(owner())
+    await ending.wait()
+    try:
+        for _ in range(3):
+            owning.cancel()
+            await asyncio.sleep(0)
+            assert not owning.done()
+    finally:
+        may_end.set()
+        await asyncio.wait((owning,))
+    assert owning.cancelled()
+    del owning
+    gc.collect()
+    assert unheard == []
