@@ -1,7 +1,8 @@
 """The disk operations everything durable is made of, each with what a dead process or a power cut leaves behind.
 
 They raise `OSError` as it comes. After a failed write or fsync the kernel may have dropped the dirty pages and will
-report success next time, so nothing here retries and callers must stop (`StoreFailedError`).
+report success next time, so nothing here retries and callers must stop (`StoreFailedError`). A read that meets a page
+which the disk cannot give is cut short before it, without an error: no length may be trusted but after `read_all_at`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import errno
 import os
 from pathlib import Path
 
+from contracts.errors import ShardCorruptError
+
 _ZEROS = bytes(1024 * 1024)
+_WINDOW_BYTES = 1024 * 1024
 
 SYNC_EVERY_BYTES = 4 * 1024 * 1024
 """Whoever writes a large file beside commits syncs it so often: their fdatasync waits for what is on its way."""
@@ -34,6 +38,59 @@ def write_all_at(fd: int, data: bytes | memoryview, offset: int) -> None:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+
+
+def read_all_at(fd: int, length: int, offset: int, path: Path, *, ahead: int = 0) -> bytes:
+    """The `length` bytes at `offset`, continuing after short reads.
+
+    Args:
+        fd: the file.
+        length, offset: in bytes.
+        path: the file's, for messages.
+        ahead: so many bytes more are welcome, as far as they come along without an error.
+
+    Raises:
+        ShardCorruptError: the file ends before.
+        OSError: the disk cannot give them (see `is_lost`). Names the file.
+    """
+    pieces: list[bytes] = []
+    while length > 0:
+        try:
+            piece = os.pread(fd, length + ahead, offset)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        if not piece:
+            raise ShardCorruptError(f"{path}: was cut short while in use, to {offset} bytes; run `fictl verify`")
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Window:
+    """Reads a part of a file forwards in large pieces.
+
+    Args:
+        fd, path: the file.
+        offset, length: the part, in bytes.
+    """
+
+    def __init__(self, fd: int, path: Path, offset: int, length: int) -> None:
+        self._fd = fd
+        self._path = path
+        self._offset = offset
+        self._length = length
+        self._start = 0
+        self._data = b""
+
+    def take(self, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the part. Raises as `read_all_at`, whatever becomes of others that it reads ahead."""
+        if start < self._start or end > self._start + len(self._data):
+            ahead = max(0, min(_WINDOW_BYTES, self._length - start) - (end - start))
+            self._data = read_all_at(self._fd, end - start, self._offset + start, self._path, ahead=ahead)
+            self._start = start
+        return self._data[start - self._start : end - self._start]
 
 
 def sync_data(fd: int) -> None:

@@ -82,7 +82,10 @@ class _Disk(io.RawIOBase):
 
     def readinto(self, buffer: object) -> int:
         view = memoryview(cast(bytearray, buffer)).cast("B")
-        found = os.preadv(self._fd, [view], self._at)
+        found = 0
+        while found < len(view) and (count := os.preadv(self._fd, [view[found:]], self._at + found)):
+            found += count
+        # HDF5 may ask for what it has not written yet.
         view[found:] = bytes(len(view) - found)
         self._at += len(view)
         return len(view)

@@ -22,12 +22,14 @@ import numpy as np
 
 from contracts.errors import ShardCorruptError
 from stages.persist.columns import as_rows, as_text
+from stages.persist.files import read_all_at
 from stages.persist.header import Area, SealedHeader, read_sealed_header
 from stages.persist.idfilter import ID_BYTES, Bytes2D, Filters, Words, add_to_filter, empty_filter, hash_ids
 
 Text = np.ndarray[Any, Any]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
+_WORD_BYTES: Final = 8
 PAGE_IDS: Final = 256
 """Of so many sorted ids that were asked before, the first is kept in memory."""
 FEW_IDS: Final = 32
@@ -171,11 +173,11 @@ class IdGroup:
 
     def add(self, path: Path, header: SealedHeader) -> None:
         """Takes a sealed shard in; raises `ShardCorruptError` where its header contradicts itself."""
-        words = np.fromfile(path, "<u8", _area(path, header, "by_event_id/filter").bytes // 8, offset=_at(header))
-        ids = _area(path, header, "by_event_id/ids")
-        if ids.bytes != header.events * ID_BYTES or not len(words):
+        words, ids = (_area(path, header, f"by_event_id/{name}") for name in ("filter", "ids"))
+        if ids.bytes != header.events * ID_BYTES or not words.bytes or words.bytes % _WORD_BYTES:
             raise ShardCorruptError(f"{path}: its header contradicts itself; rebuild it from the stream")
-        self.filters.add(words)
+        with _opened(path) as fd:
+            self.filters.add(np.frombuffer(read_all_at(fd, words.bytes, words.offset, path), "<u8"))
         self._sorted.append(_SortedIds(path, ids.offset, header.events))
 
     def find(self, rows: Bytes2D, text: Text) -> list[int]:
@@ -200,7 +202,7 @@ class _SortedIds:
 
     def read(self) -> Bytes2D:
         """All of them (n×16 u1). Raises as `SeenIds.seen`."""
-        with self._opened() as fd:
+        with _opened(self._path) as fd:
             return np.frombuffer(self._ids(fd, 0, self.events), np.uint8).reshape(self.events, ID_BYTES)
 
     def hold(self, wanted: Text) -> Flags:
@@ -212,7 +214,7 @@ class _SortedIds:
             found: Flags = stored[at] == wanted
             return found
         pages = np.searchsorted(self._firsts, wanted, "right") - 1
-        with self._opened() as fd:
+        with _opened(self._path) as fd:
             asked = zip(pages.tolist(), wanted.tolist(), strict=True)
             return np.array([page >= 0 and self._page_holds(fd, page, one) for page, one in asked])
 
@@ -226,22 +228,20 @@ class _SortedIds:
             at = stored.find(wanted, at + 1)
         return at >= 0
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
-        try:
-            fd = os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ShardCorruptError(f"{self._path}: was removed while in use; run `fictl verify`") from error
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
     def _ids(self, fd: int, first: int, count: int) -> bytes:
-        data = os.pread(fd, count * ID_BYTES, self._offset + first * ID_BYTES)
-        if len(data) != count * ID_BYTES:
-            raise ShardCorruptError(f"{self._path}: was cut short while in use; run `fictl verify`")
-        return data
+        return read_all_at(fd, count * ID_BYTES, self._offset + first * ID_BYTES, self._path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise ShardCorruptError(f"{path}: was removed while in use; run `fictl verify`") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _area(path: Path, header: SealedHeader, name: str) -> Area:
@@ -249,7 +249,3 @@ def _area(path: Path, header: SealedHeader, name: str) -> Area:
     if area is None or area.offset + area.bytes > header.file_bytes:
         raise ShardCorruptError(f"{path}: its header does not place {name}; rebuild it from the stream")
     return area
-
-
-def _at(header: SealedHeader) -> int:
-    return header.areas["by_event_id/filter"].offset

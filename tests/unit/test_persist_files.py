@@ -1,4 +1,6 @@
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ from shard_maker import CLUSTER, NOW_NS, new_store
 
 from contracts.errors import NotOursError, ShardCorruptError, ShardError
 from stages.persist import files
+from stages.persist.hdf5 import _Disk
 from stages.persist.names import list_leftovers, list_shards, live_name, next_name, parse_name, sealed_name
 from stages.persist.storedir import STORE_FILE, lock_partition, open_store
 
@@ -19,6 +22,53 @@ def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert os.pread(fd, 100, 0) == b"\0\x000123456789"
     finally:
         os.close(fd)
+
+
+def test_a_short_read_is_continued_and_a_file_that_ends_too_soon_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"0123456789")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 3), offset))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert files.read_all_at(fd, 7, 2, path) == b"2345678"
+        assert files.read_all_at(fd, 0, 2, path) == b""
+        with pytest.raises(ShardCorruptError, match=f"{path}: was cut short while in use, to 10 bytes"):
+            files.read_all_at(fd, 9, 2, path)
+    finally:
+        os.close(fd)
+
+
+def test_a_read_that_ends_at_a_bad_sector_is_an_error_that_names_the_file(
+    tmp_path: Path, bad_sector: Callable[[Path, int], None]
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(256)) * 64)
+    bad_sector(path, 8192)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        window = files.Window(fd, path, 100, 16_000)
+        # What was only read ahead is not missed.
+        assert window.take(0, 8000) == path.read_bytes()[100:8100]
+        for read in (lambda: files.read_all_at(fd, 8192, 1, path), lambda: window.take(8000, 8100)):
+            with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+                read()
+        assert window.take(12_288, 12_300) == path.read_bytes()[12_388:12_400]
+    finally:
+        os.close(fd)
+
+
+def test_what_hdf5_reads_back_while_it_writes_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: real(fd, [views[0][:3]], offset))
+    with contextlib.closing(_Disk(tmp_path / "f")) as disk:
+        disk.write(b"0123456789")
+        disk.seek(2)
+        found = bytearray(b"x" * 10)
+        assert disk.readinto(found) == 10
+        assert found == b"23456789\0\0"
 
 
 def test_dirty_bytes_are_zeroed_and_clean_ones_left(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from shard_maker import NOW_NS, PartitionMaker, new_store
 
 from contracts.errors import ShardCorruptError
 from contracts.events import Event, encode_event
+from stages.persist.header import read_sealed_header
 from stages.persist.idfilter import build_filter, hash_ids, masks_of, word_indices
 from stages.persist.ids import PAGE_IDS, IdGroup, SeenIds
 from stages.persist.live import create_live, open_live
@@ -104,6 +105,38 @@ def test_a_group_with_a_summary_is_asked_only_where_that_says_perhaps(
     assert asked[0] == 1000
     assert sum(asked[1:]) < 50
     assert all(seen.seen(stored))
+
+
+@pytest.mark.parametrize("area", ["by_event_id/filter", "by_event_id/ids"])
+def test_a_bad_sector_among_a_shards_ids_is_an_error_and_no_id_is_taken_for_new(
+    tmp_path: Path, area: str, bad_sector: Callable[[Path, int], None]
+) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    maker.begin(capacity_bytes=16 << 20)
+    ids = [event.event_id for _ in range(10) for event in maker.commit(400)]
+    path = maker.seal().path
+    place = read_sealed_header(path).areas[area]
+    bad_sector(path, place.offset + place.bytes - 1)
+
+    def ask() -> list[bool]:
+        seen = SeenIds()
+        seen.add_sealed(path)
+        return seen.seen(ids)
+
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+        ask()
+
+
+def test_ids_that_come_in_short_reads_are_all_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    maker.begin()
+    ids = [event.event_id for event in maker.commit(400)]
+    path = maker.seal().path
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 1000), offset))
+    seen = SeenIds()
+    seen.add_sealed(path)
+    assert all(seen.seen(ids))
 
 
 @pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 9000), os.unlink], ids=["cut short", "removed"])
