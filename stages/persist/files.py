@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from contracts.errors import ShardCorruptError
+
+PAGE_BYTES = 4096
+"""What a disk cannot read is lost in such pieces."""
 
 _ZEROS = bytes(1024 * 1024)
 _WINDOW_BYTES = 1024 * 1024
@@ -169,32 +173,43 @@ def zero_fill(fd: int, start: int, length: int) -> None:
 
 
 def zero_dirty(fd: int, start: int, length: int) -> bool:
-    """Zeroes what is not zero in `length` bytes from byte `start`; writes only the dirty pieces.
+    """Zeroes what is not zero in `length` bytes from byte `start`, or cannot be read; writes only the dirty pieces.
+
+    A disk puts another sector in the place of one that it cannot read, when that is written.
 
     Returns:
         whether anything had to be written. Interrupted as `zero_fill`.
     """
-    end = start + length
     dirty = False
-    while start < end:
-        piece = os.pread(fd, min(len(_ZEROS), end - start), start)
-        if not piece:
-            break
-        if piece.count(0) != len(piece):
-            zero_fill(fd, start, len(piece))
+    for at, size, is_clean in _pieces(fd, start, length):
+        if not is_clean:
+            zero_fill(fd, at, size)
             dirty = True
-        start += len(piece)
     return dirty
 
 
 def is_zero(fd: int, start: int, length: int) -> bool:
-    """True when the `length` bytes from byte `start` are all zero (what lies beyond the end counts as zero)."""
+    """True when the `length` bytes from byte `start` can be read and are all zero, as far as the file goes."""
+    return all(is_clean for _, _, is_clean in _pieces(fd, start, length))
+
+
+def _pieces(fd: int, start: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Where each piece of a range begins, its length, and whether it can be read and is zero. Ends where the file does.
+
+    Pieces begin and end where pages do, as far as the range reaches: a page of which a part is written is read first.
+    """
     end = start + length
     while start < end:
-        piece = os.pread(fd, min(len(_ZEROS), end - start), start)
-        if not piece:
-            break
-        if piece.count(0) != len(piece):
-            return False
-        start += len(piece)
-    return True
+        size = min(len(_ZEROS) - start % PAGE_BYTES, end - start)
+        try:
+            piece = os.pread(fd, size, start)
+        except OSError as error:
+            if not is_lost(error):
+                raise
+            yield start, size, False
+        else:
+            if not piece:
+                return
+            size = len(piece)
+            yield start, size, piece.count(0) == size
+        start += size

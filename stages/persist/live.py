@@ -24,8 +24,11 @@ from contracts.events import format_rfc3339
 from contracts.hashing import MerkleFrontier
 from stages.persist.columns import RECORD_ABOUT
 from stages.persist.files import (
+    PAGE_BYTES,
+    Window,
     is_zero,
     publish_file,
+    read_all_at,
     sync_data,
     sync_file,
     write_all_at,
@@ -46,10 +49,6 @@ from stages.persist.rows import (
     split_blob,
 )
 from stages.persist.storedir import Store
-
-_WINDOW_BYTES = 1024 * 1024
-_ROWS_AT_ONCE = 1024
-_PAGE_BYTES = 4096
 
 _ABOUT = (
     "Live shard: being appended to. Only the first watermark[0] rows of index hold. Row k covers the bytes of frames "
@@ -88,7 +87,7 @@ def create_live(
     """
     tmp = tmp_path(path)
     arrays = {"frames": (capacity_bytes,), "index": (rows, len(ROW_COLUMNS)), "watermark": (1,)}
-    with new_hdf5(tmp, align_from_bytes=_PAGE_BYTES, align_to_bytes=_PAGE_BYTES) as file:
+    with new_hdf5(tmp, align_from_bytes=PAGE_BYTES, align_to_bytes=PAGE_BYTES) as file:
         file.attrs.update(
             {
                 "about": _ABOUT,
@@ -120,7 +119,7 @@ def create_live(
             created_ns=created_ns,
             **areas,
             file_bytes=size,
-            structure_crc32=_structure_crc32(fd, size, list(areas.values())),
+            structure_crc32=_structure_crc32(fd, tmp, size, list(areas.values())),
             begins=begins_after is not None,
             tree_size_before=begins_after.size if begins_after is not None else 0,
             frontier_before=begins_after.to_bytes() if begins_after is not None else b"",
@@ -143,36 +142,21 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
     return int(dataset.get_offset())
 
 
-def _structure_crc32(fd: int, size: int, areas: list[Area]) -> int:
+def _structure_crc32(fd: int, path: Path, size: int, areas: list[Area]) -> int:
     """CRC-32 of what HDF5 wrote: the bytes after the header and outside `areas`."""
     crc = 0
     at = HEADER_BYTES
     for area in [*sorted(areas, key=lambda area: area.offset), Area(size, 0)]:
-        crc = zlib.crc32(os.pread(fd, area.offset - at, at), crc)
+        crc = zlib.crc32(read_all_at(fd, area.offset - at, at, path), crc)
         at = area.offset + area.bytes
     return crc
 
 
-class _Window:
-    """Reads an area of a file forwards in large pieces."""
-
-    def __init__(self, fd: int, area: Area) -> None:
-        self._fd = fd
-        self._area = area
-        self._start = 0
-        self._data = b""
-
-    def take(self, start: int, end: int) -> bytes:
-        """The area's bytes in [start, end)."""
-        if start < self._start or end > self._start + len(self._data):
-            length = min(max(end - start, _WINDOW_BYTES), self._area.bytes - start)
-            self._start = start
-            self._data = os.pread(self._fd, length, self._area.offset + start)
-        return self._data[start - self._start : end - self._start]
-
-
 class LiveReader:
-    """Reads a live shard while its owner appends to it. Takes no lock; a file removed meanwhile stays readable."""
+    """Reads a live shard while its owner appends to it. Takes no lock; a file removed meanwhile stays readable.
+
+    Its methods raise `ShardCorruptError` where the file was cut short since, and `OSError` where the disk refuses.
+    """
 
     _FLAGS = os.O_RDONLY
 
@@ -183,13 +167,15 @@ class LiveReader:
             FileNotFoundError: it was sealed meanwhile, or never there.
             ShardCorruptError: cut short, empty, or its structure is damaged.
             ShardError: not a live shard of a known format.
+            OSError: it cannot be read.
         """
         self.path = path
         self.header = read_live_header(path)
         self._fd = os.open(path, self._FLAGS)
         header = self.header
         try:
-            found = _structure_crc32(self._fd, header.file_bytes, [header.frames, header.index, header.watermark])
+            areas = [header.frames, header.index, header.watermark]
+            found = _structure_crc32(self._fd, path, header.file_bytes, areas)
             if found != header.structure_crc32:
                 raise ShardCorruptError(f"{path}: its HDF5 structure is damaged; rebuild it from the stream")
         except BaseException:
@@ -203,16 +189,18 @@ class LiveReader:
 
     def watermark(self) -> int:
         """How many rows readers may see now."""
-        return int.from_bytes(os.pread(self._fd, WATERMARK_BYTES, self.header.watermark.offset), "little", signed=True)
+        return int.from_bytes(self._read(self.header.watermark, 0, WATERMARK_BYTES), "little", signed=True)
 
     def read_rows(self, first: int, last: int) -> list[CommitRow]:
         """Index rows [first, last), counted from 0, as they are on disk: unchecked, possibly empty or torn."""
-        data = os.pread(self._fd, (last - first) * ROW_BYTES, self.header.index.offset + first * ROW_BYTES)
-        return decode_rows(data)
+        return decode_rows(self._read(self.header.index, first * ROW_BYTES, last * ROW_BYTES))
 
     def read_blobs(self, start: int, end: int) -> bytes:
         """The frames' bytes in [start, end), unchecked."""
-        return os.pread(self._fd, end - start, self.header.frames.offset + start)
+        return self._read(self.header.frames, start, end)
+
+    def _read(self, area: Area, start: int, end: int) -> bytes:
+        return read_all_at(self._fd, end - start, area.offset + start, self.path)
 
     def map(self) -> mmap:
         """The whole file, to be read in place, as it is at each moment. Raises `OSError`."""
@@ -223,18 +211,20 @@ class LiveReader:
 
         Ends at the first row that is empty, does not follow on from the one before, or fails its CRC-32.
         """
-        window = _Window(self._fd, self.header.frames)
+        header = self.header
+        index = Window(self._fd, self.path, header.index.offset, header.index.bytes)
+        frames = Window(self._fd, self.path, header.frames.offset, header.frames.bytes)
         limit = self.rows_max if commits is None else min(commits, self.rows_max)
         start = 0
-        for first in range(0, limit, _ROWS_AT_ONCE):
-            for number, row in enumerate(self.read_rows(first, min(first + _ROWS_AT_ONCE, limit)), first + 1):
-                if row.ordinal != number or not start <= row.end_bytes <= self.header.frames.bytes:
-                    return
-                blob = window.take(start, row.end_bytes)
-                if row_crc32(row, blob) != row.crc32:
-                    return
-                yield row, blob
-                start = row.end_bytes
+        for number in range(limit):
+            (row,) = decode_rows(index.take(number * ROW_BYTES, (number + 1) * ROW_BYTES))
+            if row.ordinal != number + 1 or not start <= row.end_bytes <= header.frames.bytes:
+                return
+            blob = frames.take(start, row.end_bytes)
+            if row_crc32(row, blob) != row.crc32:
+                return
+            yield row, blob
+            start = row.end_bytes
 
     def scan(self, commits: int | None = None) -> Iterator[tuple[CommitRow, list[bytes]]]:
         """As `blobs`, with each blob split into its records."""
@@ -265,7 +255,7 @@ class LiveShard(LiveReader):
         events: in those rows.
         prev_origin: the first row's; None without rows.
         last_origin: the last row's origin; None without rows.
-        torn: bytes of an append that did not finish lie after the last valid row. `cut` before appending.
+        torn: what lies after the last valid row is not empty, or cannot be read. `cut` before appending.
     """
 
     _FLAGS = os.O_RDWR
@@ -274,7 +264,11 @@ class LiveShard(LiveReader):
         """Opens the shard and reads every row. Raises as `LiveReader`."""
         super().__init__(path)
         self._failed = False
-        self._settle(None)
+        try:
+            self._settle(None)
+        except BaseException:
+            self.close()
+            raise
 
     def _settle(self, commits: int | None) -> None:
         self.commits = self.end_bytes = self.events = 0

@@ -3,6 +3,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -13,7 +14,9 @@ from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import encode_event
 from stages.persist import files
-from stages.persist.live import LiveShard, open_live
+from stages.persist.check import check_shard
+from stages.persist.files import PAGE_BYTES
+from stages.persist.live import LiveReader, LiveShard, open_live
 from stages.persist.rows import ROW_BYTES, blob_bytes
 
 
@@ -237,6 +240,49 @@ def test_after_a_failed_write_nothing_more_is_written(maker: PartitionMaker, mon
     maker.close()
     with open_live(path) as again:
         assert (again.commits, again.torn) == (1, False)
+
+
+@pytest.mark.parametrize("area", ["index", "frames"])
+def test_a_bad_sector_among_commits_is_an_error_after_what_lies_before_it_and_leaves_nothing_open(
+    maker: PartitionMaker, bad_sector: Callable[[Path, int], None], area: str
+) -> None:
+    live = maker.begin(rows=4096)
+    for _ in range(200):
+        maker.commit(1)
+    path, rows, place = live.path, [row for row, _ in live.blobs()], getattr(live.header, area)
+    maker.close()
+    bad_sector(path, place.offset + PAGE_BYTES)
+    opened = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+        open_live(path)
+    assert len(os.listdir("/proc/self/fd")) == opened
+    with LiveReader(path) as reader:
+        ends = [row.ordinal * ROW_BYTES if area == "index" else row.end_bytes for row in rows]
+        good = sum(end <= PAGE_BYTES for end in ends)
+        assert 0 < good < len(rows)
+        assert [row for row, _ in reader.blobs(good)] == rows[:good]
+        with pytest.raises(OSError, match="Input/output error"):
+            list(reader.blobs(good + 1))
+    (finding,) = check_shard(path).findings
+    assert finding.what.endswith(f"Input/output error: '{path}'")
+
+
+@pytest.mark.parametrize("area", ["index", "frames"])
+def test_a_bad_sector_where_nothing_was_committed_is_written_anew(
+    maker: PartitionMaker, bad_sector: Callable[[Path, int], None], area: str
+) -> None:
+    live = maker.begin(rows=4096)
+    maker.commit(1)
+    path, place, kept = live.path, getattr(live.header, area), list(live.scan())
+    maker.close()
+    bad_sector(path, place.offset + place.bytes // 2)
+    with open_live(path) as again:
+        assert again.cut(1)
+        assert list(again.scan()) == kept
+        append(again, [b"x"], 10_000)
+        again.sync()
+    with open_live(path) as healed:
+        assert (healed.commits, healed.torn, healed.cut(2)) == (2, False, False)
 
 
 APPENDER = """

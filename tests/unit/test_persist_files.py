@@ -71,6 +71,37 @@ def test_what_hdf5_reads_back_while_it_writes_is_whole(tmp_path: Path, monkeypat
         assert found == b"23456789\0\0"
 
 
+def test_a_page_of_what_is_to_be_zero_that_cannot_be_read_is_written_anew(
+    tmp_path: Path, bad_sector: Callable[[Path, int], None]
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"keep" + bytes(3_000_000))
+    bad_sector(path, 2_000_000)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert not files.is_zero(fd, 4, 3_000_000)
+        assert files.zero_dirty(fd, 4, 3_000_000)
+        assert files.is_zero(fd, 4, 3_000_000)
+        assert os.pread(fd, 5, 0) == b"keep\0"
+    finally:
+        os.close(fd)
+
+
+def test_what_shares_a_page_that_cannot_be_read_is_left_as_it_is(
+    tmp_path: Path, bad_sector: Callable[[Path, int], None]
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"keep" + bytes(9000))
+    bad_sector(path, 0)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        with pytest.raises(OSError, match="Input/output error"):
+            files.zero_dirty(fd, 4, 9000)
+    finally:
+        os.close(fd)
+    assert path.read_bytes()[:4] == b"keep"
+
+
 def test_dirty_bytes_are_zeroed_and_clean_ones_left(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"keep" + bytes(3_000_000) + b"dirt" + bytes(10))

@@ -63,7 +63,7 @@ def reheaded(path: Path, header: LiveHeader | SealedHeader, **changes: Any) -> N
     else:
         fd = os.open(path, os.O_RDONLY)
         arrays = [header.frames, header.index, header.watermark]
-        changes["structure_crc32"] = _structure_crc32(fd, len(data), arrays)
+        changes["structure_crc32"] = _structure_crc32(fd, path, len(data), arrays)
         os.close(fd)
     header = msgspec.structs.replace(header, file_bytes=len(data), **changes)
     path.write_bytes(encode_header(header) + data[HEADER_BYTES:])
