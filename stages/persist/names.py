@@ -129,14 +129,15 @@ def list_leftovers(directory: Path, partition: int) -> list[Path]:
     return leftovers
 
 
-def partition_state(directory: Path, partition: int) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change in ns) of each shard of a partition: differs when somebody has changed one.
+def partition_state(directory: Path, partition: int) -> list[tuple[str, int, int, int, int]]:
+    """(name, inode, bytes, mtime, ctime in ns) of each shard of a partition: differs when somebody has changed one.
 
-    Raises as `list_shards`.
+    Name, bytes and mtime alone do not where `cp -p` or a restore brings back what a disk has damaged. Raises as
+    `list_shards`.
     """
     states = []
     for shard in list_shards(directory).get(partition, ()):
         with contextlib.suppress(FileNotFoundError):
             found = shard.path.stat()
-            states.append((shard.path.name, found.st_size, found.st_mtime_ns))
+            states.append((shard.path.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
     return states

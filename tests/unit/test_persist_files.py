@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,15 @@ from shard_maker import CLUSTER, NOW_NS, new_store
 from contracts.errors import NotOursError, ShardCorruptError, ShardError
 from stages.persist import files
 from stages.persist.hdf5 import _Disk
-from stages.persist.names import list_leftovers, list_shards, live_name, next_name, parse_name, sealed_name
+from stages.persist.names import (
+    list_leftovers,
+    list_shards,
+    live_name,
+    next_name,
+    parse_name,
+    partition_state,
+    sealed_name,
+)
 from stages.persist.storedir import STORE_FILE, lock_partition, open_store
 
 
@@ -150,6 +159,27 @@ def test_the_sealed_form_of_a_live_shard_wins_and_the_rest_is_leftover(tmp_path:
     assert list(shards) == [0, 3]
     assert [shard.path.name for shard in shards[3]] == [names[2], names[1], names[3]]
     assert {path.name for path in list_leftovers(tmp_path, 3)} == {names[0], names[4], names[6]}
+
+
+@pytest.mark.parametrize("way", [shutil.copy2, lambda good, path: good.rename(path)], ids=["over it", "in its place"])
+def test_a_shard_that_is_put_right_with_its_times_is_seen_to_have_changed(
+    tmp_path: Path, way: Callable[[Path, Path], object]
+) -> None:
+    """What a disk damages keeps its length and times, and `cp -p` and most restores give them back."""
+    path, good, clock = tmp_path / live_name(3, 1), tmp_path / "good", tmp_path / "clock"
+    path.write_bytes(b"good")
+    shutil.copy2(path, good)
+    stat = path.stat()
+    path.write_bytes(b"baad")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before, changed_ns = partition_state(tmp_path, 3), path.stat().st_ctime_ns
+    assert partition_state(tmp_path, 3) == before
+    clock.touch()
+    while clock.stat().st_ctime_ns == changed_ns:
+        clock.touch()
+    way(good, path)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (b"good", stat.st_mtime_ns)
+    assert partition_state(tmp_path, 3) != before
 
 
 def test_a_store_keeps_its_identity(tmp_path: Path) -> None:
