@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from contracts.errors import ShardCorruptError, ShardError
+from contracts.hashing import MerkleFrontier
 from contracts.wire import UNREADABLE, Count, HexHash, Sequence, TimeNs
 from stages.persist.rows import ROW_BYTES
 
@@ -155,6 +156,7 @@ def decode_header(block: bytes, path: Path) -> LiveHeader | SealedHeader:
             raise ShardError(f"{path}: format {name[:40]!r} is not known to this build; use the version that wrote it")
         header: LiveHeader | SealedHeader = decoder.decode(text)
         _check_places(header)
+        _check_trees(header)
     except (*UNREADABLE, ValueError) as error:
         raise ShardCorruptError(f"{path}: its header makes no sense ({error}); rebuild it from the stream") from error
     return header
@@ -178,6 +180,13 @@ def _check_places(header: LiveHeader | SealedHeader) -> None:
         end = area.offset + area.bytes
     if end > header.file_bytes:
         raise ValueError(f"an array ends at byte {end} of {header.file_bytes}")
+
+
+def _check_trees(header: LiveHeader | SealedHeader) -> None:
+    """Raises `ValueError` for frontiers that are of no tree of their size."""
+    MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
+    if isinstance(header, SealedHeader):
+        MerkleFrontier.from_bytes(header.tree_size, header.frontier)
 
 
 def read_header(path: Path) -> LiveHeader | SealedHeader:

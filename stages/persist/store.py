@@ -21,7 +21,7 @@ from uuid import UUID
 
 import numpy as np
 
-from contracts.errors import ShardCorruptError, ShardError
+from contracts.errors import ShardError
 from contracts.events import Event
 from contracts.hashing import MerkleFrontier
 from stages.persist.columns import Array
@@ -300,12 +300,12 @@ class EventStore:
             for view, leaf in self._snapshots(partition, opened):
                 if isinstance(view, SealedReader):
                     origin = view.header.last_origin
-                    tree = _tree(view.path, view.header.tree_size, view.header.frontier)
+                    tree = MerkleFrontier.from_bytes(view.header.tree_size, view.header.frontier)
                     continue
                 if view.commits:
                     origin = view.row(view.commits - 1).origin
                 if view.header.begins:
-                    tree = _tree(view.path, view.header.tree_size_before, view.header.frontier_before)
+                    tree = MerkleFrontier.from_bytes(view.header.tree_size_before, view.header.frontier_before)
                 elif leaf == 0:
                     tree = MerkleFrontier()
                 if tree is not None:
@@ -356,13 +356,6 @@ def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:
 
 def _place(stored: StoredEvent) -> tuple[int, int]:
     return stored.event.origin, stored.event.index
-
-
-def _tree(path: Path, size: int, frontier: bytes) -> MerkleFrontier:
-    try:
-        return MerkleFrontier.from_bytes(size, frontier)
-    except ValueError as error:
-        raise ShardCorruptError(f"{path}: its header gives no Merkle tree ({error}); run `fictl verify`") from error
 
 
 def _id_bytes(value: UUID | str | bytes) -> bytes:

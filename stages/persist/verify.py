@@ -227,17 +227,13 @@ class _Chain:
     def _grow(self, shard: ShardFile, check: ShardCheck, report: Callable[[str, str], None]) -> None:
         """Carries the Merkle tree through the shard's events."""
         if check.tree_size_before is not None:
-            try:
-                before = MerkleFrontier.from_bytes(check.tree_size_before, check.frontier_before)
-            except ValueError as error:
-                report("merkle", str(error))
-                before = None
+            before = MerkleFrontier.from_bytes(check.tree_size_before, check.frontier_before)
             known = self._tree
             if known is None and shard.shard == FIRST_SHARD and check.prev_origin == 0:
                 known = MerkleFrontier()
             if check.begins:
                 known = None
-            if self._known and before is not None and known is not None and before.to_bytes() != known.to_bytes():
+            if self._known and known is not None and before.to_bytes() != known.to_bytes():
                 report("merkle", f"goes on from a tree of {before.size} events that is not that of the shards before")
             self._tree = before
         elif self._tree is None and shard.shard == FIRST_SHARD and check.prev_origin in (0, None):

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 from shard_maker import NOW_NS, PartitionMaker, filled_store, new_store
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import encode_event
-from contracts.hashing import MerkleFrontier, leaf_hash
+from contracts.hashing import HASH_BYTES, MerkleFrontier, leaf_hash
 from stages.persist import seal as seal_module
+from stages.persist.header import LiveHeader, SealedHeader, encode_header, read_header
 from stages.persist.names import list_shards, sealed_name
 from stages.persist.seal import SealedInfo, seal, sealed_info
 from stages.persist.sealed import SealedReader, Selection
@@ -77,6 +79,22 @@ def test_stock_gzip_readers_decompress_it(maker: PartitionMaker) -> None:
         assert file["by_event_id/ids"].id.get_offset() == info.header.areas["by_event_id/ids"].offset
         ids = [row.tobytes() for row in file["by_event_id/ids"]]
     assert ids == sorted(ids)
+    maker.close()
+
+
+@pytest.mark.parametrize("name", ["frontier", "frontier_before"])
+def test_a_header_whose_frontier_is_of_no_tree_is_damage_whatever_its_checksum_says(
+    maker: PartitionMaker, name: str
+) -> None:
+    info, live = seal_live(maker), maker.live
+    assert live is not None
+    files: list[tuple[Path, LiveHeader | SealedHeader]] = [(info.path, info.header)]
+    files += [(live.path, live.header)] if name == "frontier_before" else []
+    for path, header in files:
+        with path.open("r+b") as file:
+            file.write(encode_header(msgspec.structs.replace(header, **{name: b"x" * (HASH_BYTES - 1)})))
+        with pytest.raises(ShardCorruptError, match=r"makes no sense \(a tree of .* rebuild it from the stream"):
+            read_header(path)
     maker.close()
 
 
