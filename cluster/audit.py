@@ -38,6 +38,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
         rewinds: the receipts with which a partition went back; what was committed after their origins was given up and
             made again.
         lost: when the cluster's receipts were lost and begun again, RFC 3339; empty if they never were.
+        unshown: partitions with a commit that readers do not see yet, as `Audited` says.
     """
 
     store: VerifyReport
@@ -47,6 +48,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: dict[int, str]
     rewinds: list[Receipt]
     lost: str
+    unshown: dict[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ async def audit_store(
     shown = await asyncio.to_thread(_shown_origins, path) if report.ok else {}
     newer = await read_records(servers, after=before)
     problems: list[Problem] = list(report.problems)
+    unshown: dict[int, str] = {}
     for lane in sorted({*before.receipts, *shards}):
         rewinds = [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())]
         witnesses = Witnesses(
@@ -152,9 +155,12 @@ async def audit_store(
             rewinds,
             before.repeated.get(lane, ()),
         )
-        problems += audit_partition(
+        audited = audit_partition(
             lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted
         )
+        problems += audited.problems
+        if audited.unshown:
+            unshown[lane] = audited.unshown
     records = [
         record
         for part in (before.receipts, newer.receipts, before.seals)
@@ -173,6 +179,7 @@ async def audit_store(
         },
         rewinds=[record for lane in before.rewinds.values() for record in lane],
         lost=before.lost,
+        unshown=unshown,
     )
 
 

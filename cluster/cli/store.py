@@ -186,6 +186,8 @@ def verify(
             )
             for partition, owner in audit.elsewhere.items():
                 print(f"partition {partition} belongs to {owner}: what is there was not read")
+            for partition, what in audit.unshown.items():
+                print(f"partition {partition}: {what}")
             if audit.lost:
                 print(
                     f"the cluster's receipts were lost by {audit.lost} and begun again from the stores: for what was "

@@ -52,6 +52,20 @@ class Witnesses:
     repeated: Sequence[Receipt] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What was found of one partition.
+
+    Attributes:
+        problems: everything in which its shards and its witnesses contradict each other.
+        unshown: what the last receipt commits and readers do not see yet, in words; empty when they see all. Persist
+            shows a commit with the next one, or by itself soon after: one that died in between shows it when it starts.
+    """
+
+    problems: list[Problem]
+    unshown: str
+
+
 def audit_partition(
     partition: int,
     shards: Sequence[ShardContents],
@@ -60,8 +74,8 @@ def audit_partition(
     *,
     shown_origin: int = 0,
     trusted: Collection[str] = (),
-) -> list[Problem]:
-    """Everything in which a partition's shards and its witnesses contradict each other.
+) -> Audited:
+    """Holds a partition's shards and its witnesses against each other.
 
     Args:
         partition: lane.
@@ -84,14 +98,14 @@ def audit_partition(
     receipts = [receipt for receipt in everything if receipt.store == store.store_id]
     seals = [seal for seal in witnesses.seals if seal.store == store.store_id]
     last = next((receipt for receipt in reversed(witnesses.receipts) if receipt.store == store.store_id), None)
-    audit.check_missing(last, shown_origin)
+    unshown = audit.check_missing(last, shown_origin)
     origins = [*(receipt.origin for receipt in receipts), *(seal.last_origin for seal in seals)]
     audit.check_added(max(origins, default=0), everything[-1] if everything else None, witnesses.rewinds, store)
     audit.check_totals(receipts)
     for seal in seals:
         audit.check_seal(seal)
     audit.check_roots(receipts, seals)
-    return audit.problems
+    return Audited(audit.problems, unshown)
 
 
 def in_force(records: Sequence[Receipt | SealRecord]) -> tuple[list[Receipt], list[SealRecord], list[Receipt]]:
@@ -189,21 +203,32 @@ class _Audit:
                 "follows: somebody published it again, or a clock was put back",
             )
 
-    def check_missing(self, last: Receipt | None, shown_origin: int) -> None:
-        """Nothing is missing before the shards' first commit or after their last one. `last`: the store's receipt."""
+    def check_missing(self, last: Receipt | None, shown_origin: int) -> str:
+        """Nothing is missing before the shards' first commit or after their last one. `last`: the store's receipt.
+
+        Returns:
+            as `Audited.unshown`.
+        """
         end, events = self._end(), sum(contents.check.events for contents in self._shards)
         first = next((one.check.prev_origin for one in self._shards if one.check.prev_origin is not None), 0)
         if last is not None and len(last.ends) == 1 and first:
             self._report(f"origins up to {first}", "no other store ever held the partition, but they are not here")
-        if last is not None and max(end, shown_origin) < last.origin:
-            unseen = b"".join(contents.check.unseen_ids for contents in self._shards)
-            hidden = "; its live shard holds, and does not show, " + _name_ids(unseen) if unseen else ""
-            self._report(
-                f"events {events + 1} to {last.persisted}" if events < last.persisted else f"origins after {end}",
-                f"the {name_record(last)} commits {last.persisted} events up to origin {last.origin}, but the shards "
-                f"end at origin {end} with {events}: commits were removed from the end, or the watermark was lowered "
-                f"(or a power cut did so and persist was not started since){hidden}",
+        if last is None or max(end, shown_origin) >= last.origin:
+            return ""
+        unseen = _name_ids(b"".join(contents.check.unseen_ids for contents in self._shards))
+        if self._shards and _awaits_show(self._shards[-1], last):
+            return (
+                f"readers do not see yet what the {name_record(last)} commits ({unseen or 'no event'}): it is whole in "
+                "the live shard, and persist shows it when it starts or goes on"
             )
+        hidden = "; its live shard holds, and does not show, " + unseen if unseen else ""
+        self._report(
+            f"events {events + 1} to {last.persisted}" if events < last.persisted else f"origins after {end}",
+            f"the {name_record(last)} commits {last.persisted} events up to origin {last.origin}, but the shards "
+            f"end at origin {end} with {events}: commits were removed from the end, or the watermark was lowered "
+            f"(or a power cut did so and persist was not started since){hidden}",
+        )
+        return ""
 
     def check_added(self, reached: int, newest: Receipt | None, rewinds: Sequence[Receipt], store: Store) -> None:
         """No commit lies beyond every witness.
@@ -339,6 +364,17 @@ class _Audit:
             start = 0 if contents.before is None else contents.before.size
             ids.append(_ids_slice(contents, first - start, last - start))
         return _name_ids(b"".join(ids)) or f"events {first + 1} to {last}"
+
+
+def _awaits_show(contents: ShardContents, last: Receipt) -> bool:
+    """True when one whole commit lies behind those that are shown, and with it the shard is what `last` says."""
+    check = contents.check
+    if check.findings or check.unseen != 1 or contents.before is None:
+        return False
+    tree, leaves = contents.before.copy(), check.leaves + check.unseen_leaves
+    for at in range(0, len(leaves), HASH_BYTES):
+        tree.append(leaves[at : at + HASH_BYTES])
+    return (check.unseen_origin, tree.size, tree.root().hex()) == (last.origin, last.persisted, last.root)
 
 
 def _settled(contents: ShardContents) -> Counts:

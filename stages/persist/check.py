@@ -51,7 +51,8 @@ class ShardCheck(msgspec.Struct, kw_only=True):
         store, cluster: ids it says it belongs to.
         commits, events: that may be seen.
         unseen: whole commits after a live shard's watermark.
-        unseen_ids: their events' ids, joined.
+        unseen_ids, unseen_leaves: their events' ids and leaf hashes, each joined.
+        unseen_origin: where the last of them ends; 0 without any.
         prev_origin, last_origin: where its first commit begins and its last one ends; None without commits.
         begins: the store says it took the partition over with this shard.
         tree_size_before, frontier_before: the Merkle tree it says it goes on from; None where it does not say.
@@ -69,6 +70,8 @@ class ShardCheck(msgspec.Struct, kw_only=True):
     events: int = 0
     unseen: int = 0
     unseen_ids: bytes = b""
+    unseen_leaves: bytes = b""
+    unseen_origin: int = 0
     prev_origin: int | None = None
     last_origin: int | None = None
     begins: bool = False
@@ -212,14 +215,19 @@ def _check_live(path: Path, check: ShardCheck) -> None:
             shown = 0
         contents = _Contents(check)
         unseen_ids: list[bytes] = []
+        unseen_leaves: list[bytes] = []
         for row, blob in reader.blobs():
             if row.ordinal > shown:
                 check.unseen += 1
-                unseen_ids += [decode_event_key(record).event_id for record in split_blob(blob)]
+                check.unseen_origin = row.origin
+                records = split_blob(blob)
+                unseen_ids += [decode_event_key(record).event_id for record in records]
+                unseen_leaves += map(leaf_hash, records)
                 continue
             contents.take(row, _split(row, blob, check))
         contents.finish()
         check.unseen_ids = b"".join(unseen_ids)
+        check.unseen_leaves = b"".join(unseen_leaves)
         if check.commits < shown:
             check.report(
                 f"commit {check.commits + 1}",

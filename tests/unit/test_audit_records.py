@@ -34,7 +34,7 @@ def audit(maker: Witnessed, path: Path, witnesses: Witnesses | None = None, trus
     found = audit_partition(
         3, shards, witnesses or Witnesses(maker.receipts, (), maker.seals), maker.store, trusted=trusted
     )
-    return "\n".join(f"{problem.shard}: {problem.where}: {problem.what}" for problem in found)
+    return "\n".join([*(f"{one.shard}: {one.where}: {one.what}" for one in found.problems), found.unshown]).strip()
 
 
 @pytest.fixture
@@ -97,23 +97,62 @@ def test_a_forged_event_is_found_and_named_within_its_receipt(
 
 
 def test_a_single_changed_live_event_is_named_alone(honest: Witnessed, tmp_path: Path) -> None:
-    def change(commits: list[list[Event]]) -> None:
-        commits[-1][0] = msgspec.structs.replace(commits[-1][0], site="elsewhere")
-
-    text = audit(honest, forged(honest, tmp_path / "forged", change))
+    text = audit(honest, forged(honest, tmp_path / "forged", another_event))
     commits, _ = events_of(PartitionMaker(honest.store, 3))
     assert text.startswith(f"partition 3: event {id_text(commits[-1][0])}: not what was committed")
     assert len(text.splitlines()) == 1
 
 
+def lower(store: Path, commits: int) -> None:
+    """Takes the last commits from readers."""
+    with h5py.File(next(store.glob("*.live.h5")), "r+") as file:
+        file["watermark"][0] -= commits
+
+
 def test_a_lowered_watermark_is_found_and_what_it_hides_is_named(honest: Witnessed) -> None:
-    live = next(honest.store.directory.glob("*.live.h5"))
-    with h5py.File(live, "r+") as file:
-        file["watermark"][0] -= 1
+    lower(honest.store.directory, 2)
     text = audit(honest, honest.store.directory)
     last = events_of(PartitionMaker(honest.store, 3))[0][-1][0]
-    assert "partition 3: events 40 to 40: the receipt of" in text
-    assert f"its live shard holds, and does not show, event {id_text(last)}" in text
+    assert "partition 3: events 35 to 40: the receipt of" in text
+    assert "its live shard holds, and does not show, events " in text
+    assert id_text(last) in text
+
+
+def test_one_commit_that_is_not_shown_yet_is_told_of_and_is_no_problem(honest: Witnessed) -> None:
+    """Persist was killed between its receipt and showing it."""
+    lower(honest.store.directory, 1)
+    text = audit(honest, honest.store.directory)
+    last = events_of(PartitionMaker(honest.store, 3))[0][-1][0]
+    assert text.startswith("readers do not see yet what the receipt of ")
+    assert f"(event {id_text(last)}): it is whole in the live shard" in text
+    assert len(text.splitlines()) == 1
+
+
+def another_event(commits: list[list[Event]]) -> None:
+    commits[-1][0] = msgspec.structs.replace(commits[-1][0], site="elsewhere")
+
+
+def one_commit_before_was_changed(commits: list[list[Event]]) -> None:
+    commits[-2][0] = msgspec.structs.replace(commits[-2][0], site="elsewhere")
+
+
+@pytest.mark.parametrize("change", [another_event, one_commit_before_was_changed])
+def test_a_commit_that_is_not_shown_is_a_problem_where_it_is_not_what_the_receipt_commits(
+    honest: Witnessed, tmp_path: Path, change: Callable[[list[list[Event]]], None]
+) -> None:
+    store = forged(honest, tmp_path / "forged", change)
+    lower(store, 1)
+    assert "or the watermark was lowered" in audit(honest, store)
+
+
+def test_a_commit_that_is_not_shown_and_no_receipt_speaks_of_does_not_make_good_for_one_that_is_missing(
+    honest: Witnessed,
+) -> None:
+    lower(honest.store.directory, 1)
+    ahead = msgspec.structs.replace(honest.receipts[-1], origin=honest.origin + 1)
+    assert "or the watermark was lowered" in audit(
+        honest, honest.store.directory, Witnesses([*honest.receipts, ahead], (), honest.seals), trusted=[]
+    )
 
 
 def test_events_removed_from_the_very_end_are_found(honest: Witnessed, tmp_path: Path) -> None:
