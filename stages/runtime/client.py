@@ -303,7 +303,21 @@ class GuardedClient(Client):
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._ended = status == Client.CLOSED
+        self._send_last()
         await super()._close(status, do_cbs)
+
+    def _send_last(self) -> None:
+        """What is pending goes to the connection now, or nowhere.
+
+        nats-py would write it some turns later, also to a connection that is gone, and fail before it closed anything.
+        """
+        writer = getattr(self._transport, "_io_writer", None)
+        if self.is_connected and writer is None and not self._transport.at_eof():  # type: ignore[union-attr]
+            return  # A WebSocket, which sends when nats-py drains it.
+        if self.is_connected and writer is not None and not writer.transport.is_closing():
+            writer.writelines(self._pending)
+        self._pending = []
+        self._pending_data_size = 0
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """As nats-py's, but where TLS was asked for, nothing is sent in plain text, nor a password."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from urllib.parse import urlparse
 
 import pytest
+from nats.aio.client import Server
 from nats.errors import BadSubjectError
 from turns import turns
 
@@ -24,6 +26,15 @@ class Socket:
         self.closed = False
         self._io_writer = self.transport = self
 
+    def close(self) -> None:
+        self.closed = True
+
+    async def wait_closed(self) -> None:
+        pass
+
+    def at_eof(self) -> bool:
+        return self.closed
+
     def get_write_buffer_size(self) -> int:
         return self.unwritten
 
@@ -36,6 +47,8 @@ class Socket:
         self.writes.append([data])
 
     def writelines(self, lines: Iterable[bytes]) -> None:
+        if self.closed:
+            raise RuntimeError("the handler is closed")
         self.writes.append(list(lines))
 
     async def drain(self) -> None:
@@ -49,6 +62,7 @@ class Connected(GuardedClient):
         super().__init__()
         self.socket = Socket()
         self._transport = self.socket  # type: ignore[assignment]
+        self._current_server = Server(urlparse("nats://127.0.0.1:4222"))
         self._status = self.CONNECTED
         self._max_payload = 1024 * 1024
         self._flush_queue: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
@@ -141,3 +155,42 @@ async def test_a_subject_that_would_be_another_command_is_refused(subject: str) 
     with pytest.raises(BadSubjectError):
         await client.publish("good", b"", reply=subject or "a b")
     assert client.sizes == []
+
+
+@pytest.mark.parametrize("is_web_socket", [False, True])
+async def test_what_is_pending_when_a_client_is_closed_goes_out_before(is_web_socket: bool) -> None:
+    client = Connected()
+    if is_web_socket:
+        del client.socket._io_writer
+    client.socket.unwritten = 1
+    await client.publish("subject", b"last")
+    assert client.sizes == []
+    await client.close()
+    assert client.sizes == [1]
+    assert client.socket.closed
+
+
+@pytest.mark.parametrize("is_web_socket", [False, True])
+@pytest.mark.parametrize("is_noticed", [False, True])
+async def test_a_client_is_closed_although_its_connection_is_gone(is_web_socket: bool, is_noticed: bool) -> None:
+    client = Connected()
+    if is_web_socket:
+        del client.socket._io_writer
+    client.socket.unwritten = 1
+    await client.publish("subject", b"1")
+    client.socket.closed = True
+    if is_noticed:
+        client._status = client.RECONNECTING
+    await client.close()
+    assert client.sizes == []
+    assert client.is_closed
+
+
+async def test_a_connection_that_is_lost_while_it_is_closed_is_closed_all_the_same() -> None:
+    client = Connected()
+    client.socket.unwritten = 1
+    await client.publish("subject", b"1")
+    asyncio.get_running_loop().call_soon(client.socket.close)
+    await client.close()
+    assert client.is_closed
+    assert client.sizes == [1]
