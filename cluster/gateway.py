@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -160,7 +161,7 @@ class Gateway:
             event_id: what makes it this message and no other; for several events see `batch_id`.
             traceparent: W3C trace context to send along.
             first_seen: of a replay: where the events first came in (`contracts.letters`).
-            deadline_s: give up this long after the first try; None: never.
+            deadline_s: give up this long after the first try, once the try then under way is over; None: never.
 
         Raises:
             RefusedError: it can never be stored, e.g. it is too large.
@@ -191,26 +192,27 @@ class Gateway:
 
     async def _send(self, subject: str, body: bytes, headers: dict[str, str], deadline_s: float | None) -> Accepted:
         sent_ns, start_ns = time.time_ns(), time.perf_counter_ns()
+        give_up_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
         maybe_stored = False
         times_full = 0
         try:
             while True:
                 answer = await self._attempt(subject, body, headers)
-                elapsed_ns = time.perf_counter_ns() - start_ns
                 if isinstance(answer, PubAnswer):
+                    elapsed_ns = time.perf_counter_ns() - start_ns
                     self._accepted.record(elapsed_ns / 1e9)
                     return Accepted(answer.seq, answer.duplicate and not maybe_stored, elapsed_ns, sent_ns)
-                if deadline_s is not None and elapsed_ns > deadline_s * 1e9:
-                    raise ClusterUnavailableError(
-                        f"{subject}: not accepted within {deadline_s:g} s; publish it again, nothing will be doubled"
-                    )
                 maybe_stored |= answer is _Failure.UNKNOWN
                 if answer is _Failure.FULL:
                     times_full += 1
                     if times_full == 1:
                         self._hold()
+                await self._pause(2 ** min(times_full, FULL_DOUBLINGS_MAX), give_up_s)
+                if time.monotonic() >= give_up_s:
+                    raise ClusterUnavailableError(
+                        f"{subject}: not accepted within {deadline_s:g} s; publish it again, nothing will be doubled"
+                    )
                 self.retries += 1
-                await self._pause(2 ** min(times_full, FULL_DOUBLINGS_MAX))
         finally:
             if times_full:
                 self._release()
@@ -264,10 +266,12 @@ class Gateway:
             self._held_s += held_s
             self._probe.released(held_s)
 
-    async def _pause(self, times: int) -> None:
-        # While the client reconnects, requests would pile up in its buffer.
+    async def _pause(self, times: int, give_up_s: float) -> None:
+        """Returns when the next try may help, or the monotonic clock shows `give_up_s`."""
         while True:
             low_s, high_s = ACCEPT_PAUSE_MIN.s, ACCEPT_PAUSE_MAX.s
-            await asyncio.sleep(times * (low_s + (high_s - low_s) * self._jitter()))
-            if self.client.is_connected or self.client.is_closed:
+            pause_s = times * (low_s + (high_s - low_s) * self._jitter())
+            await asyncio.sleep(min(pause_s, give_up_s - time.monotonic()))
+            # While the client reconnects, requests would pile up in its buffer.
+            if self.client.is_connected or self.client.is_closed or time.monotonic() >= give_up_s:
                 return

@@ -250,6 +250,16 @@ async def test_without_a_stream_a_gateway_tries_until_its_deadline(client: Clien
         await LinePublisher(Gateway(client), deadline_s=0.3).run(lines_of(made_up(50)))
 
 
+async def test_a_deadline_holds_while_no_server_is_there(server: EmbeddedCluster, client: Client) -> None:
+    await make_stream(client)
+    gateway = Gateway(client, timeout_s=0.2)
+    await gateway.publish(b"{}", "a", str(UUID(int=1)), "id-0")
+    await server.nodes[0].kill()
+    async with asyncio.timeout(20):
+        with pytest.raises(ClusterUnavailableError, match="nothing will be doubled"):
+            await gateway.publish(b"{}", "a", str(UUID(int=1)), "id-1", deadline_s=1.0)
+
+
 async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> None:
     await client.jetstream().add_stream(name="OTHER", subjects=["fi.events.>"])
     with pytest.raises(TopologyError, match="fictl cluster plan"):

@@ -110,7 +110,7 @@ async def test_a_publish_without_servers_says_what_to_do_next(
 ) -> None:
     lines = tmp_path / "events.ndjson"
     lines.write_text("\n".join(json.dumps(event) for event in islice(consultations(1, 20_000), 20_000)))
-    deadline = ("--deadline", "1") if how == "deadline" else ()
+    deadline = ("--deadline", "3") if how == "deadline" else ()
     async with fictl(server, "publish", lines, "--rate", "500", *deadline) as running:
         await until(lambda: has_events(server), "it publishes")
         await server.nodes[0].kill()
