@@ -2,8 +2,9 @@
 
 Always true: a message is retried with the same `Nats-Msg-Id` until the cluster has said yes or no; of one consultation,
 at most one message is in flight. Two in flight cannot be kept in order: when the first is refused by a full stream or
-lost with a leader, the second may already be stored. Throughput comes from many consultations at once, and from several
-events of a consultation in one message.
+lost with a leader, the second may already be stored. For the same reason a call that is given up, of which nobody knows
+whether it is stored, takes those along that wait behind it: nothing of the consultation is tried before what its caller
+sends next. Throughput comes from many consultations at once, and from several events of a consultation in one message.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 import random
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
@@ -79,14 +81,16 @@ class _Failure(Enum):
     UNKNOWN = auto()
 
 
-class _Lane:
-    """The turn-taking of one consultation. `users` counts those who hold or await it."""
+class _Call(NamedTuple):
+    """One publish in its consultation's lane.
 
-    __slots__ = ("lock", "users")
+    Attributes:
+        message_id: of its message.
+        turn: done when it may go; it raises when a call before it was given up.
+    """
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
+    message_id: str
+    turn: asyncio.Future[None]
 
 
 def batch_id(event_ids: Sequence[str]) -> str:
@@ -127,7 +131,8 @@ class Gateway:
         self._accepted = telemetry.histogram(ACCEPTED_LATENCY, {})
         self._probe = telemetry.writer(EVENTS, publish_subject("{site}", "{consultation}"))
         self._permits = asyncio.Semaphore(in_flight)
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: defaultdict[str, deque[_Call]] = defaultdict(deque)
+        """Consultation → its calls in call order. The first is on its way."""
         self._held_s = 0.0
         self._held_since = 0.0
         self._holding = 0
@@ -155,6 +160,9 @@ class Gateway:
     ) -> Accepted:
         """Publishes one message and returns once it is accepted. Calls for one consultation take effect in call order.
 
+        Cancelled, it leaves unknown whether the message is stored, as a `ClusterUnavailableError` does. Either way
+        the calls that wait behind it for the consultation end untried, and what is published next goes first.
+
         Args:
             event_bytes: one event as JSON, or several of the consultation as NDJSON.
             site, consultation: the subject's tokens; both must be tokens (`contracts.subjects.is_token`).
@@ -167,7 +175,8 @@ class Gateway:
             RefusedError: it can never be stored, e.g. it is too large.
             TopologyError: the subject is another stream's.
             ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
-                Publish it again with the same id before anything else of its consultation.
+                Publish it again with the same id before anything else of its consultation. Or a call before it ended
+                so, or in any way but accepted or refused: it was not tried. Publish that one first, and then this.
             AccessDeniedError: the connection's user may not publish there; it is not stored by this try.
         """
         if len(event_bytes) > self.message_bytes_max:
@@ -178,17 +187,33 @@ class Gateway:
             headers[HEADER_TRACEPARENT] = traceparent
         if first_seen:
             headers[HEADER_FIRST_SEEN] = first_seen
-        lane = self._lanes.get(consultation)
-        if lane is None:
-            lane = self._lanes[consultation] = _Lane()
-        lane.users += 1
+        call = _Call(event_id, asyncio.get_running_loop().create_future())
+        lane = self._lanes[consultation]
+        lane.append(call)
+        if len(lane) == 1:
+            call.turn.set_result(None)
         try:
-            async with lane.lock, self._permits:
+            await call.turn
+            async with self._permits:
                 return await self._send(subject, event_bytes, headers, deadline_s)
+        except RefusedError:
+            raise
+        except BaseException:
+            _end_those_behind(call, lane, consultation)
+            raise
         finally:
-            lane.users -= 1
-            if not lane.users:
-                del self._lanes[consultation]
+            self._leave(call, lane, consultation)
+
+    def _leave(self, call: _Call, lane: deque[_Call], consultation: str) -> None:
+        """The call is over, or was ended by one before it: then it is in the lane no more."""
+        if call not in lane:
+            return
+        lane.remove(call)
+        if not lane:
+            del self._lanes[consultation]
+        # One that was cancelled ends those behind it when it gets to know of that.
+        elif not lane[0].turn.done():
+            lane[0].turn.set_result(None)
 
     async def _send(self, subject: str, body: bytes, headers: dict[str, str], deadline_s: float | None) -> Accepted:
         sent_ns, start_ns = time.time_ns(), time.perf_counter_ns()
@@ -275,3 +300,18 @@ class Gateway:
             # While the client reconnects, requests would pile up in its buffer.
             if self.client.is_connected or self.client.is_closed or time.monotonic() >= give_up_s:
                 return
+
+
+def _end_those_behind(call: _Call, lane: deque[_Call], consultation: str) -> None:
+    """Whether `call` is stored is unknown: it will be published again, and those behind it must not come before it."""
+    if call not in lane:
+        return
+    while lane[-1] is not call:
+        waiting = lane.pop()
+        if not waiting.turn.done():
+            waiting.turn.set_exception(
+                ClusterUnavailableError(
+                    f"consultation {consultation}: message {waiting.message_id} was not tried, because "
+                    f"{call.message_id} before it may not be stored; publish that one again, then this"
+                )
+            )

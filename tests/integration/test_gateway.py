@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nats.errors import TimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import StorageType, StreamConfig
 
-from cluster.gateway import Gateway, RefusedError, batch_id
+from cluster.gateway import Accepted, Gateway, RefusedError, batch_id
 from cluster.nodes import EmbeddedCluster
 from cluster.publish import LinePublisher, PublishReport
 from cluster.testing.waiting import until
@@ -102,6 +102,27 @@ async def test_calls_for_one_consultation_take_effect_in_call_order(client: Clie
     assert [answer.origin for answer in accepted] == list(range(1, 201))
     assert all(answer.latency_ns > 0 for answer in accepted)
     assert [event["event_id"] for event in await stored(jetstream)] == [str(i) for i in range(200)]
+
+
+async def test_order_holds_when_a_call_gives_up_with_others_behind_it(client: Client) -> None:
+    jetstream = await make_stream(client, max_bytes=2000)
+    gateway = Gateway(client)
+    await gateway.publish(b"{}" + b" " * 1200, "a", str(UUID(int=9)), "filler")
+
+    def publish(number: int) -> Coroutine[Any, Any, Accepted]:
+        return gateway.publish(b"%d" % number + b" " * 600, "a", str(UUID(int=1)), f"id-{number}", deadline_s=0.5)
+
+    calls = [asyncio.create_task(publish(number)) for number in (1, 2, 3)]
+    with pytest.raises(ClusterUnavailableError, match="publish it again"):
+        await calls[0]
+    await jetstream.update_stream((await jetstream.stream_info(EVENTS)).config.evolve(max_bytes=10**6))
+    for number in (1, 2, 3):
+        await publish(number)
+    for call, number in zip(calls[1:], (2, 3), strict=True):
+        with pytest.raises(ClusterUnavailableError, match=f"message id-{number} was not tried, because id-1 before it"):
+            await call
+    assert (await stored(jetstream))[1:] == [1, 2, 3]
+    assert not gateway._lanes
 
 
 async def test_the_same_file_twice_adds_nothing_also_where_events_have_no_ids(client: Client) -> None:
