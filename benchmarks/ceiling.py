@@ -13,7 +13,7 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from benchmarks.load import IN_FLIGHT, Message, Pipeline
 from stages.runtime.client import GuardedClient
-from stages.runtime.writer import decode_pub_answer
+from stages.runtime.writer import read_pub_answer
 
 STREAM = "BENCH_CEILING"
 SUBJECTS = "bench.ceiling.*"
@@ -59,13 +59,14 @@ def by_request(pipeline: Pipeline, *, ids: bool = True) -> Publish:
     """Publishes over the gateways' connections, with message ids or without."""
 
     async def publish(message: Message) -> None:
+        subject = subject_of(message.consultation)
         reply = await pipeline.gateway(message).client.request(
-            subject_of(message.consultation),
+            subject,
             message.data,
             timeout=ANSWER_S,
             headers={"Nats-Msg-Id": message.message_id} if ids else None,
         )
-        answer = decode_pub_answer(reply.data)
+        answer = read_pub_answer(reply.data, STREAM, subject)
         if answer.error is not None:
             raise RuntimeError(f"the ceiling stream refused: {answer.error}")
 

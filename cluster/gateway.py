@@ -20,7 +20,6 @@ from enum import Enum, auto
 from typing import NamedTuple
 from uuid import UUID, uuid5
 
-import msgspec
 from nats.errors import ConnectionClosedError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
@@ -39,7 +38,7 @@ from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import ApiError
 from stages.runtime.client import GuardedClient
 from stages.runtime.telemetry import OFF, Telemetry
-from stages.runtime.writer import BAD_REQUEST, NEVER, STREAM_FULL, PubAnswer, decode_pub_answer, error_type
+from stages.runtime.writer import BAD_REQUEST, NEVER, STREAM_FULL, PubAnswer, error_type, read_pub_answer
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +172,7 @@ class Gateway:
 
         Raises:
             RefusedError: it can never be stored, e.g. it is too large.
-            TopologyError: the subject is another stream's.
+            TopologyError: the subject is another stream's, or something else than a stream answers there.
             ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
                 Publish it again with the same id before anything else of its consultation. Or a call before it ended
                 so, or in any way but accepted or refused: it was not tried. Publish that one first, and then this.
@@ -260,10 +259,7 @@ class Gateway:
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: to be published again: %r", subject, error)
             return _Failure.UNKNOWN
-        try:
-            answer = decode_pub_answer(reply.data)
-        except msgspec.MsgspecError:
-            raise TopologyError(f"{subject}: something else than a stream answers; see `fictl cluster plan`") from None
+        answer = read_pub_answer(reply.data, EVENTS, subject)
         self._probe.sent(begun_s, error_type(answer.error))
         return answer if answer.error is None else self._judge(subject, answer.error)
 

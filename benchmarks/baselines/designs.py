@@ -30,7 +30,7 @@ from contracts.subjects import STAGES, Stage
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.tasks import end_tasks
-from stages.runtime.writer import decode_pub_answer
+from stages.runtime.writer import read_pub_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 REDIS_CONNECTIONS = 64
@@ -128,12 +128,14 @@ async def _open_jetstream(design: str, ground: Ground) -> AsyncIterator[Rig]:
         processes = [_process(design, stage, ground.urls, ground.directory, arrivals.port) for stage in STAGES]
         await _start(stack, processes)
 
+        first_stream = jetstream.STREAMS[STAGES[0]]
+
         async def send(message: Message) -> None:
             client = clients[hash(message.consultation) % len(clients)]
             subject = jetstream.first_subject(message.site, message.consultation)
             headers = {"Nats-Msg-Id": message.message_id}
             reply = await client.request(subject, message.data, timeout=PUBLISH_S, headers=headers)
-            answer = decode_pub_answer(reply.data)
+            answer = read_pub_answer(reply.data, first_stream, subject)
             if answer.error is not None:
                 raise ProcessError(f"{subject} was refused: {answer.error}")
 

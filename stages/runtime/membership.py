@@ -41,7 +41,7 @@ from stages.runtime.health import Check
 from stages.runtime.lanes import LaneSet
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import side_by_side
-from stages.runtime.writer import decode_pub_answer
+from stages.runtime.writer import read_pub_answer
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,11 @@ class Membership:
         except NatsError as error:
             self._unsaid = repr(error)
             return False
-        answer = decode_pub_answer(reply.data)
+        try:
+            answer = read_pub_answer(reply.data, MEMBERS, self._subject)
+        except TopologyError as error:
+            self._unsaid = str(error)
+            return False
         self._unsaid = "" if answer.error is None else str(answer.error)
         return answer.error is None
 

@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 
 from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, TopologyError
 from contracts.telemetry import HEADER_EXPECTED_LAST_SUBJECT_SEQ, HEADER_EXPECTED_STREAM, HEADER_MSG_ID
+from contracts.wire import UNREADABLE
 from stages.runtime.answers import why_silent
 from stages.runtime.api import NOT_NOW, Api, ApiError
 from stages.runtime.messages import StoredMessage
@@ -39,14 +40,32 @@ _LAST_SEQ = re.compile(r"wrong last sequence: (\d+)")
 
 
 class PubAnswer(msgspec.Struct, frozen=True):
-    """What a stream answers a publish."""
+    """What a stream answers a publish: stored at `seq`, from 1 on, or `error`."""
 
+    stream: str = ""
     seq: int = 0
     duplicate: bool = False
     error: ApiError | None = None
 
 
-decode_pub_answer = msgspec.json.Decoder(PubAnswer).decode
+_decode_pub_answer = msgspec.json.Decoder(PubAnswer).decode
+
+
+def read_pub_answer(data: bytes, stream: str, subject: str) -> PubAnswer:
+    """What `stream` answered a publish to `subject`.
+
+    Raises:
+        TopologyError: somebody else answers there. Whether the stream stored the message besides is unknown.
+    """
+    try:
+        answer = _decode_pub_answer(data)
+    except UNREADABLE:
+        answer = PubAnswer()
+    if answer.error is None and (answer.seq < 1 or answer.stream != stream):
+        raise TopologyError(
+            f"{subject}: something else than {stream} answers; end what subscribes there, and see `fictl cluster plan`"
+        )
+    return answer
 
 
 def error_type(error: ApiError | None) -> str:
@@ -132,7 +151,7 @@ class FencedWriter:
 
         Raises:
             FencedError: the subject's last message is not the one this writer knows.
-            TopologyError: the subject belongs to another stream.
+            TopologyError: the subject belongs to another stream, or something else than a stream answers there.
             DefiniteError: it can never be stored, e.g. too large.
             ClusterUnavailableError: the connection was closed, or as `Api.end_if_denied`.
         """
@@ -174,7 +193,7 @@ class FencedWriter:
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
-        answer = decode_pub_answer(reply.data)
+        answer = read_pub_answer(reply.data, self._stream, self._subject)
         if _says_something(answer.error):
             self._gate.answered()
         else:

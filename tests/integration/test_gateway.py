@@ -287,6 +287,25 @@ async def test_a_subject_that_another_stream_stores_is_told(client: Client) -> N
         await Gateway(client).publish(b"{}", "a", str(UUID(int=1)), "id")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [b'{"ok":true}', b'{"stream":"FI_EVENTS"}', b'{"stream":"OTHER","seq":1}', b'{"stream":"\xff"}', b"yes"],
+    ids=["no acknowledgement", "no sequence", "another stream", "no text", "no JSON"],
+)
+async def test_an_answer_that_is_not_the_streams_is_no_acceptance(
+    server: EmbeddedCluster, client: Client, answer: bytes
+) -> None:
+    async def respond(message: Msg) -> None:
+        await message.respond(answer)
+
+    other = await connect(server.urls, "other")
+    await other.subscribe("fi.events.>", cb=respond)
+    await other.flush()
+    with pytest.raises(TopologyError, match="something else than FI_EVENTS answers"):
+        await Gateway(client).publish(b"{}", "a", str(UUID(int=1)), "id", deadline_s=10)
+    await other.close()
+
+
 async def test_a_rate_is_kept(client: Client) -> None:
     await make_stream(client)
     report: PublishReport = await LinePublisher(Gateway(client), rate_per_s=200).run(lines_of(made_up(100)))

@@ -19,7 +19,7 @@ from pipeline import Load, Pipeline, running, settings, under_load, until, workl
 
 from contracts.events import MESSAGE_BYTES_MAX
 from contracts.frames import Frame, encode_frame
-from contracts.subjects import HOPS, publish_subject
+from contracts.subjects import EVENTS, HOPS, publish_subject
 from contracts.telemetry import (
     DEAD_INDEX,
     DEAD_ORIGIN,
@@ -30,7 +30,7 @@ from contracts.telemetry import (
 )
 from stages.ingest.actor import IngestCore
 from stages.runtime.messages import StoredMessage
-from stages.runtime.writer import decode_pub_answer
+from stages.runtime.writer import read_pub_answer
 from tests.hostile.fuzz.corpus import files_of
 from tests.hostile.fuzz.mutate import mutate
 from tests.hostile.fuzz.readers import CONSULTATION, SITE
@@ -88,11 +88,10 @@ async def send(pipeline: Pipeline, bodies: list[tuple[str, bytes]]) -> list[Sent
 
     async def one(number: int, consultation: str, body: bytes) -> Sent:
         headers = HEADERS[number % len(HEADERS)]
+        subject = publish_subject(SITE, consultation)
         async with limit:
-            reply = await pipeline.client.request(
-                publish_subject(SITE, consultation), body, timeout=30, headers=dict(headers) or None
-            )
-        answer = decode_pub_answer(reply.data)
+            reply = await pipeline.client.request(subject, body, timeout=30, headers=dict(headers) or None)
+        answer = read_pub_answer(reply.data, EVENTS, subject)
         assert answer.error is None, answer
         stored = StoredMessage(f"fi.raw.0.{SITE}.{consultation}", answer.seq, 1, body, dict(headers))
         step = IngestCore().step(stored, 0, 1)

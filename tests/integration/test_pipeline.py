@@ -24,7 +24,7 @@ from contracts.settings import MIB
 from contracts.subjects import EVENTS, HASH, HOPS, STREAMS, partition_of
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN, DEAD_REASON, DEAD_STAGE, DEAD_SUBJECT, HEADER_TRACEPARENT
 from stages.persist.store import EventStore
-from stages.runtime.writer import decode_pub_answer
+from stages.runtime.writer import read_pub_answer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -272,8 +272,9 @@ async def test_what_can_be_refused_at_once_is_refused_when_published(pipeline: P
     large = json.dumps(event(consultation, 3, payload={"x": "y" * (2 * MIB)})).encode()
     with pytest.raises(RefusedError, match="too large"):
         await Gateway(pipeline.client).publish(large, "clinic-1", consultation, "x")
-    answer = await pipeline.client.request(f"fi.events.clinic-1.{consultation}", large, timeout=30)
-    refused = decode_pub_answer(answer.data).error
+    subject = f"fi.events.clinic-1.{consultation}"
+    answer = await pipeline.client.request(subject, large, timeout=30)
+    refused = read_pub_answer(answer.data, EVENTS, subject).error
     assert refused is not None
     assert "exceeds" in refused.description
     assert (await pipeline.client.jetstream().stream_info(EVENTS)).state.last_seq == last

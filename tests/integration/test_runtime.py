@@ -11,10 +11,11 @@ from uuid import UUID
 import msgspec
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from cluster.apply import apply
 from cluster.testing.waiting import until
-from contracts.errors import DefiniteError, FencedError
+from contracts.errors import DefiniteError, FencedError, TopologyError
 from contracts.frames import FRAME_BYTES_MAX, Frame, decode_frame, decode_frame_head, encode_frame, held_bytes
 from contracts.hashing import EMPTY_ROOT
 from contracts.receipts import Receipt, encode_receipt
@@ -151,6 +152,15 @@ async def test_a_message_no_server_takes_is_a_definite_failure(client: Client) -
         await FencedWriter(api, SEGMENT, SUBJECT, "nonce").publish(b"x" * (client.max_payload + 1), "1")
     with pytest.raises(DefiniteError, match="refused for good"):
         await FencedWriter(api, "FI_HASH", SUBJECT, "nonce").publish(b"x", "1")
+
+
+async def test_an_answer_that_is_not_the_streams_is_no_acceptance(client: Client) -> None:
+    async def respond(message: Msg) -> None:
+        await message.respond(b'{"ok":true}')
+
+    await client.subscribe(SUBJECT, cb=respond)
+    with pytest.raises(TopologyError, match=f"something else than {SEGMENT} answers"):
+        await FencedWriter(Api(client, Settings()), SEGMENT, SUBJECT, "nonce").publish(b"x", "1")
 
 
 class Following:

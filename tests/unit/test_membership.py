@@ -9,10 +9,15 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nats.aio.msg import Msg
 
 from contracts.errors import WireFormatError
 from contracts.membership import Member, assign, decode_member, encode_member, shares
+from contracts.settings import Settings
 from contracts.subjects import member_subject, members_pattern
+from stages.runtime.api import Api
+from stages.runtime.lanes import LaneSet
+from stages.runtime.membership import Membership
 
 NAMES = st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=9, unique=True)
 
@@ -128,3 +133,19 @@ def test_host_names_become_single_tokens_of_a_key() -> None:
     subject = member_subject("hash", "web1.clinic.mx", "hash 0")
     assert subject == "$KV.FI_MEMBERS.member.hash.web1_clinic_mx.hash_0"
     assert subject.count(".") == members_pattern("hash").count(".")
+
+
+class Stranger:
+    """A connection whose server's bucket is silent, while something else answers for it."""
+
+    async def request(self, subject: str, payload: bytes, **_: object) -> Msg:
+        return Msg(_client=None, data=b'{"ok":true}')  # type: ignore[arg-type]
+
+
+async def test_an_announcement_that_something_else_answered_does_not_count_as_said() -> None:
+    api = Api(Stranger(), Settings())  # type: ignore[arg-type]
+    me = member("a")
+    lanes = LaneSet(None, lambda: None)  # type: ignore[arg-type]
+    membership = Membership(api, me, 1, lanes, lambda: None, lambda told: told)
+    assert not await membership._put(encode_member(me), {})
+    assert "something else than KV_FI_MEMBERS answers" in membership._unsaid
