@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Raw
 
 from contracts.errors import InvalidEventError
-from contracts.events import JSON_SPACE, MESSAGE_BYTES_MAX
+from contracts.events import BODY_BYTES_MAX, JSON_SPACE
 from contracts.wire import UNREADABLE
 from stages.ingest.core import parse_message
 
@@ -80,8 +80,7 @@ class LineChecker:
         text = raw.strip(JSON_SPACE)
         if not text:
             return None
-        if len(text) > MESSAGE_BYTES_MAX:
-            raise InvalidEventError("message.too_large", "", f"more than {MESSAGE_BYTES_MAX} bytes in one line")
+        _check_size(text)
         try:
             peek = _decode_peek(text)
         except UNREADABLE:
@@ -92,6 +91,7 @@ class LineChecker:
             raise InvalidEventError("site.missing", "metadata.site_id", "not given; name the site with --site")
         event_id = peek.event_id or self._derive_id(text)
         data = text if peek.event_id else _with_id(text, event_id)
+        _check_size(data)
         return Line(number, site, peek.consultation_id.lower(), event_id.lower(), data)
 
     def _site_of(self, peek: _Peek) -> str | None:
@@ -120,12 +120,19 @@ class LineChecker:
         return str(uuid5(_ID_NAMESPACE, f"{digest.hex()}/{earlier}"))
 
 
+def _check_size(event: bytes) -> None:
+    if len(event) > BODY_BYTES_MAX:
+        raise InvalidEventError(
+            "message.too_large", "", f"more than {BODY_BYTES_MAX} bytes in one line with its event_id"
+        )
+
+
 def _with_id(text: bytes, event_id: str) -> bytes:
     fields: dict[str, Any] = {**_decode_fields(text), "event_id": event_id}
     return msgspec.json.encode(fields)
 
 
-async def read_lines(descriptor: int, *, line_bytes_max: int = MESSAGE_BYTES_MAX + 1) -> AsyncIterator[bytes]:
+async def read_lines(descriptor: int, *, line_bytes_max: int = BODY_BYTES_MAX + 1) -> AsyncIterator[bytes]:
     """The lines of an open file, pipe or terminal, without their line ends, as they come.
 
     A line longer than `line_bytes_max` is cut to that, which keeps memory bounded and still shows that it is too long.

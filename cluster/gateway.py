@@ -25,7 +25,7 @@ from nats.errors import Error as NatsError
 
 from contracts.budgets import ACCEPT, ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
-from contracts.events import MESSAGE_BYTES_MAX
+from contracts.events import HEADERS_BYTES, MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, publish_subject
 from contracts.telemetry import (
     ACCEPTED_LATENCY,
@@ -48,8 +48,6 @@ FULL_DOUBLINGS_MAX = 3
 
 _BATCH_NAMESPACE = UUID("0d7a3d9e-5a0f-5c1b-8a55-6d2a2f6d7c10")
 _WRONG_STREAM = 10060
-_HEADER_BYTES = 512
-"""Room for the headers of a message: they count as part of it."""
 
 
 class Accepted(NamedTuple):
@@ -144,7 +142,7 @@ class Gateway:
     @property
     def message_bytes_max(self) -> int:
         """Largest body the connected server and `FI_EVENTS` take."""
-        return min(MESSAGE_BYTES_MAX, self.client.max_payload) - _HEADER_BYTES
+        return min(MESSAGE_BYTES_MAX, self.client.max_payload) - HEADERS_BYTES
 
     async def publish(
         self,

@@ -23,7 +23,11 @@ from contracts.wire import UNREADABLE, Count, Id, Sequence, TimeNs
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
 MESSAGE_BYTES_MAX = 2 * 1024 * 1024
-"""Largest message `FI_EVENTS` takes: several events of one consultation may share one."""
+"""Largest message `FI_EVENTS` takes, with its headers: several events of one consultation may share one."""
+HEADERS_BYTES = 512
+"""Room for a message's headers: those of a replay too, which has more of them than the message had at first."""
+BODY_BYTES_MAX = MESSAGE_BYTES_MAX - HEADERS_BYTES
+"""Largest body a gateway may publish."""
 PAYLOAD_DEPTH_MAX = 64
 NESTING_MAX = 500
 """What is nested deeper is not read at all. No interpreter gives up on less."""
@@ -316,6 +320,7 @@ def gateway_schema() -> dict[str, Any]:
         "x-limits": {
             "payload_bytes_max": PAYLOAD_BYTES_MAX,
             "payload_depth_max": PAYLOAD_DEPTH_MAX,
+            "body_bytes_max": BODY_BYTES_MAX,
             "message_bytes_max": MESSAGE_BYTES_MAX,
             "message_bytes_hold": "body and headers",
             "numbers": "no NaN or infinity",

@@ -24,7 +24,7 @@ from cluster.publish import LinePublisher, PublishReport
 from cluster.testing.waiting import until
 from cluster.workload import consultations
 from contracts.errors import ClusterUnavailableError, TopologyError
-from contracts.events import MESSAGE_BYTES_MAX
+from contracts.events import BODY_BYTES_MAX, MESSAGE_BYTES_MAX
 from contracts.letters import FirstSeen
 from contracts.subjects import EVENTS
 from stages.runtime.client import GuardedClient
@@ -253,11 +253,13 @@ async def test_what_the_cluster_will_never_take_is_refused_and_the_rest_goes_on(
 async def test_the_largest_message_is_taken_with_all_of_its_headers(client: Client) -> None:
     jetstream = await make_stream(client, max_msg_size=MESSAGE_BYTES_MAX)
     gateway = Gateway(client)
+    assert gateway.message_bytes_max == BODY_BYTES_MAX
     await gateway.publish(
-        b"x" * gateway.message_bytes_max,
+        b"x" * BODY_BYTES_MAX,
         "clinic-1",
         str(UUID(int=1)),
-        str(UUID(int=2)),
+        # As `dlq replay` makes it.
+        f"replay:{UUID(int=1).hex}:{2**63 - 1}:{2**63 - 1}:{UUID(int=2).hex}",
         traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         first_seen=str(FirstSeen(2**63 - 1, 2**63 - 1, 32 * 1024)),
     )

@@ -156,3 +156,4 @@ def test_the_published_schema_names_every_event_type_and_limit() -> None:
     assert event["properties"]["event_type"]["enum"] == list(EVENT_TYPES)
     assert set(event["required"]) == {"consultation_id", "event_type", "payload", "metadata"}
     assert schema["x-limits"]["payload_bytes_max"] == 1024 * 1024
+    assert schema["x-limits"]["body_bytes_max"] == 2 * 1024 * 1024 - 512

@@ -10,10 +10,11 @@ from uuid import UUID
 
 import pytest
 
-from cluster.feed import CHUNK_BYTES, LineChecker, read_lines
+from cluster.feed import CHUNK_BYTES, Line, LineChecker, read_lines
 from cluster.publish import REFUSED_KEPT_MAX, PublishReport
 from cluster.workload import consultations
 from contracts.errors import InvalidEventError
+from contracts.events import BODY_BYTES_MAX
 from stages.ingest.core import parse_message
 
 
@@ -103,6 +104,24 @@ def test_an_event_without_id_gets_the_same_one_each_time_and_equal_lines_get_dif
         assert parsed.events[0].event_id == UUID(line.event_id).bytes
         payload = parsed.events[0].payload
         assert payload in raw
+
+
+@pytest.mark.parametrize("event_id", [str(UUID(int=7)), "absent"], ids=["own id", "given id"])
+def test_a_line_may_be_as_large_as_what_a_gateway_publishes_with_its_id_and_not_a_byte_more(event_id: str) -> None:
+    def line(size_bytes: int) -> Line | None:
+        note = "x" * (size_bytes - 1_000_000)
+        metadata = {"user_id": "u", "session_id": "s", "site_id": "a", "note": note}
+        return LineChecker().check(1, an_event(event_id=event_id, metadata=metadata, payload={"a": "y" * 900_000}))
+
+    probe = line(1_100_000)
+    assert probe is not None
+    largest = 1_100_000 + BODY_BYTES_MAX - len(probe.data)
+    taken = line(largest)
+    assert taken is not None
+    assert len(taken.data) == BODY_BYTES_MAX
+    with pytest.raises(InvalidEventError, match=f"more than {BODY_BYTES_MAX} bytes") as refused:
+        line(largest + 1)
+    assert refused.value.reason == "message.too_large"
 
 
 def test_a_site_is_taken_from_the_event_before_the_option() -> None:
