@@ -27,7 +27,7 @@ from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_sh
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
-from stages.persist.seal import SealedInfo, SealJob, drop_live, seal, sealed_info
+from stages.persist.seal import SealedInfo, SealJob, drop_live, seal, sealed_info, whole_sealed
 from stages.persist.storedir import Store, disk_of
 
 log = logging.getLogger(__name__)
@@ -119,13 +119,9 @@ class PartitionFiles:
         """Where both forms are there, a damaged sealed one gives way to the live one and is sealed again."""
         for number, sealed in found.items():
             live = self._store.directory / live_name(self._partition, number)
-            if sealed.sealed and live.exists():
-                try:
-                    sealed_info(sealed.path)
-                except ShardCorruptError as error:
-                    log.warning("%s; it is sealed again from %s", error, live.name)
-                    found[number] = ShardFile(live, self._partition, number, sealed=False)
-                    self._damaged[number] = sealed.path
+            if sealed.sealed and live.exists() and whole_sealed(sealed.path) is None:
+                found[number] = ShardFile(live, self._partition, number, sealed=False)
+                self._damaged[number] = sealed.path
 
     def _take_earlier(self, files: list[ShardFile]) -> None:
         """Shards of a time before another store had the partition: their events are known, the tree went on there."""

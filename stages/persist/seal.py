@@ -6,6 +6,7 @@ records of one commit and a compressed chunk in memory. The same live rows and a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from contracts.errors import ShardCorruptError, ShardError, WireFormatError
 from contracts.events import decode_event, format_rfc3339
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.columns import COMPRESSED, DESCRIPTIONS, Array, ColumnsBuilder
-from stages.persist.files import publish_file, remove_file, sync_file, write_all_at
+from stages.persist.files import is_lost, publish_file, remove_file, sync_file, write_all_at
 from stages.persist.hdf5 import new_hdf5
 from stages.persist.header import HEADER_BYTES, Area, SealedHeader, encode_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import list_shards, sealed_name, tmp_path
 from stages.persist.rows import ROW_COLUMNS, CommitRow
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * 1024
 
@@ -134,6 +137,22 @@ def sealed_info(path: Path) -> SealedInfo:
     return SealedInfo(path, header, whole.hexdigest(), header.file_bytes)
 
 
+def whole_sealed(path: Path) -> SealedInfo | None:
+    """As `sealed_info`; None for a file that is damaged or lies on a bad sector, to be sealed again from its live form.
+
+    Raises:
+        ShardError: not a sealed shard of a known format.
+        OSError: nothing is known of it.
+    """
+    try:
+        return sealed_info(path)
+    except (ShardCorruptError, OSError) as error:
+        if isinstance(error, OSError) and not is_lost(error):
+            raise
+        log.warning("%s: %s; it is sealed again from its live form", path.name, error)
+        return None
+
+
 @dataclass(slots=True)
 class _Written:
     """What went into the file, for reading it back."""
@@ -152,9 +171,8 @@ def _span(live: LiveReader, commits: int) -> tuple[int, int]:
 
 def _already_sealed(path: Path, commits: int, frontier: MerkleFrontier) -> SealedInfo | None:
     """The sealed file at `path`; None when it is damaged (the live rows are still there to make it again)."""
-    try:
-        info = sealed_info(path)
-    except ShardCorruptError:
+    info = whole_sealed(path)
+    if info is None:
         return None
     header = info.header
     if (header.commits, header.tree_size_before, header.frontier_before) != (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -15,10 +18,11 @@ from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
 from contracts.settings import MIB, Settings
+from stages.persist import seal
 from stages.persist.audit import in_force
 from stages.persist.header import HEADER_BYTES, read_live_header
 from stages.persist.live import open_live
-from stages.persist.names import list_shards
+from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
 from stages.persist.rewind import (
     ASIDE,
@@ -30,6 +34,7 @@ from stages.persist.rewind import (
     set_aside,
 )
 from stages.persist.rows import ROW_BYTES
+from stages.persist.seal import SealedInfo
 from stages.persist.store import EventStore
 from stages.persist.storedir import Store
 from stages.persist.verify import verify_store
@@ -220,3 +225,38 @@ def test_the_memory_of_commits_follows_from_the_stored_events(tmp_path: Path) ->
                 closed.note(stored.event)
     assert last.resume is not msgspec.UNSET
     assert last.resume.closed == closed.packed != b""
+
+
+@pytest.fixture
+def unreadable_sealed_form(maker: Witnessed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of shard 3, beside its live form."""
+    info = seal.seal(path_of(maker, 3), commits=3, frontier=maker.frontier, sealed_ns=NOW_NS)
+    inode, real = info.path.stat().st_ino, seal.sealed_info
+
+    def sealed_info(path: Path) -> SealedInfo:
+        if path.stat().st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(seal, "sealed_info", sealed_info)
+    # No other file shall have its inode.
+    os.link(info.path, tmp_path / "held")
+    return info.path
+
+
+def test_a_sealed_form_on_a_bad_sector_gives_way_to_the_live_one_and_is_sealed_again(
+    maker: Witnessed, unreadable_sealed_form: Path
+) -> None:
+    settings = Settings(shard_bytes=MIB)
+    with closing(PartitionFiles.open(maker.store, PARTITION, maker.receipts[-1], settings, lambda: NOW_NS)) as files:
+        (job,) = files.to_seal
+        files.finish_seal(job, files.seal(job))
+    assert seal.sealed_info(unreadable_sealed_form).header.commits == 3
+
+
+def test_sealing_writes_again_what_lies_on_a_bad_sector(maker: Witnessed, unreadable_sealed_form: Path) -> None:
+    info = seal.seal(
+        unreadable_sealed_form.with_name(live_name(PARTITION, 3)), commits=3, frontier=maker.frontier, sealed_ns=NOW_NS
+    )
+    assert info.path == unreadable_sealed_form
+    assert seal.sealed_info(info.path).header.commits == 3
