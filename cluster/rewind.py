@@ -24,10 +24,11 @@ from contracts.errors import ClusterUnavailableError, FencedError, NotOursError,
 from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
+from stages.persist.aside import given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
 from stages.persist.lost import last_place
-from stages.persist.names import FIRST_SHARD, list_shards, lock_name
-from stages.persist.rewind import Damage, Place, begin_at, given_up, last_good_place, place_after_seals, set_aside
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, lock_name
+from stages.persist.rewind import Damage, Place, begin_at, last_good_place, place_after_seals
 from stages.persist.storedir import Store, disk_of, lock_partition
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
@@ -127,14 +128,14 @@ class Rewinder:
             first = last.ends.get(self._store.store_id, _NOTHING).first
             end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
-                aside = await asyncio.to_thread(given_up, self._store, partition, end)
+                aside = await asyncio.to_thread(given_up, self._store, partition, end, unseen=damage is not None)
             if damage is None and not aside:
                 return None
-            why = "files of a rebuild that was interrupted" if damage is None else damage.why
+            why = "files that were given up before are still there" if damage is None else damage.why
             await self._check_retained(partition, place, records, damage)
             if not dry_run:
-                await self._go_back(last, records.last_seq, place, end)
-            return self._told(last, place, why, tuple(file.path.name for file in aside))
+                await self._go_back(last, records.last_seq, place, end, aside)
+            return self._told(last, place, why, aside)
 
     async def move(self, partition: int, *, dry_run: bool = False) -> Rewind:
         """Lets this store take a partition over, from after its last sealed shard; whoever owned it is fenced off.
@@ -190,14 +191,14 @@ class Rewinder:
                 )
             end = StoreEnd(shard=place.shard, commits=place.commits)
             with disk_of(store):
-                aside = await asyncio.to_thread(given_up, store, partition, end)
+                aside = await asyncio.to_thread(given_up, store, partition, end, unseen=True)
             await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
             if not dry_run:
-                await self._go_back(lost, records.last_seq, place, end)
+                await self._go_back(lost, records.last_seq, place, end, aside)
             why = "its receipts were lost" if damage is None else damage.why
             reached = msgspec.structs.replace(lost, origin=place.origin, persisted=place.tree.size)
-            return self._told(reached, place, why, tuple(file.path.name for file in aside))
+            return self._told(reached, place, why, aside)
 
     async def _move(self, partition: int, dry_run: bool) -> Rewind:
         records = await self._records(partition)
@@ -213,8 +214,8 @@ class Rewinder:
             aside = await asyncio.to_thread(given_up, self._store, partition, end)
         await self._check_retained(partition, place, records, None)
         if not dry_run:
-            await self._go_back(last, records.last_seq, place, end)
-        return self._told(last, place, "", tuple(file.path.name for file in aside))
+            await self._go_back(last, records.last_seq, place, end, aside)
+        return self._told(last, place, "", aside)
 
     async def _records(self, partition: int) -> _Records:
         rows, last_seq = await read_partition(self._api, partition)
@@ -227,7 +228,7 @@ class Rewinder:
                 f"{self._store.directory}: is of cluster {self._store.cluster_id}, the servers are of {last.cluster}"
             )
 
-    def _told(self, last: Receipt, place: Place, why: str, aside: tuple[str, ...]) -> Rewind:
+    def _told(self, last: Receipt, place: Place, why: str, aside: Sequence[ShardFile]) -> Rewind:
         return Rewind(
             partition=last.partition,
             from_store=last.store,
@@ -239,7 +240,7 @@ class Rewinder:
             events=place.tree.size,
             shard=place.shard,
             why=why,
-            aside=aside,
+            aside=tuple(file.path.name for file in aside),
         )
 
     async def _check_retained(self, partition: int, place: Place, records: _Records, damage: Damage | None) -> None:
@@ -262,8 +263,17 @@ class Rewinder:
                 f"Restore the files of the store from a copy{'' if damage is None else f' ({damage.why})'}"
             )
 
-    async def _go_back(self, last: Receipt, last_seq: int, place: Place, end: StoreEnd) -> None:
+    async def _go_back(
+        self, last: Receipt, last_seq: int, place: Place, end: StoreEnd, aside: Sequence[ShardFile]
+    ) -> None:
+        """Publishes the takeover to `place`, takes the files back to it, and empties the hop streams.
+
+        If the process dies or the power fails here: before the receipt nothing is changed; after it `rebuild` finds
+        what is left to do, and persist refuses the files until then.
+        """
         store = self._store
+        with disk_of(store):
+            await asyncio.to_thread(prepare_aside, store, aside, end)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
             owner = last.ends.get(last.store, _NOTHING)
@@ -293,13 +303,13 @@ class Rewinder:
         writer.expected_seq = last_seq
         await writer.publish(encode_receipt(receipt), f"rewind/{place.origin}")
         with disk_of(store):
-            await asyncio.to_thread(self._take_files_back, last.partition, place, end)
+            await asyncio.to_thread(self._take_files_back, last.partition, place, end, aside)
         for stage in STAGES:
             if INPUT_STREAM[stage] in HOPS:
                 await self._api.purge(INPUT_STREAM[stage], input_filter(stage, last.partition))
 
-    def _take_files_back(self, partition: int, place: Place, end: StoreEnd) -> None:
-        set_aside(self._store, partition, end, self._clock_ns())
+    def _take_files_back(self, partition: int, place: Place, end: StoreEnd, aside: Sequence[ShardFile]) -> None:
+        set_aside(self._store, aside, end, self._clock_ns())
         if end.shard == end.first != FIRST_SHARD and not end.commits:
             begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
 

@@ -91,7 +91,7 @@ def rebuild(
     Reads every shard and holds it against the receipts and seal records. From the first damage on everything is made
     again from FI_EVENTS, by the running stages; the old files are moved aside, into the store's `superseded`. FI_EVENTS
     holds what is not sealed, the newest sealed shards (FI_SEALED_KEPT) and, while it is at most half full, those that
-    `fictl backup` has not copied: what is older must come from a copy.
+    `fictl backup` has not copied: what is older must come from a copy. One that was interrupted is to be run again.
 
     A partition that persist is working on is passed over, or refused when it was named; one whose damage persist has
     found is free. Exits 1 if something cannot be rebuilt, or if partitions were passed over and nothing was rebuilt.

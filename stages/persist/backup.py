@@ -21,6 +21,7 @@ import msgspec
 from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup, encode_last_backup
 from contracts.errors import NotOursError, ShardCorruptError, ShardError, WireFormatError
 from contracts.events import format_rfc3339
+from stages.persist.aside import ASIDE, move_aside
 from stages.persist.files import (
     SYNC_EVERY_BYTES,
     is_lost,
@@ -33,7 +34,6 @@ from stages.persist.files import (
 from stages.persist.header import HEADER_BYTES, read_sealed_header
 from stages.persist.names import ShardFile, list_shards, tmp_path
 from stages.persist.records import record_path
-from stages.persist.rewind import ASIDE, move_aside
 from stages.persist.store import find_store
 from stages.persist.storedir import STORE_FILE, make_directory, read_store
 

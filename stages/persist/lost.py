@@ -19,7 +19,6 @@ from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, ResumePoint, first_receipt
 from contracts.rules import CLOSED_REMEMBERED_MAX
 from contracts.subjects import RECEIPTS
-from stages.persist.files import is_lost
 from stages.persist.header import read_live_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import FIRST_SHARD, ShardFile
@@ -93,9 +92,7 @@ def last_place(files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
             is_full = file is not files[-1]
             place = _after_sealed(place, file) if file.sealed else _after_live(place, file, is_full)
         except (ShardError, OSError) as error:
-            if isinstance(error, OSError) and not is_lost(error):
-                raise
-            return place, Damage(file.shard, file.path, str(error))
+            return place, Damage.by(file, error)
     return place, None
 
 

@@ -13,7 +13,7 @@ from contracts.errors import FencedError, NotOursError
 from contracts.receipts import Receipt, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject
-from stages.persist.rewind import given_up, set_aside
+from stages.persist.aside import given_up, prepare_aside, set_aside
 from stages.persist.storedir import Store, disk_of, lock_partition
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
@@ -67,13 +67,17 @@ async def let_go(
     """
     partition = last.partition
     end = last.ends.get(store.store_id)
+    if end is None:
+        return
     with disk_of(store):
-        if end is None or not await run_blocking(given_up, store, partition, end):
+        files = await run_blocking(given_up, store, partition, end)
+        if not files:
             return
     witness = signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
     await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
     with disk_of(store):
-        moved = await run_blocking(set_aside, store, partition, end, clock_ns())
+        await run_blocking(prepare_aside, store, files, end)
+        moved = await run_blocking(set_aside, store, files, end, clock_ns())
     for path in moved:
         log.warning(
             "persist partition %d: store %s has it now and made its end again; given up: %s",

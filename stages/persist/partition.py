@@ -17,6 +17,7 @@ from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
+from stages.persist.aside import ASIDE, move_aside
 from stages.persist.capacity import create_shard
 from stages.persist.core import Group, count_settled
 from stages.persist.files import publish_file, remove_file
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
+
+_OLDER = (
+    "run `fictl rebuild` if one was interrupted; else the cluster's receipts are older than the store, see `fictl "
+    "partitions restore --help`"
+)
 
 
 class PartitionFiles:
@@ -110,7 +116,7 @@ class PartitionFiles:
             raise ShardCorruptError(
                 f"{self._store.directory}: partition {self._partition} holds {self.frontier.size} events with root "
                 f"{self.frontier.root().hex()[:16]}…, its last receipt says {receipt.persisted} with "
-                f"{receipt.root[:16]}…; run `fictl verify {self._store.directory}` and restore the damaged shard"
+                f"{receipt.root[:16]}…; run `fictl verify {self._store.directory}`; rebuild or restore what is damaged"
             )
         for damaged in self._damaged.values():
             remove_file(damaged)
@@ -189,10 +195,10 @@ class PartitionFiles:
 
     def _check_shown(self, live: LiveShard, accepted: int) -> None:
         """Readers are only ever shown what a receipt accepted: then it was, and must not be cut."""
-        if accepted < live.watermark() <= live.commits:
+        if accepted < live.watermark() <= live.rows_max:
             raise ShardCorruptError(
                 f"{live.path}: readers were shown {live.watermark()} commits, but its last receipt accepts {accepted}; "
-                "the cluster's receipts are older than the store; see `fictl partitions restore --help`"
+                f"{_OLDER}"
             )
 
     def _replay(self, live: LiveShard) -> None:
@@ -231,17 +237,16 @@ class PartitionFiles:
     def _discard_unaccepted(self, file: ShardFile) -> None:
         """A shard after the current one holds nothing that was accepted (its first receipt never was)."""
         if file.sealed:
-            raise ShardCorruptError(
-                f"{file.path}: is sealed, but no receipt speaks of it; the cluster's receipts are older than the store"
-            )
+            raise ShardCorruptError(f"{file.path}: is sealed, but no receipt speaks of it; {_OLDER}")
         if file.path != self._live.path:
             try:
                 live = open_live(file.path)
             except ShardCorruptError as error:
-                log.warning("%s; it held nothing that was accepted and is removed", error)
-            else:
-                with contextlib.closing(live):
-                    self._check_shown(live, 0)
+                log.warning("%s; it held nothing that was accepted and is moved aside", error)
+                move_aside([file], self._store.directory / ASIDE, self._clock_ns())
+                return
+            with contextlib.closing(live):
+                self._check_shown(live, 0)
             remove_file(file.path)
 
     def _create(self, path: Path, number: int) -> None:

@@ -1,15 +1,13 @@
-"""Going back: the last place that the files and the cluster's records agree on, and giving up what lies after it.
+"""Going back: the last place that the files and the cluster's records agree on.
 
 A partition whose files are damaged or gone is taken back to such a place with a fenced takeover receipt; everything
-after it is made again from `FI_EVENTS` by the stages themselves. Files that are given up are moved aside, not deleted.
+after it is made again from `FI_EVENTS` by the stages themselves, and what the files hold of it goes aside
+(`stages.persist.aside`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +17,13 @@ from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
+from stages.persist.aside import read_through
 from stages.persist.capacity import create_shard
-from stages.persist.files import is_lost, publish_file, sync_dir, sync_file
-from stages.persist.live import LiveReader, open_live
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
-from stages.persist.records import record_path
+from stages.persist.files import is_lost
+from stages.persist.live import LiveReader
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name
 from stages.persist.seal import sealed_info
 from stages.persist.storedir import Store
-
-ASIDE = "superseded"
-"""The directory in a store for files that were given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,13 @@ class Damage:
     shard: int
     file: Path
     why: str
+
+    @classmethod
+    def by(cls, file: ShardFile, error: Exception) -> Damage:
+        """What an error in reading `file` says of it; raises one that is of the system and not of the medium."""
+        if isinstance(error, OSError) and not is_lost(error):
+            raise error
+        return cls(file.shard, file.path, str(error) if isinstance(error, ShardError) else f"{file.path}: {error}")
 
 
 def place_after_seals(receipt: Receipt, seals: Sequence[SealRecord]) -> Place:
@@ -117,7 +119,7 @@ def last_good_place(
             if number < end.shard or end.commits or number == end.first != FIRST_SHARD:
                 walk.damage = Damage(number, store.directory, f"shard {number} is missing")
         elif file.sealed:
-            walk.sealed(file)
+            walk.sealed(file, end.commits if number == end.shard else None)
         else:
             walk.live(file, end.commits if number == end.shard else None)
         if walk.damage is not None:
@@ -136,7 +138,8 @@ class _Walk:
         self._receipts = {receipt.origin: receipt for receipt in receipts}
         self._seals = {seal.shard: seal for seal in seals}
 
-    def sealed(self, file: ShardFile) -> None:
+    def sealed(self, file: ShardFile, commits: int | None) -> None:
+        """`commits`: as for `live`, which has them where only the live form is whole."""
         record = self._seals.get(file.shard)
         try:
             info = sealed_info(file.path)
@@ -146,13 +149,12 @@ class _Walk:
             if (header.tree_size_before, header.frontier_before) != (self._tree.size, self._tree.to_bytes()):
                 raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
         except (ShardError, OSError) as error:
-            if isinstance(error, OSError) and not is_lost(error):
-                raise
+            damage = Damage.by(file, error)
             live = file.path.with_name(live_name(file.partition, file.shard))
             if live.exists():
-                self.live(ShardFile(live, file.partition, file.shard, sealed=False), None)
+                self.live(ShardFile(live, file.partition, file.shard, sealed=False), commits)
             else:
-                self.damage = Damage(file.shard, file.path, str(error))
+                self.damage = damage
             return
         self._tree = info.frontier
         origin = header.last_origin
@@ -174,8 +176,10 @@ class _Walk:
                         return
                 if whole < expected:
                     raise ShardCorruptError(f"{file.path}: only {whole} of {expected} committed rows are whole")
-        except (ShardError, ValueError) as error:
-            self.damage = Damage(file.shard, file.path, str(error))
+            # Its owner reads on from there, and may not get past a page that cannot be read.
+            read_through(file.path)
+        except (ShardError, ValueError, OSError) as error:
+            self.damage = Damage.by(file, error)
 
     def _hold(self, file: ShardFile, origin: int, shard: int, commits: int) -> None:
         """Holds the tree against the receipt of this origin, if the cluster has it."""
@@ -187,89 +191,6 @@ class _Walk:
             self.damage = Damage(file.shard, file.path, why)
             return
         self.place = _place(origin, shard, commits, self._tree.copy(), receipt)
-
-
-def given_up(store: Store, partition: int, end: StoreEnd) -> list[ShardFile]:
-    """The partition's files in `store` that hold nothing of what `end` says is accepted; none if only planned."""
-    if not store.directory.exists():
-        return []
-    return [
-        file
-        for file in list_shards(store.directory).get(partition, ())
-        if file.shard > end.shard or (file.shard == end.shard and not end.commits and _holds_rows(file))
-    ]
-
-
-def _holds_rows(file: ShardFile) -> bool:
-    if file.sealed:
-        return True
-    try:
-        with LiveReader(file.path) as reader:
-            return any(row.ordinal for row in reader.read_rows(0, 1))
-    except ShardError:
-        return True
-
-
-def set_aside(store: Store, partition: int, end: StoreEnd, now_ns: int) -> list[Path]:
-    """Takes the partition's files back to `end`: what it gives up is moved to `ASIDE`. The lock must be held.
-
-    If the process dies or the power fails here: some files are moved, others are not; call it again.
-
-    Returns:
-        where the files are now.
-
-    Raises:
-        ShardCorruptError: the live shard has fewer whole commits than `end` keeps.
-        OSError: the disk refused.
-    """
-    aside = store.directory / ASIDE
-    files = given_up(store, partition, end)
-    kept = store.directory / live_name(partition, end.shard)
-    if end.commits and kept.exists():
-        with closing(open_live(kept)) as live:
-            if live.commits > end.commits or live.torn:
-                copy = _copy_aside(kept, aside, now_ns)
-                live.cut(end.commits)
-                return [copy, *move_aside(files, aside, now_ns)]
-    return move_aside(files, aside, now_ns)
-
-
-def move_aside(files: Sequence[ShardFile], aside: Path, now_ns: int) -> list[Path]:
-    """Moves files, and the records beside them, into the directory `aside`. Interrupted as `set_aside`."""
-    moved = []
-    for file in files:
-        _make(aside)
-        for path in (file.path, record_path(file.path)):
-            if path.exists():
-                path.rename(_name_aside(path, aside, now_ns))
-        moved.append(_name_aside(file.path, aside, now_ns))
-        sync_dir(aside)
-        sync_dir(file.path.parent)
-    return moved
-
-
-def _copy_aside(path: Path, aside: Path, now_ns: int) -> Path:
-    _make(aside)
-    final = _name_aside(path, aside, now_ns)
-    tmp = tmp_path(final)
-    shutil.copyfile(path, tmp)
-    fd = os.open(tmp, os.O_RDWR)
-    try:
-        sync_file(fd)
-    finally:
-        os.close(fd)
-    publish_file(tmp, final)
-    return final
-
-
-def _make(aside: Path) -> None:
-    if not aside.is_dir():
-        aside.mkdir(exist_ok=True)
-        sync_dir(aside.parent)
-
-
-def _name_aside(path: Path, aside: Path, now_ns: int) -> Path:
-    return aside / f"{path.name}.{now_ns}"
 
 
 def begin_at(store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]) -> None:

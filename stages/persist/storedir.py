@@ -22,7 +22,7 @@ import msgspec
 from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
 from contracts.events import format_rfc3339
 from contracts.wire import UNREADABLE
-from stages.persist.files import publish_file, remove_file, sync_dir, write_all_at, write_new_file
+from stages.persist.files import is_lost, publish_file, remove_file, sync_dir, write_all_at, write_new_file
 from stages.persist.names import lock_name, probe_name, tmp_path
 
 STORE_FILE = "store.json"
@@ -222,9 +222,10 @@ def disk_of(store: Store) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        lost = ". Where a shard lies on a bad sector, run `fictl rebuild`" if is_lost(error) else ""
         raise StoreFailedError(
             f"{store.directory}: {error}; nothing that is not durable was acknowledged. Free space or mend the disk: "
-            "the partition goes on by itself"
+            f"the partition goes on by itself{lost}"
         ) from error
 
 

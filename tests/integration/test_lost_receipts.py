@@ -14,8 +14,8 @@ from pipeline import Load, Pipeline, extra_stage, flip, running, settings, under
 from cluster.audit import audit_store
 from contracts.receipts import Receipt
 from contracts.subjects import EVENTS, RECEIPTS
+from stages.persist.aside import ASIDE
 from stages.persist.names import list_shards
-from stages.persist.rewind import ASIDE
 from stages.persist.store import EventStore
 from stages.runtime.access import Servers
 from stages.runtime.checkpoint import last_receipt

@@ -24,10 +24,10 @@ from contracts.errors import NotOursError
 from contracts.events import Event
 from contracts.receipts import decode_seal, encode_receipt
 from contracts.subjects import EVENTS, raw_filter
+from stages.persist.aside import ASIDE
 from stages.persist.header import read_live_header
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, lock_name
 from stages.persist.records import record_path
-from stages.persist.rewind import ASIDE
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore, ShardInfo
 from stages.persist.storedir import existing_store, open_store

@@ -22,11 +22,11 @@ from cluster.testing.disk import flip
 from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup
 from contracts.errors import NotOursError, ShardError
 from stages.persist import backup as module
+from stages.persist.aside import ASIDE
 from stages.persist.backup import Backup, back_up, copied_shard
 from stages.persist.names import ShardFile, list_shards, sealed_name
 from stages.persist.names import tmp_path as unfinished
 from stages.persist.records import keep_record, record_of, record_path
-from stages.persist.rewind import ASIDE
 from stages.persist.seal import sealed_info
 from stages.persist.store import EventStore
 from stages.persist.storedir import Store

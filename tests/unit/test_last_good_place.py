@@ -19,20 +19,13 @@ from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
 from contracts.settings import MIB, Settings
 from stages.persist import seal
+from stages.persist.aside import ASIDE, given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
 from stages.persist.header import HEADER_BYTES, read_live_header
 from stages.persist.live import open_live
 from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
-from stages.persist.rewind import (
-    ASIDE,
-    Place,
-    begin_at,
-    given_up,
-    last_good_place,
-    place_after_seals,
-    set_aside,
-)
+from stages.persist.rewind import Place, begin_at, last_good_place, place_after_seals
 from stages.persist.rows import ROW_BYTES
 from stages.persist.seal import SealedInfo
 from stages.persist.store import EventStore
@@ -133,6 +126,13 @@ def rewound(maker: Witnessed, place: Place, store: Store, first: int = 1) -> Rec
     )
 
 
+def take_back(store: Store, end: StoreEnd, now_ns: int = NOW_NS) -> list[Path]:
+    """What `fictl rebuild` does with the files of a damaged partition."""
+    files = given_up(store, PARTITION, end, unseen=True)
+    prepare_aside(store, files, end)
+    return set_aside(store, files, end, now_ns)
+
+
 @pytest.mark.parametrize("harm", [damage_row, damage_structure, delete_live, damage_sealed, delete_sealed])
 def test_what_is_given_up_is_moved_aside_and_the_rest_opens(
     maker: Witnessed, harm: Callable[[Witnessed], None]
@@ -142,9 +142,8 @@ def test_what_is_given_up_is_moved_aside_and_the_rest_opens(
     place, _ = place_of(maker)
     receipt = rewound(maker, place, maker.store)
     end = receipt.ends[maker.store.store_id]
-    moved = set_aside(maker.store, PARTITION, end, NOW_NS)
-    assert set_aside(maker.store, PARTITION, end, NOW_NS) == []
-    assert given_up(maker.store, PARTITION, end) == []
+    moved = take_back(maker.store, end)
+    assert given_up(maker.store, PARTITION, end, unseen=True) == []
     kept = {path.name for path in maker.store.directory.glob("*.h5")}
     assert {path.name.removesuffix(f".{NOW_NS}") for path in moved} | kept == before
     assert all(path.exists() and path.parent.name == ASIDE for path in moved)
@@ -178,7 +177,7 @@ def test_a_store_that_has_the_partition_again_still_knows_the_ids_of_its_former_
     place = place_after_seals(maker.receipts[-1], maker.seals)
     receipt = rewound(maker, place, maker.store, first=place.shard)
     settings = Settings(shard_bytes=MIB)
-    set_aside(maker.store, PARTITION, StoreEnd(shard=place.shard, commits=0), NOW_NS)
+    take_back(maker.store, StoreEnd(shard=place.shard, commits=0))
     begin_at(maker.store, PARTITION, place, settings, lambda: NOW_NS)
     with EventStore(maker.store.directory) as store:
         former = [stored.event.event_id for stored in store.iterate()]

@@ -1,0 +1,92 @@
+"""Partitions that are taken back, or go from store to store, on real streams: also where that is interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lanes import going
+from nats.aio.client import Client
+from pipeline import until
+from test_persist_lane import Cluster, new_store, ready
+
+from cluster import rewind
+from cluster.audit import audit_store
+from cluster.rewind import Rewinder
+from cluster.testing.disk import flip
+from contracts.telemetry import EVENT_PERSIST_FAILED
+from stages.persist.aside import ASIDE
+from stages.persist.header import read_live_header
+from stages.persist.names import live_name
+from stages.persist.rows import ROW_BYTES
+from stages.persist.store import EventStore
+from stages.persist.storedir import Store
+from stages.runtime.access import Servers
+
+pytestmark = pytest.mark.cluster
+
+
+def shown(*stores: Store) -> list[bytes]:
+    """The ids of the events that readers see in the stores."""
+    ids = []
+    for store in stores:
+        with EventStore(store.directory) as events:
+            ids += [found.event.event_id for found in events.iterate()]
+    return ids
+
+
+async def assert_each_event_once(cluster: Cluster, cluster_urls: tuple[str, ...], *stores: Store) -> None:
+    assert sorted(shown(*stores)) == sorted(cluster.accepted)
+    assert (await cluster.receipt()).persisted == len(cluster.accepted)
+    for store in stores:
+        report = await audit_store(store.directory, Servers(cluster_urls))
+        assert report.store.ok, report.store.problems
+
+
+class KilledError(Exception):
+    """The process was killed."""
+
+
+def killed(*_: Any) -> None:
+    raise KilledError
+
+
+async def test_a_rebuild_that_was_interrupted_is_taken_up_again(
+    client: Client,
+    cluster_urls: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    async with cluster.upstream():
+        async with going(cluster.persist(store, seal_on_drain=False)):
+            for _ in range(4):
+                await cluster.publish(1)
+        path = store.directory / live_name(0, 1)
+        flip(path, read_live_header(path).index.offset + 2 * ROW_BYTES + 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(rewind, "set_aside", killed)
+            with pytest.raises(KilledError):
+                await Rewinder(cluster.api, store).rebuild(0)
+        before = path.read_bytes()
+        async with going(cluster.persist(store, seal_on_drain=False)):
+
+            async def refused() -> bool:
+                return "run `fictl rebuild` if one was interrupted" in reasons(caplog)
+
+            await until(refused, "persist cuts nothing that readers were shown", 60)
+            assert path.read_bytes() == before
+            told = await Rewinder(cluster.api, store).rebuild(0)
+            assert told is not None
+            assert (told.aside, told.events, told.again) == ((path.name,), 2, 0)
+            assert [moved.read_bytes() for moved in (store.directory / ASIDE).iterdir()] == [before]
+            await cluster.publish(5)
+    await assert_each_event_once(cluster, cluster_urls, store)
+
+
+def reasons(caplog: pytest.LogCaptureFixture) -> str:
+    """Why partitions stopped."""
+    return "\n".join(vars(record)["reason"] for record in caplog.records if record.message == EVENT_PERSIST_FAILED)
