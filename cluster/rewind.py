@@ -128,7 +128,9 @@ class Rewinder:
             first = last.ends.get(self._store.store_id, _NOTHING).first
             end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
-                aside = await asyncio.to_thread(given_up, self._store, partition, end, unseen=damage is not None)
+                aside = await asyncio.to_thread(
+                    given_up, self._store, partition, end, records.seals, unseen=damage is not None
+                )
             if damage is None and not aside:
                 return None
             why = "files that were given up before are still there" if damage is None else damage.why
@@ -211,7 +213,7 @@ class Rewinder:
         place = place_after_seals(last, records.seals)
         end = StoreEnd(shard=place.shard, commits=place.commits, first=place.shard)
         with disk_of(self._store):
-            aside = await asyncio.to_thread(given_up, self._store, partition, end)
+            aside = await asyncio.to_thread(given_up, self._store, partition, end, records.seals)
         await self._check_retained(partition, place, records, None)
         if not dry_run:
             await self._go_back(last, records.last_seq, place, end, aside)

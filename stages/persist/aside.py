@@ -14,7 +14,7 @@ from pathlib import Path
 
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.hashing import MerkleFrontier
-from contracts.receipts import StoreEnd
+from contracts.receipts import SealRecord, StoreEnd
 from stages.persist.files import is_lost, publish_file, sync_dir, write_new_file
 from stages.persist.live import LiveReader, create_live, open_live
 from stages.persist.names import ShardFile, list_leftovers, list_shards, parse_name, tmp_path
@@ -38,16 +38,19 @@ def read_through(path: Path) -> None:
         os.close(fd)
 
 
-def given_up(store: Store, partition: int, end: StoreEnd, *, unseen: bool = False) -> list[ShardFile]:
+def given_up(
+    store: Store, partition: int, end: StoreEnd, seals: Sequence[SealRecord] = (), *, unseen: bool = False
+) -> list[ShardFile]:
     """The partition's files in `store` that go aside when it is taken back to `end`; none if it is only planned.
 
-    That is what holds nothing of what `end` accepts, and the live shard that holds more than that, whose accepted
-    commits `set_aside` keeps in a new file.
+    That is what holds nothing of what `end` accepts; the live shard that holds more than that, whose accepted commits
+    `set_aside` keeps in a new file; and what is of a shard that another store has sealed.
 
     Args:
         store: which.
         partition: lane.
         end: how far the store's files are accepted.
+        seals: the records in force.
         unseen: a live shard holds more also where no reader was shown it, or where it cannot be read to its end.
             Without, an owner that was killed leaves such a tail, and the next one cuts it.
 
@@ -56,11 +59,14 @@ def given_up(store: Store, partition: int, end: StoreEnd, *, unseen: bool = Fals
     """
     if not store.directory.exists():
         return []
+    owners = {seal.shard: seal.store for seal in seals}
     current, others = [], []
     for file in _forms(store, partition):
         if file.shard == end.shard:
             current.append(file)
-        elif file.shard > end.shard:
+        elif file.shard > end.shard or (
+            file.shard < end.first and owners.get(file.shard, store.store_id) != store.store_id
+        ):
             others.append(file)
     if end.commits:
         # A sealed form beside such a live one is damaged, or holds what the live one holds too much.

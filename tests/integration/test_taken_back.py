@@ -44,12 +44,57 @@ async def assert_each_event_once(cluster: Cluster, cluster_urls: tuple[str, ...]
         assert report.store.ok, report.store.problems
 
 
+async def test_a_partition_that_comes_back_leaves_no_file_of_what_was_given_up(
+    client: Client, cluster_urls: tuple[str, ...], tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    async with cluster.upstream():
+        async with going(cluster.persist(first)):
+            await cluster.publish(5)
+        async with going(cluster.persist(first, seal_on_drain=False)):
+            await cluster.publish(20)
+        await Rewinder(cluster.api, second).move(0)
+        async with going(cluster.persist(second)):
+            await until(cluster.is_committed, "made again", 60)
+        # Nobody ran on the first store since, that would have let go of what the second one has made again.
+        told = await Rewinder(cluster.api, first).move(0)
+        assert told.aside == (live_name(0, 2),)
+        async with going(cluster.persist(first)):
+            await cluster.publish(5)
+    await assert_each_event_once(cluster, cluster_urls, first, second)
+
+
 class KilledError(Exception):
     """The process was killed."""
 
 
 def killed(*_: Any) -> None:
     raise KilledError
+
+
+async def test_a_way_back_that_was_interrupted_leaves_nothing_of_what_was_given_up_either(
+    client: Client, cluster_urls: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    async with cluster.upstream():
+        async with going(cluster.persist(first, seal_on_drain=False)):
+            await cluster.publish(20)
+        await Rewinder(cluster.api, second).move(0)
+        async with going(cluster.persist(second)):
+            await until(cluster.is_committed, "made again", 60)
+        with monkeypatch.context() as patch:
+            patch.setattr(rewind, "set_aside", killed)
+            with pytest.raises(KilledError):
+                await Rewinder(cluster.api, first).move(0)
+        told = await Rewinder(cluster.api, first).rebuild(0)
+        assert told is not None
+        assert (told.aside, told.again) == ((live_name(0, 1),), 0)
+        assert await Rewinder(cluster.api, first).rebuild(0) is None
+        async with going(cluster.persist(first)):
+            await cluster.publish(5)
+    await assert_each_event_once(cluster, cluster_urls, first, second)
 
 
 async def test_a_rebuild_that_was_interrupted_is_taken_up_again(

@@ -82,7 +82,7 @@ def look(maker: Witnessed, receipts: list[Receipt]) -> Back:
 
 
 def found(maker: Witnessed, back: Back) -> list[ShardFile]:
-    return given_up(maker.store, PARTITION, back.end, unseen=back.damage is not None)
+    return given_up(maker.store, PARTITION, back.end, maker.seals, unseen=back.damage is not None)
 
 
 def rebuild(maker: Witnessed, receipts: list[Receipt], now_ns: int = NOW_NS) -> Back:
@@ -336,6 +336,15 @@ def test_both_forms_of_a_shard_go_aside(maker: Witnessed) -> None:
     prepare_aside(maker.store, moving, end)
     set_aside(maker.store, moving, end, NOW_NS)
     assert [file.shard for file in list_shards(maker.store.directory)[PARTITION]] == [1, 2]
+
+
+def test_a_shard_that_another_store_has_sealed_is_not_this_ones(maker: Witnessed) -> None:
+    """The partition went away after shard 1 and came back after shard 3: its own shards 2 and 3 are void."""
+    theirs = [msgspec.structs.replace(maker.seals[1], shard=shard, store="another") for shard in (2, 3)]
+    end = StoreEnd(shard=4, commits=0, first=4)
+    moving = given_up(maker.store, PARTITION, end, [maker.seals[0], *theirs])
+    assert [file.shard for file in moving] == [2, 3]
+    assert given_up(maker.store, PARTITION, end, maker.seals) == []
 
 
 def test_a_shard_of_which_nothing_was_accepted_is_not_deleted_where_it_cannot_be_read(maker: Witnessed) -> None:
