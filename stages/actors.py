@@ -136,7 +136,7 @@ class PersistActor:
         self._sealing = asyncio.Lock()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
-        """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store` and `let_go_of_moved`."""
+        """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store`."""
         from stages.persist.flush import Flushes
         from stages.persist.keys import load_key
         from stages.persist.moved import let_go_of_moved

@@ -9,7 +9,7 @@ from operator import methodcaller
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError
+from contracts.errors import FencedError, NotOursError, ShardError, StoreFailedError
 from contracts.receipts import Receipt, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject
@@ -33,8 +33,7 @@ async def let_go_of_moved(
 ) -> None:
     """For a process that starts: lets go of what other stores took over from this one while nobody was here.
 
-    Raises:
-        ShardError, StoreFailedError: files that are given up cannot be moved aside.
+    A partition that cannot be let go of is told of and left as it is, until the next start; others do not wait for it.
     """
     for partition in range(partitions):
         last, seq = await last_receipt(api, partition)
@@ -50,6 +49,8 @@ async def let_go_of_moved(
                 lock.close()
         except (NotOursError, FencedError) as error:
             log.info("partition %d is let go of another time: %s", partition, error)
+        except (ShardError, StoreFailedError) as error:
+            log.error("partition %d, which store %s has now, is not let go of: %s", partition, last.store, error)
 
 
 async def let_go(
@@ -63,7 +64,11 @@ async def let_go(
     """The partition was taken by another store: what that one did not accept of our files is moved aside.
 
     What was read may be stale. So the owner's receipt is first repeated, fenced: only that shows that it is the last
-    one. (The owner sees a stranger's receipt, and takes over again.)
+    one. The owner sees a stranger's receipt, and takes over again: it must not come of a move that cannot be made.
+
+    Raises:
+        FencedError: it was stale.
+        ShardError, StoreFailedError: the files cannot be moved aside; the owner is left alone.
     """
     partition = last.partition
     end = last.ends.get(store.store_id)
@@ -73,10 +78,10 @@ async def let_go(
         files = await run_blocking(given_up, store, partition, end)
         if not files:
             return
+        await run_blocking(prepare_aside, store, files, end)
     witness = signed(msgspec.structs.replace(last, writer=nonce, takeover=True), signer)
     await writer.publish(encode_receipt(witness), f"witness/{last.origin}")
     with disk_of(store):
-        await run_blocking(prepare_aside, store, files, end)
         moved = await run_blocking(set_aside, store, files, end, clock_ns())
     for path in moved:
         log.warning(

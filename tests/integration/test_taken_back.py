@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,26 @@ from pipeline import until
 from test_persist_lane import Cluster, new_store, ready
 
 from cluster import rewind
-from cluster.audit import audit_store
+from cluster.audit import audit_store, read_partition
 from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
+from contracts.receipts import Receipt
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist.aside import ASIDE
 from stages.persist.header import read_live_header
-from stages.persist.names import live_name
+from stages.persist.moved import let_go_of_moved
+from stages.persist.names import list_shards, live_name
 from stages.persist.rows import ROW_BYTES
 from stages.persist.store import EventStore
 from stages.persist.storedir import Store
 from stages.runtime.access import Servers
 
 pytestmark = pytest.mark.cluster
+
+
+async def receipts(cluster: Cluster) -> list[Receipt]:
+    """All of them, void ones too."""
+    return [row for row in (await read_partition(cluster.api, 0))[0] if isinstance(row, Receipt)]
 
 
 def shown(*stores: Store) -> list[bytes]:
@@ -135,3 +144,39 @@ async def test_a_rebuild_that_was_interrupted_is_taken_up_again(
 def reasons(caplog: pytest.LogCaptureFixture) -> str:
     """Why partitions stopped."""
     return "\n".join(vars(record)["reason"] for record in caplog.records if record.message == EVENT_PERSIST_FAILED)
+
+
+async def test_an_old_store_that_cannot_move_its_files_aside_stops_alone(
+    client: Client, cluster_urls: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    obstacle = first.directory / ASIDE
+    old = cluster.persist(first)
+    async with cluster.upstream():
+        async with going(cluster.persist(first, seal_on_drain=False)):
+            await cluster.publish(20)
+        await Rewinder(cluster.api, second).move(0)
+        obstacle.write_bytes(b"")
+        async with going(cluster.persist(second)):
+            await until(cluster.is_committed, "made again", 60)
+            before = len(await receipts(cluster))
+            with caplog.at_level(logging.ERROR):
+                await let_go_of_moved(cluster.api, first, 1, "start", None, time.time_ns)
+            assert "is not let go of" in caplog.text
+            async with going(old):
+
+                async def tried_again() -> bool:
+                    return reasons(caplog).count("cannot be moved to") >= 2
+
+                await until(tried_again, "the old store tries again", 60)
+                await cluster.publish(5)
+                assert [one for one in (await receipts(cluster))[before:] if one.takeover] == []
+                obstacle.unlink()
+
+                async def moved() -> bool:
+                    return obstacle.is_dir() and not list_shards(first.directory).get(0)
+
+                await until(moved, "it lets go by itself", 60)
+            await cluster.publish(5)
+    await assert_each_event_once(cluster, cluster_urls, first, second)

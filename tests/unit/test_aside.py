@@ -19,12 +19,13 @@ from witnessed import Witnessed, events_of
 
 from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, StoreFailedError
-from contracts.receipts import Receipt, StoreEnd
+from contracts.receipts import Receipt, StoreEnd, decode_receipt
 from contracts.settings import MIB, Settings
 from stages.persist import files, seal
 from stages.persist.aside import ASIDE, given_up, prepare_aside, set_aside
 from stages.persist.header import read_live_header
 from stages.persist.live import LiveReader, open_live
+from stages.persist.moved import let_go
 from stages.persist.names import ShardFile, list_shards, live_name
 from stages.persist.partition import PartitionFiles
 from stages.persist.rewind import Damage, last_good_place
@@ -325,6 +326,34 @@ def test_what_cannot_be_moved_is_told_before_anything_is_given_up(maker: Witness
     with pytest.raises(StoreFailedError, match=f"cannot be moved to .*{ASIDE}.* a directory on the same disk"):
         prepare_aside(maker.store, found(maker, back), back.end)
     assert live_of(maker).read_bytes() == before
+
+
+class Heard:
+    """Notes what a writer is given."""
+
+    def __init__(self) -> None:
+        self.receipts: list[Receipt] = []
+
+    async def publish(self, payload: bytes, _: str) -> None:
+        self.receipts.append(decode_receipt(payload))
+
+
+async def test_an_old_owner_says_nothing_while_it_cannot_move_its_files_aside(maker: Witnessed) -> None:
+    ends = {maker.store.store_id: StoreEnd(shard=3, commits=0), "another": StoreEnd(shard=3, commits=1, first=3)}
+    last = msgspec.structs.replace(maker.receipts[-1], store="another", ends=ends)
+    heard: Any = Heard()
+    arguments = (maker.store, last, heard, "nonce", None, lambda: NOW_NS)
+    obstacle = maker.store.directory / ASIDE
+    obstacle.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(StoreFailedError, match="cannot be moved"):
+            await let_go(*arguments)
+    assert heard.receipts == []
+    obstacle.unlink()
+    for _ in range(2):
+        await let_go(*arguments)
+    assert [(receipt.writer, receipt.takeover) for receipt in heard.receipts] == [("nonce", True)]
+    assert not live_of(maker).exists()
 
 
 def test_both_forms_of_a_shard_go_aside(maker: Witnessed) -> None:
