@@ -67,8 +67,8 @@ bench-full: setup ## `make bench`, then every experiment: curves, ablation, mode
 	$(if $(ONLY),,$(BIN)/python -m benchmarks)
 	$(BIN)/python -m benchmarks.experiments $(ONLY)
 
-bench-soak: setup ## full speed for long, and whether memory stays flat (MINUTES=60)
-	$(BIN)/python -m benchmarks.experiments.soak --minutes $(or $(MINUTES),60)
+bench-soak: setup ## full speed for long, and whether memory stays flat (MINUTES=80)
+	$(BIN)/python -m benchmarks.experiments.soak --minutes $(or $(MINUTES),80)
 
 bench-storage: setup ## the store's files beside classic HDF5 designs (EVENTS=1000000), about ten minutes
 	$(BIN)/python -m benchmarks.storage $(if $(EVENTS),--events $(EVENTS))
