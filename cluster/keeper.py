@@ -39,7 +39,10 @@ OnEvent = Callable[[ProcessEvent], None]
 
 
 class Keeper:
-    """Watches over one process from `start` to `stop`. Deaths in between are repaired, and told to `on_event`."""
+    """Watches over one process from `start` to `stop`. Deaths in between are repaired, and told to `on_event`.
+
+    Always true: whatever fails meanwhile, `on_event` included, is logged, and the watch goes on.
+    """
 
     def __init__(self, process: ManagedProcess, on_event: OnEvent) -> None:
         self.process = process
@@ -56,7 +59,7 @@ class Keeper:
             ProcessError: it did not come up. It is not watched then.
         """
         async with self._turn:
-            if self._task is not None:
+            if self._task is not None and not self._task.done():
                 return
             await self.process.start()
             self._tell(ProcessEvent(name=self.process.name, kind="started", pid=self.process.pid))
@@ -83,11 +86,16 @@ class Keeper:
 
     async def _watch(self) -> None:
         while True:
-            since = time.monotonic()
-            code = await self.process.wait()
-            if time.monotonic() - since >= RESTART_HEALTHY.s:
-                self._delay_s = RESTART_PAUSE_MIN.s
-            await self._restart(describe_exit(code))
+            try:
+                since = time.monotonic()
+                code = await self.process.wait()
+                if time.monotonic() - since >= RESTART_HEALTHY.s:
+                    self._delay_s = RESTART_PAUSE_MIN.s
+                await self._restart(describe_exit(code))
+            except Exception:
+                # Nobody waits for this task: what ended it would end the watch unseen.
+                log.exception("the watch over %s failed, and goes on", self.process.name)
+                await asyncio.sleep(self._delay_s)
 
     async def _restart(self, reason: str) -> None:
         while True:
@@ -106,4 +114,7 @@ class Keeper:
     def _tell(self, event: ProcessEvent) -> None:
         level = logging.WARNING if event.kind == "died" else logging.INFO
         log.log(level, "process %s", event.kind, extra={"process_event": msgspec.to_builtins(event)})
-        self._on_event(event)
+        try:
+            self._on_event(event)
+        except Exception:
+            log.exception("whoever is told of processes failed")

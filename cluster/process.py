@@ -165,13 +165,14 @@ class ManagedProcess(ABC):
                 os.kill(self._process.pid, number)
 
     def log_tail(self) -> str:
-        """The end of what the current (or last) run wrote, at most `LOG_TAIL_BYTES`."""
-        if not self.log.exists():
+        """The end of what the current (or last) run wrote, at most `LOG_TAIL_BYTES`; empty when it cannot be read."""
+        try:
+            with self.log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_offset, size - LOG_TAIL_BYTES))
+                return log.read().decode(errors="replace")
+        except OSError:
             return ""
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_offset, size - LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace")
 
     def last_log_line(self) -> str:
         """The last line that is not blank of the current (or last) run, or an empty string."""

@@ -154,6 +154,51 @@ async def test_after_a_healthy_life_a_stage_starts_again_at_once(
         assert [event.restart_in_s for event in events if event.kind == "died"] == [0.1, 0.1, 0.1]
 
 
+async def test_a_stage_that_dies_while_its_log_cannot_be_read_is_started_again(tmp_path: Path) -> None:
+    events: list[ProcessEvent] = []
+    async with make(tmp_path, events) as supervisor:
+        log = tmp_path / "logs" / "hash-0.log"
+        log.rename(tmp_path / "kept.log")
+        # Neither read nor written, like a file on a bad sector or with no descriptor left.
+        log.mkdir()
+        await supervisor.kill("hash-0")
+        await until(lambda: sum(event.kind == "died" for event in events) >= 2, "it was tried to start it again")
+        log.rmdir()
+        (tmp_path / "kept.log").rename(log)
+        await until(lambda: events[-1].kind == "started", "it is started again")
+        assert pid_of(supervisor, "hash-0") is not None
+
+
+async def test_what_goes_wrong_while_a_death_is_told_is_logged_and_does_not_end_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(event: ProcessEvent) -> None:
+        raise RuntimeError(f"told of {event.kind}")
+
+    async with make(tmp_path) as supervisor:
+        supervisor._on_event = fail
+        before = pid_of(supervisor, "hash-0")
+        await supervisor.kill("hash-0")
+        await until(lambda: pid_of(supervisor, "hash-0") not in (None, before), "it is started again")
+    assert "told of died" in caplog.text
+
+
+async def test_a_watch_that_fails_is_logged_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def describe(code: int) -> str:
+        monkeypatch.undo()
+        raise RuntimeError("cannot start new thread")
+
+    async with make(tmp_path) as supervisor:
+        before = pid_of(supervisor, "hash-0")
+        monkeypatch.setattr(keeper, "describe_exit", describe)
+        await supervisor.kill("hash-0")
+        await until(lambda: pid_of(supervisor, "hash-0") not in (None, before), "it is started again")
+    assert "the watch over hash-0 failed, and goes on" in caplog.text
+    assert "cannot start new thread" in caplog.text
+
+
 async def test_a_stage_can_be_stopped_started_and_scaled_while_the_others_run(tmp_path: Path) -> None:
     async with make(tmp_path) as supervisor:
         others = pid_of(supervisor, "hash-0")
