@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from cluster.state import ProcessState, State, process_exists, read_state
+from cluster.state import ProcessState, State, read_state
 from contracts.budgets import HEALTH_ANSWER
 from contracts.wire import UNREADABLE
 from stages.runtime.connection import server_name
 from stages.runtime.health import Check, Report
+from stages.runtime.pids import process_lives
 from stages.runtime.tasks import side_by_side
 from stages.runtime.watch import HEALTH_DIRECTORY, HealthFile
 
@@ -55,24 +58,35 @@ async def look(directory: Path, limit_s: float = HEALTH_ANSWER.s) -> list[Proces
         for process in state.processes
     ]
     known = {process.name for process in state.processes}
-    # Those that joined the run by themselves, with `fictl run --dir`. One that was killed has left its file behind.
+    # Those that joined the run by themselves, with `fictl run --dir`.
     asked += [
         _stage(ProcessState(name=file.name, kind=file.stage, pid=file.pid), file, state, limit_s)
         for file in files.values()
-        if file.name not in known and process_exists(file.pid)
+        if file.name not in known
     ]
     return await side_by_side(*asked)
 
 
 def read_health_files(directory: Path) -> list[HealthFile]:
-    """Where the processes of a run say that they answer."""
-    files = []
+    """Where the processes of a run say that they answer. A file whose process was killed says nothing any more."""
+    return [file for _, file in _health_files(directory) if process_lives(file.pid, file.started)]
+
+
+def clear_stale(directory: Path) -> None:
+    """Removes the files that killed processes have left, as far as that can be done: nobody needs it to be."""
+    for path, file in _health_files(directory):
+        if not process_lives(file.pid, file.started):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _health_files(directory: Path) -> Iterator[tuple[Path, HealthFile]]:
     for path in sorted((directory / HEALTH_DIRECTORY).glob("*.json")):
         try:
-            files.append(msgspec.json.decode(path.read_bytes(), type=HealthFile))
+            file = msgspec.json.decode(path.read_bytes(), type=HealthFile)
         except (OSError, *UNREADABLE):
             continue
-    return files
+        yield path, file
 
 
 async def get(url: str, limit_s: float = HEALTH_ANSWER.s) -> tuple[int, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import msgspec
 from contracts.errors import DefiniteError
 from contracts.settings import Settings
 from contracts.wire import UNREADABLE
+from stages.runtime.pids import process_lives
 
 STATE_FILE = "cluster.json"
 
@@ -76,29 +76,7 @@ def read_state(directory: Path) -> State:
         raise NotRunningError(f"nothing runs in {directory}; start it with `fictl up --dir {directory}`") from None
     except UNREADABLE as error:
         raise NotRunningError(f"{path} cannot be read ({error}); was it written by another version?") from error
-    alive = process_started(state.supervisor_pid) == state.supervisor_started and process_exists(state.supervisor_pid)
-    if state.status == "stopped" or not alive:
+    if state.status == "stopped" or not process_lives(state.supervisor_pid, state.supervisor_started):
         how = "was stopped" if state.status == "stopped" else "ended without stopping"
         raise NotRunningError(f"what ran in {directory} {how}; start it again with `fictl up --dir {directory}`")
     return state
-
-
-def process_started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process; None if it does not exist or the system has no ``/proc``."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field, the command in parentheses, may itself hold spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[19])
-
-
-def process_exists(pid: int) -> bool:
-    """True while a process has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

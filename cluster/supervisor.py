@@ -22,17 +22,19 @@ import msgspec
 
 from cluster.apply import apply
 from cluster.control import ControlServer, RestartAnswer, ScaleAnswer, socket_path
+from cluster.health import clear_stale
 from cluster.keeper import Keeper, OnEvent, ProcessEvent
 from cluster.lock import DirectoryLock
 from cluster.nodes import EmbeddedCluster, Wire, direct
 from cluster.process import ManagedProcess
 from cluster.stageprocess import StageCommand, StageProcess
-from cluster.state import ProcessState, State, process_started, write_state
+from cluster.state import ProcessState, State, write_state
 from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 from stages.runtime.connection import connect
+from stages.runtime.pids import process_started
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class Supervisor:
         self._stopped.clear()
         try:
             self._set_status("starting")
+            clear_stale(self.directory)
             await self.cluster.start()
             self._servers = [Keeper(node, self._told) for node in self.cluster.nodes]
             await side_by_side(*(keeper.start() for keeper in self._servers))

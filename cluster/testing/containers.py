@@ -28,13 +28,13 @@ from cluster.nodes import (
 )
 from cluster.ports import LOOPBACK, HeldPorts
 from cluster.stageprocess import READY_LINE, settings_environment
-from cluster.state import process_started
 from cluster.testing.backend import Backend, Plan
 from cluster.testing.errors import NoEngineError, NotSupportedError
 from contracts.budgets import SERVER_START, SERVER_STOP, STAGE_READY
 from contracts.errors import ClusterUnavailableError
 from contracts.subjects import Stage
 from stages.runtime.connection import connect
+from stages.runtime.pids import process_started
 from stages.runtime.tasks import run_blocking, side_by_side
 
 T = TypeVar("T")

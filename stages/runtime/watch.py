@@ -31,6 +31,7 @@ from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Repor
 from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.keeping import StreamRules, keeping_problem
 from stages.runtime.observing import Observed
+from stages.runtime.pids import process_started
 from stages.runtime.tasks import end_tasks
 from stages.runtime.telemetry import OFF, StreamFacts, Telemetry, otlp_endpoint
 
@@ -43,12 +44,13 @@ log = logging.getLogger(__name__)
 HEALTH_DIRECTORY: Final = "health"
 
 
-class HealthFile(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="health.1"):
+class HealthFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="v", tag="health.1"):
     """Where a process of a run answers: ``<run directory>/health/<name>.json``.
 
     Attributes:
         name, stage, pid: of the process.
         host, port: of its health port.
+        started: clock ticks between boot and its start, as `stages.runtime.pids`; None where nobody said.
     """
 
     name: str
@@ -56,6 +58,7 @@ class HealthFile(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     pid: int
     host: str
     port: int
+    started: int | None = None
 
 
 class _Told(msgspec.Struct):
@@ -201,7 +204,15 @@ class Watch:
         await self._server.start()
         log.info("health port", extra={"host": host, "port": self._server.port})
         if self._file is not None:
-            where = HealthFile(name=self._name, stage=self._stage, pid=os.getpid(), host=host, port=self._server.port)
+            pid = os.getpid()
+            where = HealthFile(
+                name=self._name,
+                stage=self._stage,
+                pid=pid,
+                host=host,
+                port=self._server.port,
+                started=process_started(pid),
+            )
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_suffix(".tmp")
             temporary.write_bytes(msgspec.json.encode(where) + b"\n")

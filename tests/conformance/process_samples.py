@@ -122,6 +122,8 @@ def _row(data: bytes) -> CommitRow:
     return rows[0]
 
 
+HEALTH = HealthFile(name="hash-0", stage="hash", pid=4711, host="127.0.0.1", port=8080)
+
 WRITTEN = [
     ProcessSample("member.1.json", MEMBER, encode_member, decode_member),
     ProcessSample("member.1.segment.json", SEGMENT_MEMBER, encode_member, decode_member),
@@ -138,9 +140,10 @@ WRITTEN = [
     ProcessSample(
         "restart-answer.json", RestartAnswer({"hash": 2}, "no", usage=True), msgspec.json.encode, reading(RestartAnswer)
     ),
+    ProcessSample("health.1.json", HEALTH, msgspec.json.encode, reading(HealthFile)),
     ProcessSample(
-        "health.1.json",
-        HealthFile(name="hash-0", stage="hash", pid=4711, host="127.0.0.1", port=8080),
+        "health.1.started.json",
+        msgspec.structs.replace(HEALTH, started=12_345),
         msgspec.json.encode,
         reading(HealthFile),
     ),

@@ -17,13 +17,15 @@ from cluster.keeper import ProcessEvent
 from cluster.lock import DirectoryBusyError
 from cluster.process import ProcessError
 from cluster.stageprocess import settings_environment
-from cluster.state import NotRunningError, State, process_started, read_state, write_state
+from cluster.state import NotRunningError, State, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
 from cluster.testing.waiting import until
 from contracts.budgets import DIRECTORY_LOCK, RESTART_HEALTHY
 from contracts.errors import SettingsError
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
+from stages.runtime.pids import process_started
+from stages.runtime.watch import HealthFile
 
 pytestmark = pytest.mark.cluster
 
@@ -300,6 +302,17 @@ async def test_killing_the_supervisor_leaves_nothing_and_the_next_one_takes_over
 def test_an_empty_directory_says_how_to_start(tmp_path: Path) -> None:
     with pytest.raises(NotRunningError, match="fictl up --dir"):
         read_state(tmp_path)
+
+
+async def test_a_start_clears_what_processes_that_were_killed_say_of_themselves(tmp_path: Path) -> None:
+    killed = await asyncio.create_subprocess_exec("true")
+    await killed.wait()
+    left = tmp_path / "health" / "joined.json"
+    left.parent.mkdir()
+    file = HealthFile(name="joined", stage="hash", pid=killed.pid, host="127.0.0.1", port=1)
+    left.write_bytes(msgspec.json.encode(file))
+    async with make(tmp_path):
+        assert not left.exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says when a process started")

@@ -17,7 +17,7 @@ from rich.console import Console
 import cluster.cli
 from cluster.cli.common import exit_code, find_servers, find_settings, make_table
 from cluster.cli.run import parse_partitions
-from cluster.state import State, process_started, write_state
+from cluster.state import State, write_state
 from cluster.workload import consultations
 from contracts.errors import (
     ClusterUnavailableError,
@@ -30,6 +30,7 @@ from contracts.errors import (
 from contracts.policy import EVENT_TYPES
 from contracts.settings import Settings
 from stages.runtime.access import Servers
+from stages.runtime.pids import process_started
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from cluster.health import get, read_health_files
+from cluster.health import clear_stale, get, read_health_files
 from cluster.testing.waiting import until
 from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.budgets import HEALTH_DISK, HEALTH_FRESH, HEALTH_REQUEST, HEALTH_STUCK
@@ -25,6 +26,7 @@ from contracts.errors import SettingsError, StoreFailedError
 from contracts.settings import Settings
 from stages.runtime import health, watch
 from stages.runtime.health import CONNECTIONS_MAX, HEAD_BYTES_MAX, Answer, HealthServer
+from stages.runtime.pids import process_started
 from stages.runtime.telemetry import OFF, Feed
 from stages.runtime.watch import Watch
 
@@ -143,6 +145,31 @@ async def test_a_stuck_loop_answers_nobody_and_knows_it_afterwards(
         assert status == 200
         assert b"fi_loop_lag_seconds_count" in text
     assert read_health_files(tmp_path) == []
+
+
+def health_file(directory: Path, name: str, pid: int, started: int | None) -> None:
+    (directory / "health").mkdir(exist_ok=True)
+    file = watch.HealthFile(name=name, stage="hash", pid=pid, host="127.0.0.1", port=1, started=started)
+    (directory / "health" / f"{name}.json").write_bytes(msgspec.json.encode(file))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says when a process started")
+def test_a_file_that_a_crash_left_is_not_taken_for_the_process_that_has_the_id_now(tmp_path: Path) -> None:
+    started = process_started(os.getpid())
+    assert started is not None
+    health_file(tmp_path, "ours", os.getpid(), started)
+    health_file(tmp_path, "of-an-older-build", os.getpid(), None)
+    health_file(tmp_path, "before-the-reboot", os.getpid(), started - 1)
+    (tmp_path / "health" / "torn.json").write_bytes(b'{"v":')
+    assert [file.name for file in read_health_files(tmp_path)] == ["of-an-older-build", "ours"]
+    clear_stale(tmp_path)
+    assert {path.stem for path in (tmp_path / "health").iterdir()} == {"of-an-older-build", "ours", "torn"}
+
+
+async def test_a_process_says_since_when_it_runs(tmp_path: Path) -> None:
+    async with Watch("hash", "hash-0", Settings(health_port=0), {}, directory=tmp_path):
+        (file,) = read_health_files(tmp_path)
+        assert (file.pid, file.started) == (os.getpid(), process_started(os.getpid()))
 
 
 async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp_path: Path) -> None:
