@@ -7,6 +7,7 @@ whoever asked has gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -119,7 +120,9 @@ class ControlServer:
             self._server.close()
             self._server = None
             await end_tasks(*self._tasks)
-            self.path.unlink(missing_ok=True)
+            # A disk that takes no change any more must not keep the rest from being stopped in order.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -105,7 +105,7 @@ class Keeper:
             await asyncio.sleep(delay)
             try:
                 await self.process.start()
-            except (ProcessError, OSError) as error:
+            except ProcessError as error:
                 reason = str(error).partition(";")[0]
                 continue
             self._tell(ProcessEvent(name=self.process.name, kind="started", pid=self.process.pid))

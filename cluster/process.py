@@ -67,12 +67,15 @@ class ManagedProcess(ABC):
         """Starts it and waits until it serves. Does nothing when it runs already.
 
         Raises:
-            ProcessError: it ended before it served. Nothing is left running.
+            ProcessError: it could not be started, or ended before it served. Nothing is left running.
         """
         if self.running:
             return
         try:
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:
+                raise ProcessError(f"{self.name} cannot be started: {error}") from error
             await self._wait_serving()
         except BaseException:
             await self.kill()

@@ -29,7 +29,7 @@ from cluster.nodes import EmbeddedCluster, Wire, direct
 from cluster.process import ManagedProcess
 from cluster.stageprocess import StageCommand, StageProcess
 from cluster.state import ProcessState, State, write_state
-from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP
+from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP, STATE_PAUSE
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
@@ -102,6 +102,7 @@ class Supervisor:
         self._stop_requested = asyncio.Event()
         self._force = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._write_again: asyncio.TimerHandle | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -127,13 +128,16 @@ class Supervisor:
 
         Raises:
             FiError: something did not come up; says what, with the end of its log. Nothing is left running.
+            OSError: the state file cannot be written.
         """
         await self._lock.acquire(DIRECTORY_LOCK.s)
         self._stop_requested.clear()
         self._force.clear()
         self._stopped.clear()
         try:
-            self._set_status("starting")
+            self._status = "starting"
+            # On a disk that refuses even this nothing would come up.
+            self._save_state()
             clear_stale(self.directory)
             await self.cluster.start()
             self._servers = [Keeper(node, self._told) for node in self.cluster.nodes]
@@ -345,11 +349,7 @@ class Supervisor:
         return self._keeper(name).process
 
     def _told(self, event: ProcessEvent) -> None:
-        try:
-            self._write_state()
-        except OSError as error:
-            # A full disk must not end the watch over the processes that will free it.
-            log.error("the state file cannot be written: %s", error)
+        self._write_state()
         self._on_event(event)
 
     def _set_status(self, status: Literal["starting", "ready", "stopping", "stopped"]) -> None:
@@ -357,6 +357,20 @@ class Supervisor:
         self._write_state()
 
     def _write_state(self) -> None:
+        """Saves the state; what a full disk refuses is tried again, and ends nothing: not what will free the disk."""
+        if self._write_again is not None:
+            self._write_again.cancel()
+            self._write_again = None
+        # Without the lock the file may be another supervisor's.
+        if not self._lock.fds:
+            return
+        try:
+            self._save_state()
+        except OSError as error:
+            log.error("the state file cannot be written, and will be tried again: %s", error)
+            self._write_again = asyncio.get_running_loop().call_later(STATE_PAUSE.s, self._write_state)
+
+    def _save_state(self) -> None:
         processes = []
         for kind, keeper in self._keepers():
             processes.append(ProcessState(name=keeper.process.name, kind=kind, pid=keeper.process.pid))

@@ -140,6 +140,7 @@ RESTART_PAUSE_MIN: Final = _pause(0.1, "a supervisor: before it starts what died
 RESTART_PAUSE_MAX: Final = _pause(5.0, "the same, after doubling", "it starts it")
 RESTART_HEALTHY: Final = _limit(10.0, "a supervisor: a process to stay up", "its pauses begin anew")
 KILLED: Final = _limit(30.0, "whoever sent SIGKILL: the kernel to end the process", "it fails: the disk may hang")
+STATE_PAUSE: Final = _pause(1.0, "a supervisor: before it saves again what its full disk refused", "it saves its state")
 CONTROL_REQUEST: Final = _limit(5.0, "a supervisor: a request on its socket to be sent", "it is refused")
 
 # Gateways and streams.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from cluster import keeper
 from cluster import supervisor as supervisor_module
+from cluster.control import ask_restart, ask_scale
 from cluster.keeper import ProcessEvent
 from cluster.lock import DirectoryBusyError
 from cluster.process import ProcessError
@@ -20,8 +22,8 @@ from cluster.stageprocess import settings_environment
 from cluster.state import NotRunningError, State, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
 from cluster.testing.waiting import until
-from contracts.budgets import DIRECTORY_LOCK, RESTART_HEALTHY
-from contracts.errors import SettingsError
+from contracts.budgets import DIRECTORY_LOCK, RESTART, RESTART_HEALTHY, SCALE
+from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
 from stages.runtime.pids import process_started
@@ -221,6 +223,57 @@ async def test_a_stage_can_be_stopped_started_and_scaled_while_the_others_run(tm
         # Two who bring it back start it once: a second one would find its ports taken.
         await asyncio.gather(supervisor.bring_back("n1"), supervisor.bring_back("n1"))
         assert pid_of(supervisor, "n1") is not None
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(directory: Path, state: State) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(supervisor_module, "write_state", refuse)
+
+
+async def test_on_a_full_disk_stages_are_scaled_and_restarted_and_stop_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make(tmp_path):
+        full_disk(monkeypatch)
+        control = read_state(tmp_path).control
+        assert (await ask_scale(control, {"segment": 2}, SCALE.s)).after["segment"] == 2
+        assert (await ask_restart(control, ("hash",), RESTART.s)).replaced == {"hash": 1}
+    assert [name.partition("-")[0] for name in journal(tmp_path, "stop")] == [
+        *("hash", "ingest", "segment", "segment", "hash", "persist")
+    ]
+    assert "No space left on device" in caplog.text
+
+
+async def test_once_a_full_disk_has_room_the_state_file_says_again_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make(tmp_path) as supervisor:
+        with monkeypatch.context() as meanwhile:
+            full_disk(meanwhile)
+            await supervisor.stop_stage("hash")
+            assert "hash-0" in [process.name for process in read_state(tmp_path).processes if process.pid is not None]
+        await until(
+            lambda: "hash-0" in [process.name for process in read_state(tmp_path).processes if process.pid is None],
+            "the state file is written again",
+        )
+
+
+async def test_a_start_on_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_disk(monkeypatch)
+    supervisor = make(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        await supervisor.start()
+    assert supervisor.processes == ()
+
+
+async def test_a_process_whose_log_cannot_be_made_is_an_answer_not_a_lost_connection(tmp_path: Path) -> None:
+    async with make(tmp_path) as supervisor:
+        (tmp_path / "logs" / "hash-1.log").mkdir()
+        with pytest.raises(FiError, match=r"hash-1 cannot be started: .*Is a directory"):
+            await ask_scale(read_state(tmp_path).control, {"hash": 2}, SCALE.s)
+        assert pid_of(supervisor, "hash-0") is not None
 
 
 async def test_a_frozen_process_is_still_stopped(tmp_path: Path) -> None:
