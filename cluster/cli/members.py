@@ -202,40 +202,53 @@ def drain(
     Example: fictl drain --dir .fi && echo safe to take down
     """
     state = _controlled(directory)
+    before: dict[Stage, int] = {}
+    stopped: list[Stage] = []
 
-    async def work(client: GuardedClient, api: Api) -> tuple[DrainReport, dict[Stage, int]]:
+    async def work(client: GuardedClient, api: Api) -> DrainReport:
         from cluster.control import ask_scale
         from cluster.drain import drain as drain_stages
         from stages.runtime.facts import read_cluster
 
-        before: dict[Stage, int] = {}
-
         async def stop(stage: Stage) -> None:
-            answer = await ask_scale(state.control, {stage: 0}, SCALE.s)
-            before[stage] = answer.before[stage]
+            # What the supervisor was asked for it does, also when nobody waits for it any more.
+            stopped.append(stage)
+            await ask_scale(state.control, {stage: 0}, SCALE.s)
 
         with progress_bar("draining") as tell:
             facts = await read_cluster(client)
-            done = await drain_stages(api, facts.partitions, stop, wait_s, lambda n: tell(n, len(STAGES)))
-        return done, before
+            before.update((await ask_scale(state.control, {}, SCALE.s)).before)
+            return await drain_stages(api, facts.partitions, stop, wait_s, lambda n: tell(n, len(STAGES)))
 
-    report, before = run_async(_with_cluster(Servers(state.urls), work))
+    try:
+        report = run_async(_with_cluster(Servers(state.urls), work))
+    finally:
+        _say_how_to_start(directory, before, stopped)
     if as_json:
-        print_json({**{name: getattr(report, name) for name in report.__struct_fields__}, "stopped": before})
+        counts = {stage: before[stage] for stage in stopped}
+        print_json({**{name: getattr(report, name) for name in report.__struct_fields__}, "stopped": counts})
     else:
         console().print(
             f"persisted {report.persisted:,}, duplicates {report.duplicates:,}, dead-lettered "
             f"{report.dead_lettered:,}, waiting {report.waiting:,}"
         )
-    again = " ".join(f"{stage}={count}" for stage, count in before.items() if count)
-    if again:
-        say(f"start the stages again with `fictl scale {again} --dir {directory}`")
     if not report.committed:
         say(
             f"{report.waiting} accepted messages wait in FI_EVENTS, where they are safe"
             + (f"; {', '.join(report.unfinished)} had not finished" if report.unfinished else "")
         )
         raise typer.Exit(FAILED)
+
+
+def _say_how_to_start(directory: Path, before: dict[Stage, int], stopped: list[Stage]) -> None:
+    if again := " ".join(f"{stage}={before[stage]}" for stage in stopped if before[stage]):
+        say(f"start the stages again with `fictl scale {again} --dir {directory}`")
+    if down := [stage for stage in before if not before[stage]]:
+        more = " ".join(f"{stage}=N" for stage in down)
+        say(
+            f"{', '.join(down)} had no process here before this; if an earlier drain stopped them: "
+            f"`fictl scale {more} --dir {directory}`"
+        )
 
 
 def _tell(

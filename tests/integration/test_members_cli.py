@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -200,6 +201,35 @@ async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline
     assert (await fictl(pipeline, "scale", *(f"{stage}=1" for stage in STAGES)))[0] == 0
     await pipeline.assert_whole(load)
     await pipeline.assert_whole(late)
+
+
+async def test_a_drain_that_is_broken_off_says_how_to_start_what_it_stopped(pipeline: Pipeline) -> None:
+    where = ("--dir", str(pipeline.supervisor.directory))
+    assert (await fictl(pipeline, "scale", "segment=2"))[0] == 0
+    assert (await fictl(pipeline, "pause", "hash"))[0] == 0
+    load = Load(workload(seed=222, events=40))
+    await load.publish(pipeline.client)
+    drain = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cluster", "drain", *where), stderr=asyncio.subprocess.PIPE
+    )
+
+    def stages() -> set[str]:
+        return {process.kind for process in read_state(pipeline.supervisor.directory).processes}
+
+    await until(lambda: stages() == {"server", "hash", "persist"}, "ingest and segment are stopped, and hash waits")
+    drain.send_signal(signal.SIGINT)
+    _, err = await drain.communicate()
+    assert drain.returncode == 130
+    assert f"`fictl scale ingest=1 segment=2 --dir {where[1]}`" in err.decode()
+
+    code, answer, err = await fictl(pipeline, "drain", "--wait", "0.1")
+    assert (code, answer["stopped"]) == (1, {"ingest": 0, "segment": 0, "hash": 1, "persist": 1})
+    assert "fictl scale hash=1 persist=1 --dir" in err
+    assert "ingest, segment had no process here before this" in err
+    assert "fictl scale ingest=N segment=N --dir" in err
+    assert (await fictl(pipeline, "resume", "hash"))[0] == 0
+    assert (await fictl(pipeline, "scale", *(f"{stage}=1" for stage in STAGES)))[0] == 0
+    await pipeline.assert_whole(load)
 
 
 @pytest.mark.parametrize(
