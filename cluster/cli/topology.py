@@ -70,6 +70,9 @@ def apply(
 ) -> None:
     """Creates missing streams and changes what may be changed; waits until every replica is current. Safe to repeat.
 
+    With --nats the settings of this shell count, not those of the cluster's processes: `fictl cluster plan` shows what
+    would change. A limit that was lowered is told.
+
     Example: fictl cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
     """
     servers, wanted = find_servers(directory, nats, settings), find_settings(directory, nats, settings)
@@ -86,6 +89,10 @@ def apply(
         print_json(done)
     else:
         _show_changes("done", done.changes, "nothing to do: the streams were as they should be")
+    for drift in (drift for change in done.changes for drift in change.drifts):
+        if drift.field == "max_bytes" and not 0 <= drift.found <= drift.wanted:
+            said = f"{drift.stream} was lowered from {drift.found} to {drift.wanted} bytes"
+            say(f"{said}; if that was not meant, apply again with the settings that its processes have")
 
 
 def status(

@@ -69,3 +69,13 @@ async def test_drift_is_shown_field_by_field_and_another_p_under_data_is_refused
     code, _, err = await fictl_at(cluster_urls, "cluster", "apply", "--set", "partitions=3")
     assert code == 1
     assert "Traceback" not in err
+
+
+async def test_an_apply_that_lowers_a_limit_says_so(client: Client, cluster_urls: tuple[str, ...]) -> None:
+    raised = ("cluster", "apply", "--set", "events_bytes_max=6000000000")
+    assert (await fictl_at(cluster_urls, "cluster", "apply"))[0] == 0
+    code, _, err = await fictl_at(cluster_urls, *raised)
+    assert (code, err) == (0, "")
+    code, out, err = await fictl_at(cluster_urls, "cluster", "apply")
+    assert (code, out.count("max_bytes")) == (0, 1)
+    assert "FI_EVENTS was lowered from 6000000000 to 4294967296 bytes" in err

@@ -196,13 +196,23 @@ def environment(name: str) -> dict[str, str]:
 
 
 def test_a_shell_reads_the_units_settings_as_the_runbooks_have_it_do() -> None:
-    script = 'set -a; . ./fi.env; printf "%s\\n" $SERVERS; env'
-    told = subprocess.run(
-        ("sh", "-c", script), cwd=DEPLOY / "systemd", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
-    )
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.startswith("--nats\nnats://node1:4222\n--nats\nnats://node2:4222\n--nats\n")
-    assert "FI_HEALTH_HOST=0.0.0.0" in told.stdout.splitlines()
+    text = (DEPLOY / "runbooks.md").read_text()
+    commands = re.findall(r"`([^`]*\. /etc/fi/fi\.env[^`]*)`", text.partition("\n## ")[0])
+    assert commands == re.findall(r"`([^`]*/etc/fi/fi\.env[^`]*)`", text) != []
+    for command in commands:
+        script = f'{command.replace("/etc/fi", ".")}; unexported=1; printf "%s\\n" $SERVERS; env'
+        told = subprocess.run(
+            ("sh", "-c", script),
+            cwd=DEPLOY / "systemd",
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+        assert (told.returncode, told.stderr) == (0, "")
+        assert told.stdout.startswith("--nats\nnats://node1:4222\n--nats\nnats://node2:4222\n--nats\n")
+        # What `fictl` is to be told must reach it, and the shell is as before afterwards.
+        assert "FI_HEALTH_HOST=0.0.0.0" in told.stdout.splitlines()
+        assert "unexported" not in told.stdout
 
 
 def test_the_examples_agree_on_ports_settings_and_the_time_to_stop() -> None:
