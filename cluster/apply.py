@@ -20,7 +20,7 @@ from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig, StreamInfo
-from nats.js.errors import APIError
+from nats.js.errors import APIError, ServiceUnavailableError
 
 from cluster.topology import Drift, data_held, diff, merge, refusals, streams
 from contracts import subjects
@@ -30,7 +30,7 @@ from contracts.events import format_rfc3339
 from contracts.frames import decode_frame_head
 from contracts.receipts import decode_receipt
 from contracts.settings import Settings
-from stages.runtime.answers import DeniedError, unavailable
+from stages.runtime.answers import NO_PEERS, DeniedError, unavailable
 from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.facts import META_CLUSTER_ID, META_PARTITIONS, META_RECEIPTS_LOST
@@ -41,7 +41,6 @@ from stages.runtime.tasks import side_by_side
 T = TypeVar("T")
 
 _NAME_TAKEN: Final = 10058
-_NO_PEERS: Final = 10005
 _NO_ROOM: Final = frozenset({10023, 10028, 10047})
 _ORIGIN_MAX: Final = 2**53
 
@@ -304,12 +303,13 @@ class _Applier:
 def _passing(error: APIError) -> bool:
     if _lacks_room(error):
         return False
-    return error.code == 503 or error.err_code == _NO_PEERS
+    # nats-py makes such an error, without a code, also of nobody being there to answer.
+    return isinstance(error, ServiceUnavailableError) or error.err_code == NO_PEERS
 
 
 def _lacks_room(error: APIError) -> bool:
     # With replicas the servers say so only in the text of "no suitable peers".
-    return error.err_code in _NO_ROOM or (error.err_code == _NO_PEERS and "insufficient" in (error.description or ""))
+    return error.err_code in _NO_ROOM or (error.err_code == NO_PEERS and "insufficient" in (error.description or ""))
 
 
 def _refusal(stream: str, error: APIError) -> TopologyError:

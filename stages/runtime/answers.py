@@ -13,13 +13,15 @@ from typing import Final
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.errors import APIError
+from nats.js.errors import APIError, ServiceUnavailableError
 
 from contracts.errors import AccessDeniedError, ClusterUnavailableError
 
 _ROUNDING: Final = 0.001
 """Seconds by which a timer may be early: uvloop counts milliseconds."""
 _NO_JETSTREAM: Final = frozenset({10039, 10076})
+NO_PEERS: Final = 10005
+"""Error code of a server: a stream cannot have as many copies as it shall, now."""
 
 
 class DeniedError(NatsTimeoutError):
@@ -55,6 +57,12 @@ def step_after(met: object) -> str:
         return "let the URL's user do that, or take another user"
     if getattr(met, "err_code", None) in _NO_JETSTREAM:
         return "enable JetStream for the account of the URL's user, or take another user"
+    if getattr(met, "err_code", None) == NO_PEERS:
+        return "start as many servers as `replicas` says, or lower it; `fictl cluster status` shows who answers"
+    # Of nobody being there to answer nats-py's JetStream makes an error without a code.
+    wordless = isinstance(met, ServiceUnavailableError) and met.err_code is None
+    if wordless or isinstance(met, NoRespondersError):
+        return "is JetStream off? It needs `jetstream {…}` in each server's configuration, and a failed disk ends it"
     return ""
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
+from commands import run_fictl
+from nats.aio.msg import Msg
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from pipeline import until
 
 from cluster import nodes
-from cluster.nodes import EmbeddedCluster
+from cluster.apply import plan
+from cluster.nodes import EmbeddedCluster, find_nats_server
+from cluster.ports import HeldPorts
 from contracts.errors import ClusterUnavailableError, DefiniteError
 from contracts.settings import Settings
-from stages.runtime.api import Api
+from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.control import Control
@@ -41,6 +47,21 @@ async def one_server(
             yield client
         finally:
             await client.close()
+
+
+@pytest_asyncio.fixture
+async def plain_server() -> AsyncIterator[str]:
+    """The URL of a server without JetStream."""
+    with HeldPorts() as held:
+        (port,) = held.take(1)
+        process = await asyncio.create_subprocess_exec(
+            *(find_nats_server(), "-a", "127.0.0.1", "-p", str(port)), stderr=asyncio.subprocess.DEVNULL
+        )
+    try:
+        yield f"nats://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        await process.wait()
 
 
 async def test_a_permission_that_is_missing_is_told_in_the_log_and_at_readyz(
@@ -159,3 +180,36 @@ async def _fill(writer: FencedWriter) -> None:
     while True:
         number += 1
         await writer.publish(bytes(50_000), str(number))
+
+
+@pytest.mark.parametrize(
+    "verb", [("members",), ("cluster", "plan"), ("cluster", "status"), ("status",), ("config", "check", "--connect")]
+)
+async def test_a_server_without_jetstream_is_called_that_with_the_next_step(
+    plain_server: str, verb: tuple[str, ...]
+) -> None:
+    ran = await run_fictl(*verb, "--nats", plain_server)
+    told = " ".join((ran.out + ran.err).split())
+    assert ran.code == 3, told
+    assert "no JetStream answers there" in told
+    assert "is JetStream off? It needs `jetstream {…}` in each server's configuration" in told
+    assert "kill -9" not in told
+
+
+async def test_a_server_whose_jetstream_still_starts_is_waited_for(plain_server: str) -> None:
+    client = await connect([plain_server], "asks")
+    answering = await connect([plain_server], "answers")
+    try:
+        planning = asyncio.create_task(plan(client, Settings(), wait_s=LIMIT_S))
+        await until(lambda: client.stats["out_msgs"] > 1, "it has been asked, with nobody to answer")
+        assert not planning.done()
+        missing = {"code": 404, "err_code": NO_STREAM, "description": "stream not found"}
+
+        async def answer(message: Msg) -> None:
+            await message.respond(json.dumps({"error": missing}).encode())
+
+        await answering.subscribe("$JS.API.STREAM.INFO.*", cb=answer)
+        assert {change.action for change in (await planning).changes} == {"create"}
+    finally:
+        await client.close()
+        await answering.close()
