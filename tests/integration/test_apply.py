@@ -19,7 +19,7 @@ from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.frames import Frame, encode_frame
 from contracts.receipts import Receipt, encode_receipt
 from contracts.settings import MIB, Settings
-from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
+from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN, HEADER_EXPECTED_LAST_SUBJECT_SEQ
 from stages.persist.lost import receipts_lost
 from stages.runtime.api import Api
 from stages.runtime.facts import read_cluster
@@ -232,7 +232,7 @@ async def test_origins_that_were_refused_are_not_given_out_again(client: Client)
     """What comes before a lane's last letter is taken for buried: an event counted from 1 anew would be nowhere."""
     await apply(client, SETTINGS)
     for partition, origin in enumerate(("7", str(2**60), "no number")):
-        headers = {DEAD_ORIGIN: origin, DEAD_INDEX: "0"}
+        headers = {DEAD_ORIGIN: origin, DEAD_INDEX: "0", HEADER_EXPECTED_LAST_SUBJECT_SEQ: "0"}
         await client.jetstream(timeout=10).publish(f"fi.dlq.ingest.{partition}", b"x", timeout=10, headers=headers)
     for name in subjects.STREAMS:
         if name != subjects.DLQ:
