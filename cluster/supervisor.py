@@ -57,6 +57,20 @@ def run_command(directory: Path) -> StageCommand:
     return command
 
 
+def check_run(settings: Settings, scale: Mapping[Stage, int], servers: int) -> None:
+    """Holds that a run can be so. Raises `SettingsError`: more replicas than servers, or as `check_count`."""
+    if settings.replicas > servers:
+        raise SettingsError(f"replicas = {settings.replicas} needs as many servers; there are {servers}")
+    for stage, count in scale.items():
+        check_count(settings, stage, count)
+
+
+def check_count(settings: Settings, stage: Stage, count: int) -> None:
+    """Holds that a stage can have `count` processes. Raises `SettingsError`: more than partitions, or below 0."""
+    if not 0 <= count <= settings.partitions:
+        raise SettingsError(f"{count} processes of {stage}: 0 to {settings.partitions} can share the partitions")
+
+
 class Supervisor:
     """Embedded servers and stage processes of one directory."""
 
@@ -84,14 +98,11 @@ class Supervisor:
         Raises:
             SettingsError: more replicas than servers, or more processes of a stage than partitions.
         """
-        if settings.replicas > servers:
-            raise SettingsError(f"replicas = {settings.replicas} needs as many servers; there are {servers}")
+        check_run(settings, scale or {}, servers)
         self.directory = directory.absolute()
         self.settings = settings
         self.cluster = EmbeddedCluster(self.directory, servers, wire)
-        self._scale: dict[Stage, int] = dict.fromkeys(STAGES, 1)
-        for stage, count in (scale or {}).items():
-            self._scale[stage] = self._checked(stage, count)
+        self._scale: dict[Stage, int] = {**dict.fromkeys(STAGES, 1), **(scale or {})}
         self._control: ControlServer | None = None
         self._on_event = on_event
         self._command = command or run_command(self.directory)
@@ -219,7 +230,8 @@ class Supervisor:
             SettingsError: more processes than partitions.
             ProcessError: as `start_stage`.
         """
-        self._scale[stage] = self._checked(stage, count)
+        check_count(self.settings, stage, count)
+        self._scale[stage] = count
         await self._stop_keepers(self._stages[stage][count:], self.settings.drain_s)
         del self._stages[stage][count:]
         await self.start_stage(stage)
@@ -270,7 +282,7 @@ class Supervisor:
         before = dict(self._scale)
         try:
             for stage, count in counts.items():
-                self._checked(stage, count)
+                check_count(self.settings, stage, count)
             for stage in STAGES:
                 if stage in counts:
                     await self.scale(stage, counts[stage])
@@ -315,13 +327,6 @@ class Supervisor:
             inherited_fds=self._lock.fds,
         )
         return Keeper(process, self._told)
-
-    def _checked(self, stage: Stage, count: int) -> int:
-        if not 0 <= count <= self.settings.partitions:
-            raise SettingsError(
-                f"{count} processes of {stage}: 0 to {self.settings.partitions} can share the partitions"
-            )
-        return count
 
     async def _stop_keepers(self, keepers: Sequence[Keeper], limit_s: float) -> None:
         """Stops them side by side; once `_force` is set, what is left is killed."""

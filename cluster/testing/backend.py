@@ -52,6 +52,8 @@ class Plan:
 class Backend(ABC):
     """Runs a `Plan`. Every verb takes the name of a server or stage process, and returns once it is done.
 
+    A verb does nothing where there is nothing to do: `start` to what runs, `kill` or `freeze` to what is down.
+
     Always true: after `close`, and after `open` failed or was cancelled, nothing of it runs.
     """
 

@@ -48,6 +48,7 @@ clusters: Final[set[str]] = set()
 """Ids of all clusters that this process has made."""
 
 _INSIDE: Final = NodePorts(client=4222, monitor=8222, route=6222)
+_UP: Final = frozenset({"running", "paused", "restarting"})
 _POLL_S: Final = 0.05
 _LOG_POLL_S: Final = 0.25
 """To ask for a container's log costs the engine and us some 10 ms each."""
@@ -115,7 +116,6 @@ class DockerBackend(Backend):
         self._network: Any = None
         self._containers: dict[str, Any] = {}
         self._cut: set[str] = set()
-        self._frozen: set[str] = set()
         self._ports: dict[str, NodePorts] = {}
         self._held = HeldPorts()
 
@@ -153,6 +153,8 @@ class DockerBackend(Backend):
 
     async def start(self, name: str) -> None:
         """See `Backend.start`."""
+        if await self._state(name) in _UP:
+            return
         if name in self._ports:
             await run_blocking(self._containers[name].start)
             if name not in self._cut:
@@ -168,19 +170,18 @@ class DockerBackend(Backend):
 
     async def kill(self, name: str) -> None:
         """See `Backend.kill`. It is not started again, though a process that dies by itself is."""
-        await run_blocking(self._containers[name].kill)
-        self._frozen.discard(name)
-        await run_blocking(self._containers[name].wait)
+        if await self._state(name) in _UP:
+            await run_blocking(self._containers[name].kill)
+            await run_blocking(self._containers[name].wait)
 
     async def freeze(self, name: str) -> None:
         """See `Backend.freeze`. The freezer of its control group."""
-        await run_blocking(self._containers[name].pause)
-        self._frozen.add(name)
+        if await self._state(name) == "running":
+            await run_blocking(self._containers[name].pause)
 
     async def thaw(self, name: str) -> None:
         """See `Backend.thaw`."""
-        if name in self._frozen:
-            self._frozen.discard(name)
+        if await self._state(name) == "paused":
             await run_blocking(self._containers[name].unpause)
 
     async def cut(self, name: str) -> None:
@@ -205,6 +206,11 @@ class DockerBackend(Backend):
     def logs(self) -> dict[str, str]:
         """See `Backend.logs`."""
         return {name: c.logs().decode(errors="replace") for name, c in sorted(self._containers.items())}
+
+    async def _state(self, name: str) -> str:
+        """The engine's word for it now: it refuses to end what is down, or to halt what is halted, with an error."""
+        await run_blocking(self._containers[name].reload)
+        return str(self._containers[name].status)
 
     def _prepare(self) -> str:
         """Everything before the first container. Gives the image's name."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from cluster.supervisor import check_run
 from cluster.testing.backend import Backend, Plan
 from cluster.testing.clock import set_offset
 from cluster.testing.disk import SmallDisk, flip
@@ -119,6 +120,7 @@ class FiCluster(Reading):
             raise SettingsError(f"FiCluster: settings is given, so {', '.join(changes)} would not count; leave one out")
         chosen = settings or quick_settings(**{"replicas": min(3, nodes), **changes})
         counts = {stage: (scale or {}).get(stage, 1) for stage in STAGES}
+        check_run(chosen, counts, nodes)
         self._plan = Plan(self.directory, nodes, counts, chosen, links, clocks)
         self.shards = self._plan.shards
         self.backend = self._make(choose_backend(backend or os.environ.get(ENVIRONMENT, "auto")))

@@ -99,6 +99,9 @@ def cluster_fixture(scope: Scope = "function", *, loop_scope: Scope | None = Non
         from cluster.testing.ficluster import FiCluster
 
         marker = request.node.get_closest_marker("fi_cluster")
+        if marker is not None and marker.args:
+            given = ", ".join(map(repr, marker.args))
+            pytest.fail(f"fi_cluster({given}): write arguments by name, such as nodes=1", pytrace=False)
         chosen = {"backend": fi_backend, **arguments, **(marker.kwargs if marker else {})}
         cluster = FiCluster(tmp_path_factory.mktemp("fi"), **chosen)
         try:

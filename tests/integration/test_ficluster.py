@@ -21,7 +21,7 @@ from cluster.testing.errors import NotSupportedError
 from cluster.testing.ficluster import BackendName, FiCluster
 from cluster.testing.load import Load, under_load, workload
 from cluster.testing.waiting import until
-from contracts.errors import FiError, SettingsError
+from contracts.errors import SettingsError
 from contracts.settings import Settings
 from stages.persist.names import list_shards
 
@@ -161,9 +161,27 @@ async def test_what_a_backend_cannot_do_it_refuses_and_says_why(tmp_path: Path) 
         await plain.kill("persist-7")
 
 
-async def test_a_cluster_that_cannot_start_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FiError, match="replicas = 3"):
-        FiCluster(tmp_path, backend="embedded", nodes=1, replicas=3)
+@pytest.mark.parametrize("backend", ["embedded", "docker"])
+def test_a_cluster_that_cannot_start_says_so_on_either_backend(tmp_path: Path, backend: BackendName) -> None:
+    with pytest.raises(SettingsError, match="replicas = 3"):
+        FiCluster(tmp_path, backend=backend, nodes=1, replicas=3)
+    with pytest.raises(SettingsError, match="9 processes of segment"):
+        FiCluster(tmp_path, backend=backend, nodes=1, partitions=1, scale={"segment": 9})
+
+
+@ON_BOTH
+@pytest.mark.fi_cluster(nodes=1, partitions=1)
+async def test_a_verb_does_nothing_where_there_is_nothing_to_do(fi_cluster: FiCluster) -> None:
+    await fi_cluster.kill("hash-0")
+    verbs = ("kill", "stop", "freeze", "thaw", "start", "start", "thaw", "freeze", "freeze", "start", "kill", "start")
+    for verb in verbs:
+        await getattr(fi_cluster, verb)("hash-0")
+    # The only server is not killed: streams in memory would go with it.
+    for verb in ("start", "thaw", "freeze", "freeze", "start", "thaw", "thaw"):
+        await getattr(fi_cluster, verb)("n1")
+    load = Load(workload(seed=94, events=20))
+    await load.publish(fi_cluster.client)
+    await fi_cluster.assert_whole(load)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +264,23 @@ def test_without_an_engine_containers_that_were_asked_for_fail_a_test_and_a_para
     )
     assert "ERROR test_it.py::test_asked_for - Failed: needs a Docker engine" in done.stdout, done.stdout
     assert "1 skipped, 1 error" in done.stdout
+
+
+def test_an_argument_of_the_marker_without_a_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.fi_cluster(1)\nasync def test_one_server(fi_cluster): ...\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rE", "--fi-backend=embedded"],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = "Failed: fi_cluster(1): write arguments by name, such as nodes=1"
+    assert f"ERROR test_it.py::test_one_server - {told}" in done.stdout, done.stdout
 
 
 def test_a_misspelt_backend_is_named_with_where_it_came_from(tmp_path: Path) -> None:
