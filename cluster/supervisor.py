@@ -142,8 +142,6 @@ class Supervisor:
             OSError: the state file cannot be written.
         """
         await self._lock.acquire(DIRECTORY_LOCK.s)
-        self._stop_requested.clear()
-        self._force.clear()
         self._stopped.clear()
         try:
             self._status = "starting"
@@ -168,7 +166,10 @@ class Supervisor:
             raise
 
     def request_stop(self) -> None:
-        """For signal handlers: the first call ends `wait_stop_requested`, a second one makes `stop` kill at once."""
+        """For signal handlers: the first call ends `wait_stop_requested`, a second one makes `stop` kill at once.
+
+        It counts from whenever it is called, also before and during `start`, to the end of the next `stop`.
+        """
         if self._stop_requested.is_set():
             self._force.set()
         self._stop_requested.set()
@@ -201,10 +202,15 @@ class Supervisor:
             await asyncio.gather(*(keeper.stop(0) for _, keeper in self._keepers()))
             raise
         finally:
-            await self.cluster.stop()
-            self._set_status("stopped")
-            self._lock.release()
-            self._stopped.set()
+            try:
+                await self.cluster.stop()
+            finally:
+                self._set_status("stopped")
+                self._lock.release()
+                # What asked for this end asks for none of what is started next.
+                self._stop_requested.clear()
+                self._force.clear()
+                self._stopped.set()
 
     async def stop_stage(self, stage: Stage) -> None:
         """Stops all processes of a stage, which drain first; they stay down until `start_stage`."""

@@ -6,10 +6,10 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,14 +26,12 @@ from cluster.cli.common import (
     run_async,
 )
 from cluster.cli.run import SHARDS
+from cluster.cli.up import unless_interrupted
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
 
 if TYPE_CHECKING:
     from cluster.demo import DemoResult, OnStep
-    from cluster.supervisor import Supervisor
-
-T = TypeVar("T")
 
 DEMO_SHARD_BYTES = 16 * MIB
 SHOWN_REFUSALS = 5
@@ -89,29 +87,14 @@ async def _run(where: Path, settings: Settings, source: int | None, events: int,
     with _progress() as on_step:
         try:
             on_step("starting 3 servers and 4 stages", 0, None)
-            await _unless_interrupted(supervisor, supervisor.start())
-            run = await _unless_interrupted(
+            await unless_interrupted(supervisor, supervisor.start())
+            run = await unless_interrupted(
                 supervisor, run_demo(supervisor, source=source, events=events, rate_per_s=rate, on_step=on_step)
             )
             on_step("stopping", 0, None)
         finally:
             await supervisor.stop()
         return await asyncio.to_thread(run.examine, where / SHARDS)
-
-
-async def _unless_interrupted(supervisor: Supervisor, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; on Ctrl-C it is ended and `KeyboardInterrupt` raised."""
-    from stages.runtime.tasks import end_tasks
-
-    task = asyncio.create_task(work)
-    interrupted = asyncio.create_task(supervisor.wait_stop_requested())
-    try:
-        await asyncio.wait((task, interrupted), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise KeyboardInterrupt
-        return task.result()
-    finally:
-        await end_tasks(task, interrupted)
 
 
 @contextmanager

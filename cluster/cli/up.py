@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
@@ -30,6 +31,11 @@ from contracts.errors import DefiniteError, FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
 
+if TYPE_CHECKING:
+    from cluster.supervisor import Supervisor
+
+T = TypeVar("T")
+
 SHOWN_LINES_MAX: Final = 20
 
 
@@ -44,8 +50,8 @@ def up(
 ) -> None:
     """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fictl down`.
 
-    A process that dies is started again. A second Ctrl-C kills at once. `fictl config show` shows the
-    settings it would get; only health_port is 0 here unless it is set.
+    A process that dies is started again. A second Ctrl-C kills at once, and so does one while it starts. `fictl config
+    show` shows the settings it would get; only health_port is 0 here unless it is set.
 
     Example: fictl up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
@@ -68,15 +74,32 @@ def up(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, supervisor.request_stop)
         try:
-            await supervisor.start()
+            await unless_interrupted(supervisor, supervisor.start())
             typer.echo(
                 f"ready: {' '.join(supervisor.urls)}  (stop with Ctrl-C or `fictl down --dir {directory}`)", err=True
             )
             await supervisor.wait_stop_requested()
+        except KeyboardInterrupt:
+            say(f"stopped what was starting in {directory}")
         finally:
             await supervisor.stop()
 
     run_async(serve())
+
+
+async def unless_interrupted(supervisor: Supervisor, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; once a stop is requested of `supervisor`, it is ended and `KeyboardInterrupt` raised."""
+    from stages.runtime.tasks import end_tasks
+
+    task = asyncio.create_task(work)
+    interrupted = asyncio.create_task(supervisor.wait_stop_requested())
+    try:
+        await asyncio.wait((task, interrupted), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise KeyboardInterrupt
+        return task.result()
+    finally:
+        await end_tasks(task, interrupted)
 
 
 def parse_scale(text: str | None) -> dict[Stage, int]:
