@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+from tiny_stages import SETTINGS, is_gone, journal, make, pid_of
 
 from cluster import keeper
 from cluster import supervisor as supervisor_module
-from cluster.control import ask_restart, ask_scale
 from cluster.keeper import ProcessEvent
 from cluster.lock import DirectoryBusyError, DirectoryLock
 from cluster.process import ProcessError
@@ -24,73 +20,13 @@ from cluster.stageprocess import settings_environment
 from cluster.state import NotRunningError, State, read_state, write_state
 from cluster.supervisor import Supervisor, run_command
 from cluster.testing.waiting import until
-from contracts.budgets import DIRECTORY_LOCK, RESTART, RESTART_HEALTHY, SCALE
-from contracts.errors import FiError, SettingsError
+from contracts.budgets import DIRECTORY_LOCK, RESTART_HEALTHY
+from contracts.errors import SettingsError
 from contracts.settings import Settings, load_settings
-from contracts.subjects import STAGES, Stage
 from stages.runtime.pids import process_started
 from stages.runtime.watch import HealthFile
 
 pytestmark = pytest.mark.cluster
-
-SETTINGS = Settings(replicas=1, partitions=4, drain_s=30)
-
-STAGE = """
-import os, signal, sys, time
-home, name = sys.argv[1:]
-
-def note(what):
-    with open(f"{home}/journal", "a") as journal:
-        journal.write(f"{what} {name} {os.environ.get('FI_PARTITIONS')}\\n")
-
-def stop(number, frame):
-    if not os.path.exists(f"{home}/stubborn"):
-        note("stop")
-        sys.exit(0)
-    note("ignored")
-
-signal.signal(signal.SIGTERM, stop)
-if os.path.exists(f"{home}/broken-{name}"):
-    print("the disk is on fire", file=sys.stderr)
-    sys.exit(3)
-note("start")
-print("some chatter")
-print("READY", flush=True)
-while True:
-    time.sleep(60)
-"""
-
-
-def fake(home: Path) -> Callable[[Stage, str], list[str]]:
-    """A command for stages that only write down when they start and stop."""
-
-    def command(stage: Stage, name: str) -> list[str]:
-        return [sys.executable, "-I", "-S", "-c", STAGE, str(home), name]
-
-    return command
-
-
-def journal(home: Path, what: str) -> list[str]:
-    """Names of the processes that noted `what`, in order."""
-    lines = (home / "journal").read_text().splitlines() if (home / "journal").exists() else []
-    return [line.split()[1] for line in lines if line.split()[0] == what]
-
-
-def make(home: Path, events: list[ProcessEvent] | None = None, **scale: int) -> Supervisor:
-    on_event = (events if events is not None else []).append
-    stages: dict[Stage, int] = {stage: scale.get(stage, 1) for stage in STAGES}
-    return Supervisor(home, SETTINGS, stages, servers=1, on_event=on_event, command=fake(home))
-
-
-def pid_of(supervisor: Supervisor, name: str) -> int | None:
-    return next(process.pid for process in supervisor.processes if process.name == name)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
 
 
 async def test_every_process_gets_the_settings_and_stages_stop_in_flow_order(tmp_path: Path) -> None:
@@ -160,21 +96,6 @@ async def test_after_a_healthy_life_a_stage_starts_again_at_once(
         assert [event.restart_in_s for event in events if event.kind == "died"] == [0.1, 0.1, 0.1]
 
 
-async def test_a_stage_that_dies_while_its_log_cannot_be_read_is_started_again(tmp_path: Path) -> None:
-    events: list[ProcessEvent] = []
-    async with make(tmp_path, events) as supervisor:
-        log = tmp_path / "logs" / "hash-0.log"
-        log.rename(tmp_path / "kept.log")
-        # Neither read nor written, like a file on a bad sector or with no descriptor left.
-        log.mkdir()
-        await supervisor.kill("hash-0")
-        await until(lambda: sum(event.kind == "died" for event in events) >= 2, "it was tried to start it again")
-        log.rmdir()
-        (tmp_path / "kept.log").rename(log)
-        await until(lambda: events[-1].kind == "started", "it is started again")
-        assert pid_of(supervisor, "hash-0") is not None
-
-
 async def test_what_goes_wrong_while_a_death_is_told_is_logged_and_does_not_end_the_watch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,57 +146,6 @@ async def test_a_stage_can_be_stopped_started_and_scaled_while_the_others_run(tm
         # Two who bring it back start it once: a second one would find its ports taken.
         await asyncio.gather(supervisor.bring_back("n1"), supervisor.bring_back("n1"))
         assert pid_of(supervisor, "n1") is not None
-
-
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(directory: Path, state: State) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(supervisor_module, "write_state", refuse)
-
-
-async def test_on_a_full_disk_stages_are_scaled_and_restarted_and_stop_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with make(tmp_path):
-        full_disk(monkeypatch)
-        control = read_state(tmp_path).control
-        assert (await ask_scale(control, {"segment": 2}, SCALE.s)).after["segment"] == 2
-        assert (await ask_restart(control, ("hash",), RESTART.s)).replaced == {"hash": 1}
-    assert [name.partition("-")[0] for name in journal(tmp_path, "stop")] == [
-        *("hash", "ingest", "segment", "segment", "hash", "persist")
-    ]
-    assert "No space left on device" in caplog.text
-
-
-async def test_once_a_full_disk_has_room_the_state_file_says_again_what_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with make(tmp_path) as supervisor:
-        with monkeypatch.context() as meanwhile:
-            full_disk(meanwhile)
-            await supervisor.stop_stage("hash")
-            assert "hash-0" in [process.name for process in read_state(tmp_path).processes if process.pid is not None]
-        await until(
-            lambda: "hash-0" in [process.name for process in read_state(tmp_path).processes if process.pid is None],
-            "the state file is written again",
-        )
-
-
-async def test_a_start_on_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full_disk(monkeypatch)
-    supervisor = make(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
-        await supervisor.start()
-    assert supervisor.processes == ()
-
-
-async def test_a_process_whose_log_cannot_be_made_is_an_answer_not_a_lost_connection(tmp_path: Path) -> None:
-    async with make(tmp_path) as supervisor:
-        (tmp_path / "logs" / "hash-1.log").mkdir()
-        with pytest.raises(FiError, match=r"hash-1 cannot be started: .*Is a directory"):
-            await ask_scale(read_state(tmp_path).control, {"hash": 2}, SCALE.s)
-        assert pid_of(supervisor, "hash-0") is not None
 
 
 async def test_a_frozen_process_is_still_stopped(tmp_path: Path) -> None:
@@ -335,71 +205,11 @@ async def test_a_stop_that_is_requested_while_the_directory_is_another_ones_is_n
         assert not supervisor._stop_requested.is_set()
 
 
-HUNG_SERVER = """#!/bin/sh
-trap '' TERM
-echo $$ >> "$NOTED"
-while :; do sleep 1; done
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_up_that_is_told_to_stop_while_its_servers_hang_stops_at_once(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nats-server").write_text(HUNG_SERVER)
-    (tmp_path / "bin" / "nats-server").chmod(0o755)
-    noted = tmp_path / "noted"
-    up = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", "up", "--dir", str(tmp_path / "run")),
-        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NOTED": str(noted)},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        await until(lambda: noted.exists() and len(noted.read_text().split()) == 3, "three servers were started")
-        up.send_signal(number)
-        async with asyncio.timeout(10):
-            _, err = await up.communicate()
-    finally:
-        if up.returncode is None:
-            up.kill()
-            await up.communicate()
-    assert (up.returncode, b"stopped what was starting" in err) == (0, True), err.decode()
-    assert all(is_gone(int(pid)) for pid in noted.read_text().split())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which files a process has open")
-async def test_up_that_waits_for_its_directory_stops_when_told(tmp_path: Path) -> None:
-    other = DirectoryLock(tmp_path / "lock")
-    await other.acquire(1)
-    up = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cluster", "up", "--dir", str(tmp_path)), stderr=asyncio.subprocess.PIPE
-    )
-
-    def waits() -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return any(os.readlink(fd) == str(tmp_path / "lock") for fd in Path(f"/proc/{up.pid}/fd").iterdir())
-        return False
-
-    try:
-        await until(waits, "it waits for the directory")
-        up.terminate()
-        async with asyncio.timeout(10):
-            await up.communicate()
-    finally:
-        other.release()
-        if up.returncode is None:
-            up.kill()
-            await up.communicate()
-    assert up.returncode == 0
-    assert not (tmp_path / "cluster.json").exists()
-
-
 SUPERVISING = """
 import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_supervisor import make
+from tiny_stages import make
 
 async def main():
     supervisor = make(Path(sys.argv[1]))
