@@ -7,6 +7,7 @@ frames take what waits, so an event costs less as load grows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -95,13 +96,16 @@ def capacity(measured: Measured, events_per_session: float = EVENTS_PER_SESSION,
         peak: rate of the busiest time over the day's mean; 1: the day is even, as in DOMAIN's formula.
 
     Raises:
-        SettingsError: a number that is not above zero, or a peak below 1.
+        SettingsError: a number that is not above zero, a peak below 1, or more than can be counted.
     """
     _check(measured, events_per_session, peak)
 
     def bound(resource: str, events_per_s: float, why: str) -> Bound:
         mean = events_per_s / (1.0 if resource == _SPACE else peak)
-        return Bound(resource, events_per_s, int(mean * DAY_S / events_per_session), why)
+        sessions_per_day = mean * DAY_S / events_per_session
+        if not math.isfinite(sessions_per_day):
+            raise SettingsError(f"{resource} ({why}): more than can be counted; look at the numbers' size")
+        return Bound(resource, events_per_s, int(sessions_per_day), why)
 
     given = [bound(*found) for found in _bounds(measured)]
     bounds = tuple(sorted(given, key=lambda found: found.sessions_per_day))

@@ -19,6 +19,10 @@ class NotRunningError(DefiniteError):
     """Nothing runs in the directory."""
 
 
+class EndedError(NotRunningError):
+    """What ran in the directory runs no more."""
+
+
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
     """One process of a run.
 
@@ -67,7 +71,8 @@ def read_state(directory: Path) -> State:
     """The state of the run in `directory`, whose supervisor is alive.
 
     Raises:
-        NotRunningError: there is none; the message says how to start one.
+        EndedError: there is none any more; the message says how to start it again.
+        NotRunningError: there never was one, or it cannot be told.
     """
     path = directory / STATE_FILE
     try:
@@ -78,5 +83,5 @@ def read_state(directory: Path) -> State:
         raise NotRunningError(f"{path} cannot be read ({error}); was it written by another version?") from error
     if state.status == "stopped" or not process_lives(state.supervisor_pid, state.supervisor_started):
         how = "was stopped" if state.status == "stopped" else "ended without stopping"
-        raise NotRunningError(f"what ran in {directory} {how}; start it again with `fictl up --dir {directory}`")
+        raise EndedError(f"what ran in {directory} {how}; start it again with `fictl up --dir {directory}`")
     return state

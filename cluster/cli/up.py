@@ -171,15 +171,24 @@ def _tell_end(log_path: Path, told_before_bytes: int, code: int) -> NoReturn:
 def down(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
 ) -> None:
-    """Stops what `fictl up` started in DIR: stages in flow order, then the servers. Exits 0 when nothing is left.
+    """Stops what `fictl up` started in DIR: stages in flow order, then the servers.
+
+    Exits 0 when nothing of it is left, also when it had ended before; 3 when nothing was ever started in DIR.
 
     Example: fictl down --dir /var/lib/fi
     """
-    from cluster.state import NotRunningError, read_state
+    from cluster.state import EndedError, NotRunningError, read_state
 
-    pid = read_state(directory).supervisor_pid
+    try:
+        pid = read_state(directory).supervisor_pid
+    except EndedError as error:
+        say(str(error))
+        return
     try:
         os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        # It ended at this moment.
+        pass
     except PermissionError:
         raise DefiniteError(f"process {pid}, which runs {directory}, is another user's: stop it as that user") from None
     deadline_s = time.monotonic() + UP_STOP.s

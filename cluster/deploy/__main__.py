@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +19,14 @@ def main(
 
     Example: python -m cluster.deploy --output /etc/fi --runbooks-url https://wiki.example/fi/runbooks
     """
-    for name, text in files(runbooks_url).items():
-        path = output / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        print(path)
+    try:
+        for name, text in files(runbooks_url).items():
+            path = output / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(path)
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}; choose an --output that can be written")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
         (("--rate", "5", "--stream", "FI_EVENTS"), "--stream FI_EVENTS: write NAME=BYTES"),
         (("--rate", "0"), "events_per_s = 0"),
         (("--from", str(RESULTS), "--cpus", "0"), "cpus = 0"),
+        (("--rate", "1e308"), "workers (1 × 1"),
+        (("--rate", "5", "--event-bytes", "1e-320", "--stream", "X=1e9"), "X (holds inf events"),
+        (("--rate", "5", "--session-events", "1e-320"), "more than can be counted"),
     ],
 )
 def test_the_verb_refuses_what_it_cannot_use(arguments: tuple[str, ...], named: str, capsys: Captured) -> None:

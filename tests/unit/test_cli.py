@@ -230,6 +230,25 @@ def test_a_run_of_another_user_is_not_stopped_and_called_that(
     assert f"process {pid}, which runs {tmp_path}, is another user's" in capsys.readouterr().err
 
 
+def test_what_is_stopped_is_stopped_again_and_what_never_ran_is_not(tmp_path: Path, capsys: Captured) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for status, told in (("stopped", "was stopped"), ("ready", "ended without stopping")):
+        state = State(
+            status=status,  # type: ignore[arg-type]
+            supervisor_pid=gone.pid,
+            supervisor_started=1,
+            urls=(),
+            processes=(),
+            settings=Settings(),
+        )
+        write_state(tmp_path, state)
+        assert fictl("down", "--dir", tmp_path) == 0
+        assert told in capsys.readouterr().err
+    assert fictl("down", "--dir", tmp_path / "never") == 3
+    assert "nothing runs in" in capsys.readouterr().err
+
+
 def test_check_only_needs_no_cluster_and_passes_good_lines(file: Path, capsys: Captured) -> None:
     assert fictl("publish", file, "--check-only", "--json") == 0
     report = json.loads(capsys.readouterr().out)

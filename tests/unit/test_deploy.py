@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_the_files_are_what_is_made_from_the_catalogue() -> None:
     assert there == set(made)
     stale = [name for name, text in made.items() if (DEPLOY / name).read_text() != text]
     assert stale == [], "run `python -m cluster.deploy`"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        (sys.executable, "-m", "cluster.deploy", "--output", tmp_path / "file"), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{tmp_path / 'file'}"), done.stderr
+    assert "choose an --output that can be written" in done.stderr
 
 
 @pytest.mark.parametrize(("where", "expression"), [*QUERIES, *((alert.name, alert.expr) for alert in ALERTS)])
