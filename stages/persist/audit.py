@@ -248,12 +248,15 @@ class _Audit:
             if (contents.check.last_origin or 0) > reached
         ]
         why = f"no receipt or seal record of store {store.store_id} speaks of anything after {reached}: it was added"
-        if any(rewind.origin >= reached and store.store_id in rewind.ends for rewind in rewinds):
-            why = f"the partition went back to {reached} since: start persist here, and it moves the rest aside"
-        elif newest is not None and newest.store != store.store_id and store.store_id in newest.ends:
+        if newest is not None and newest.store != store.store_id and store.store_id in newest.ends:
             why = (
                 f"store {newest.store} on {newest.node} took the partition over after {reached}: start persist here, "
                 "and it moves the rest aside"
+            )
+        elif any(rewind.origin >= reached and store.store_id in rewind.ends for rewind in rewinds):
+            why = (
+                f"the partition went back to {reached} since, and that was interrupted: run `fictl rebuild`, which "
+                "moves the rest aside"
             )
         self._report(
             _name_ids(b"".join(added)) or f"origins after {reached}", f"the shards go on to origin {end}, but {why}"

@@ -54,6 +54,9 @@ async def signed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sign
             return all(list(pipeline.shards.glob(f"p00{partition}-*.h5.seal.json")) for partition in (0, 1))
 
         await until(sealed, "a sealed shard in each partition", 30)
+        # However fast all that was, there are commits after it.
+        await Load(workload(seed=6, events=60)).publish(pipeline.client)
+        await pipeline.settled()
         with EventStore(pipeline.shards) as store:
             yield Signed(pipeline, key, list(store.iterate()))
 
