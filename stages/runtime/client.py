@@ -30,7 +30,7 @@ from contracts.errors import SettingsError
 from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import Answers, DeniedError
 from stages.runtime.parser import Sink, SinkParser
-from stages.runtime.tasks import run_blocking
+from stages.runtime.tasks import end_tasks, run_blocking
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +304,22 @@ class GuardedClient(Client):
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._ended = status == Client.CLOSED
         self._send_last()
+        if self._ended:
+            await self._end_reconnecting()
         await super()._close(status, do_cbs)
+
+    async def _end_reconnecting(self) -> None:
+        """Ends the task that reconnects, for certain (see `end_tasks`): left behind, it keeps the loop from ending.
+
+        Cancelled, it takes the future with it that says that the old connection is closed: nobody may wait for that.
+        """
+        task = self._reconnection_task
+        if task is None or task.done() or task is asyncio.current_task():
+            return
+        await end_tasks(task)
+        if self._transport is not None:
+            self._transport.close()  # type: ignore[no-untyped-call]
+            self._transport = None
 
     def _send_last(self) -> None:
         """What is pending goes to the connection now, or nowhere.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from commands import stop_stage_once_it_says
@@ -104,6 +105,30 @@ async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting
     finally:
         await client.close()
         server.close()
+
+
+async def test_a_client_closed_at_any_moment_of_its_reconnecting_leaves_no_task() -> None:
+    for turns in range(40):
+        writers: list[asyncio.StreamWriter] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)  # noqa: B023 - each round has its server
+            writer.write(GREETING)
+            with contextlib.suppress(OSError):
+                while line := await reader.readline():
+                    if line.startswith(b"PING"):
+                        writer.write(b"PONG\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = await connect([f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"], "test")
+        server.close()
+        writers[0].close()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.close()
+        reconnecting = client._reconnection_task
+        assert reconnecting is None or reconnecting.done(), f"after {turns} turns"
 
 
 async def test_a_stage_that_waits_for_its_first_server_stops_when_told() -> None:
