@@ -26,6 +26,7 @@ from stages.persist.columns import RECORD_ABOUT
 from stages.persist.files import (
     PAGE_BYTES,
     Window,
+    is_lost,
     is_zero,
     publish_file,
     read_all_at,
@@ -256,12 +257,13 @@ class LiveShard(LiveReader):
         prev_origin: the first row's; None without rows.
         last_origin: the last row's origin; None without rows.
         torn: what lies after the last valid row is not empty, or cannot be read. `cut` before appending.
+        lost: why the row after the last valid one cannot be read, where the disk cannot give it.
     """
 
     _FLAGS = os.O_RDWR
 
     def __init__(self, path: Path) -> None:
-        """Opens the shard and reads every row. Raises as `LiveReader`."""
+        """Opens the shard and reads every row, up to one that the disk cannot read. Raises as `LiveReader`."""
         super().__init__(path)
         self._failed = False
         try:
@@ -274,11 +276,17 @@ class LiveShard(LiveReader):
         self.commits = self.end_bytes = self.events = 0
         self.prev_origin: int | None = None
         self.last_origin: int | None = None
-        for row, _ in self.blobs(commits):
-            if self.prev_origin is None:
-                self.prev_origin = row.prev_origin
-            self.commits, self.end_bytes, self.last_origin = row.ordinal, row.end_bytes, row.origin
-            self.events += row.events
+        self.lost: OSError | None = None
+        try:
+            for row, _ in self.blobs(commits):
+                if self.prev_origin is None:
+                    self.prev_origin = row.prev_origin
+                self.commits, self.end_bytes, self.last_origin = row.ordinal, row.end_bytes, row.origin
+                self.events += row.events
+        except OSError as error:
+            if not is_lost(error):
+                raise
+            self.lost = error
         used = self.commits * ROW_BYTES
         index = self.header.index
         self.torn = not is_zero(self._fd, index.offset + used, index.bytes - used)
@@ -366,10 +374,10 @@ class LiveShard(LiveReader):
 
         Raises:
             ShardCorruptError: there are fewer valid rows: committed data is damaged.
-            OSError: the disk refused.
+            OSError: the disk refused, or one of them is `lost`.
         """
         if not 0 <= commits <= self.commits:
-            raise ShardCorruptError(
+            raise self.lost or ShardCorruptError(
                 f"{self.path}: only {self.commits} of {commits} committed rows are whole; rebuild it from the stream"
             )
         self._writable()
@@ -386,7 +394,7 @@ class LiveShard(LiveReader):
             self._failed = True
             raise
         self.sync()
-        self.torn = False
+        self.torn, self.lost = False, None
         return rows_gone or bytes_gone
 
     def _write(self, data: bytes, offset: int) -> None:

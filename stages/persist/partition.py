@@ -161,7 +161,7 @@ class PartitionFiles:
             self._check_belongs(file.path, live.header, number)
             before = self.frontier.copy()
             if live.commits < live.watermark() <= live.rows_max:
-                raise ShardCorruptError(
+                raise live.lost or ShardCorruptError(
                     f"{file.path}: only {live.commits} of {live.watermark()} committed rows are whole; rebuild it from "
                     "the stream"
                 )
@@ -366,9 +366,8 @@ class PartitionFiles:
         self.accepted()
         job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
         self._note_tree(job.shard)
-        with disk_of(self._store):
+        with contextlib.closing(full), disk_of(self._store):
             self._begin(job.shard + 1)
-        full.close()
         self.to_seal.append(job)
 
     def seal(self, job: SealJob, sealed_ns: int | None = None) -> SealedInfo:

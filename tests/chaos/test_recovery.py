@@ -16,13 +16,16 @@ from crash.source import NOW_NS
 from crash.stand import Stand
 
 from cluster.testing.disk import flip
-from contracts.errors import ShardCorruptError, ShardError
+from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
+from stages.persist.files import PAGE_BYTES
 from stages.persist.header import HEADER_BYTES, encode_header, read_live_header, read_sealed_header
 from stages.persist.live import open_live
 from stages.persist.names import live_name, next_name, tmp_path
 from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
 from stages.persist.verify import verify_store
+
+BadSector = Callable[[Path, int], None]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,23 @@ def test_a_torn_tail_is_cut(stand: Stand, part: str) -> None:
     with open_live(path) as live:
         assert live.commits == 4
         assert live.torn
+    healed(stand)
+
+
+def test_a_bad_sector_in_what_was_never_accepted_is_cut(stand: Stand, bad_sector: BadSector) -> None:
+    with open_live(stand.path(4)) as live:
+        last = live.last_origin or 0
+        beyond = live.header.frames.offset + live.end_bytes + PAGE_BYTES
+        live.append(
+            [bytes(2 * PAGE_BYTES)],
+            prev_origin=last,
+            origin=last + 1,
+            duplicates=0,
+            dead_lettered=0,
+            committed_ns=NOW_NS,
+        )
+        live.sync()
+    bad_sector(stand.path(4), beyond)
     healed(stand)
 
 
@@ -192,6 +212,21 @@ def test_a_bit_flipped_in_a_full_shard_is_refused(stand: Stand) -> None:
     path = stand.path(3)
     flip(path, read_live_header(path).frames.offset + 300)
     refused(stand, str(path), "rebuild it from the stream")
+
+
+@pytest.mark.parametrize("watermark", ["as it was", "taken back"])
+@pytest.mark.parametrize("shard", [3, 4])
+def test_a_bad_sector_among_accepted_commits_is_told_as_what_it_is(
+    stand: Stand, shard: int, watermark: str, bad_sector: BadSector
+) -> None:
+    header = read_live_header(stand.path(shard))
+    if watermark == "taken back":
+        with stand.path(shard).open("r+b") as file:
+            file.seek(header.watermark.offset)
+            file.write(bytes(8))
+    bad_sector(stand.path(shard), header.frames.offset)
+    with pytest.raises(StoreFailedError, match=f"Input/output error: '{stand.path(shard)}'.*`fictl rebuild`"):
+        stand.lane().open()
 
 
 def test_a_bit_flipped_in_a_sealed_body_is_named_by_verification(stand: Stand) -> None:
