@@ -26,6 +26,7 @@ from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
 from stages.persist.aside import given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
+from stages.persist.backup import forget_copies
 from stages.persist.lost import last_place
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, lock_name
 from stages.persist.rewind import Damage, Place, begin_at, last_good_place, place_after_seals
@@ -276,6 +277,7 @@ class Rewinder:
         store = self._store
         with disk_of(store):
             await asyncio.to_thread(prepare_aside, store, aside, end)
+            await asyncio.to_thread(forget_copies, store.directory, last.partition, end.shard)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
             owner = last.ends.get(last.store, _NOTHING)

@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -31,8 +31,8 @@ from stages.persist.files import (
     write_all_at,
     write_new_file,
 )
-from stages.persist.header import HEADER_BYTES, read_sealed_header
-from stages.persist.names import ShardFile, list_shards, tmp_path
+from stages.persist.header import HEADER_BYTES, read_live_header, read_sealed_header
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, tmp_path
 from stages.persist.records import record_path
 from stages.persist.store import find_store
 from stages.persist.storedir import STORE_FILE, make_directory, read_store
@@ -101,6 +101,7 @@ def back_up(
     make_directory(target)
     with _locked(target):
         _identify(source, target)
+        gaps = _gaps(source)
         sealed = [file for files in list_shards(source).values() for file in files if file.sealed]
         total = sum(_size(file.path) for file in sealed)
         run = _Run(target, now_ns)
@@ -111,6 +112,8 @@ def back_up(
             run.take(file)
         on_progress(total, total)
         shards = len(sealed) - len(run.problems) - run.gone
+        # One that a rebuild gives up, or that got its sealed form while the directory was read, is not missing.
+        run.problems += [run.missing(source, *gap) for gap in _gaps(source) if gap in gaps]
         # What is not there any more was given up by a rebuild, unless the whole store went.
         if read_store(source) != store:
             raise ShardError(f"{source}: holds another store than when this began; run it again")
@@ -130,6 +133,23 @@ def back_up(
         same_disk=same_disk,
         unmarked=unmarked,
     )
+
+
+def forget_copies(directory: Path, partition: int, shard: int) -> None:
+    """From shard `shard` on, the store's copies are not counted any more: it is taken back there, and made again.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    mark = directory / BACKUP_FILE
+    with suppress(FileNotFoundError, WireFormatError):
+        last = decode_last_backup(mark.read_bytes())
+        if last.copied.get(partition, 0) >= shard:
+            write_new_file(
+                tmp_path(mark),
+                encode_last_backup(msgspec.structs.replace(last, copied={**last.copied, partition: shard - 1})),
+            )
+            publish_file(tmp_path(mark), mark)
 
 
 def copied_shard(directory: Path, partition: int) -> int | None:
@@ -196,6 +216,12 @@ class _Run:
         except ShardError as error:
             self.problems.append(NotCopied(file.path.name, str(error)))
 
+    def missing(self, source: Path, partition: int, shard: int) -> NotCopied:
+        """What is to be said of a shard that the store should have and has not."""
+        copy = next((file.path for file in self._there.get(partition, ()) if file.shard == shard), None)
+        step = "run `fictl rebuild`" if copy is None else f"put the copy {copy} in its place"
+        return NotCopied(f"shard {shard} of partition {partition}", f"is missing in {source}; {step}")
+
     def _move_aside(self, files: list[ShardFile]) -> None:
         moved = move_aside(files, self._target / ASIDE, self._now_ns)
         self.aside += [path.name for path in moved]
@@ -231,6 +257,23 @@ def _identify(source: Path, target: Path) -> None:
             f"{target}: holds copies of store {there.store_id}, and {source} is store {own.store_id}; choose another "
             "directory. Was the disk lost, and a new store begun? Then leave these copies: there is nothing else"
         )
+
+
+def _gaps(source: Path) -> list[tuple[int, int]]:
+    """(partition, number) of each shard that is not there, and that the one after it goes on from."""
+    gaps = []
+    for partition, files in list_shards(source).items():
+        numbers = {file.shard for file in files}
+        after_none = [file for file in files if file.shard > FIRST_SHARD and file.shard - 1 not in numbers]
+        gaps += [(partition, file.shard - 1) for file in after_none if not _begins(file)]
+    return gaps
+
+
+def _begins(file: ShardFile) -> bool:
+    try:
+        return (read_sealed_header if file.sealed else read_live_header)(file.path).begins
+    except (FileNotFoundError, ShardError):
+        return False
 
 
 def _mark(source: Path, last: LastBackup) -> str:

@@ -19,6 +19,7 @@ from cluster import rewind
 from cluster.audit import audit_store
 from cluster.rewind import Rewinder
 from cluster.testing.checker import check
+from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup, encode_last_backup
 from contracts.budgets import REWIND_LOCK
 from contracts.errors import NotOursError
 from contracts.events import Event
@@ -145,9 +146,13 @@ async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_
         await sealed(pipeline)
         (before,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
         await pipeline.supervisor.hold_down("persist-0")
+        mark = pipeline.shards / BACKUP_FILE
+        mark.write_bytes(encode_last_backup(LastBackup(at_ns=1, to="/mnt", copied={0: 1})))
         before.unlink()
         code, _, err = await fictl(pipeline, "rebuild", "--wait", "0")
         assert code == 0, err
+        # What is made again is not what was copied.
+        assert decode_last_backup(mark.read_bytes()).copied == {0: 0}
         await pipeline.supervisor.bring_back("persist-0")
         await pipeline.assert_whole(load)
         await sealed(pipeline)

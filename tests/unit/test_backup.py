@@ -23,7 +23,8 @@ from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup
 from contracts.errors import NotOursError, ShardError
 from stages.persist import backup as module
 from stages.persist.aside import ASIDE
-from stages.persist.backup import Backup, back_up, copied_shard
+from stages.persist.backup import Backup, back_up, copied_shard, forget_copies
+from stages.persist.live import create_live
 from stages.persist.names import ShardFile, list_shards, sealed_name
 from stages.persist.names import tmp_path as unfinished
 from stages.persist.records import keep_record, record_of, record_path
@@ -254,6 +255,59 @@ def test_the_store_is_marked_once_nothing_of_it_is_left_to_copy_to_another_disk(
     assert elsewhere.run().unmarked == ""
     assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), copied={3: 3})
     assert not (elsewhere.target / BACKUP_FILE).exists()
+
+
+@pytest.mark.parametrize("shard", [1, 2, 3])
+def test_a_shard_that_is_missing_is_told_of_and_does_not_count_as_copied(
+    ground: Ground, elsewhere: Ground, shard: int
+) -> None:
+    path = ground.sealed()[shard - 1].path
+    aside = path.rename(path.with_name("aside"))
+    done = elsewhere.run()
+    (problem,) = done.problems
+    assert (problem.shard, done.shards) == (f"shard {shard} of partition 3", 2)
+    assert problem.why == f"is missing in {ground.store.directory}; run `fictl rebuild`"
+    assert (done.unmarked, last_backup(ground)) == ("not all of it is copied to another disk", None)
+
+    aside.rename(path)
+    assert elsewhere.run().problems == ()
+    path.unlink()
+    (problem,) = elsewhere.run().problems
+    assert problem.why.endswith(f"; put the copy {elsewhere.target / path.name} in its place")
+
+
+def test_what_lies_before_the_shard_with_which_a_store_took_over_is_not_missing(
+    ground: Ground, elsewhere: Ground
+) -> None:
+    for file in ground.sealed()[1:]:
+        file.path.unlink()
+    live = list_shards(ground.store.directory)[3][-1].path
+    live.unlink()
+    create_live(
+        live,
+        store=ground.store,
+        partition=3,
+        shard=4,
+        capacity_bytes=4096,
+        rows=4,
+        created_ns=NOW_NS,
+        begins_after=ground.maker.frontier,
+    )
+    assert elsewhere.run().problems == ()
+
+
+def test_what_is_taken_back_counts_as_copied_no_more(ground: Ground, elsewhere: Ground) -> None:
+    forget_copies(ground.store.directory, 3, 2)
+    assert last_backup(ground) is None
+    elsewhere.run()
+    before = last_backup(ground)
+    for partition, shard in ((2, 1), (3, 4)):
+        forget_copies(ground.store.directory, partition, shard)
+        assert last_backup(ground) == before
+    forget_copies(ground.store.directory, 3, 2)
+    assert copied_shard(ground.store.directory, 3) == 1
+    elsewhere.run()
+    assert last_backup(ground) == before
 
 
 def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_persist_does_not_know(
