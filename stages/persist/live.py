@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
@@ -194,7 +193,11 @@ class LiveReader:
 
     def read_rows(self, first: int, last: int) -> list[CommitRow]:
         """Index rows [first, last), counted from 0, as they are on disk: unchecked, possibly empty or torn."""
-        return decode_rows(self._read(self.header.index, first * ROW_BYTES, last * ROW_BYTES))
+        return decode_rows(self.row_bytes(first, last))
+
+    def row_bytes(self, first: int, last: int) -> bytes:
+        """The bytes of `read_rows`."""
+        return self._read(self.header.index, first * ROW_BYTES, last * ROW_BYTES)
 
     def read_blobs(self, start: int, end: int) -> bytes:
         """The frames' bytes in [start, end), unchecked."""
@@ -202,10 +205,6 @@ class LiveReader:
 
     def _read(self, area: Area, start: int, end: int) -> bytes:
         return read_all_at(self._fd, end - start, area.offset + start, self.path)
-
-    def map(self) -> mmap:
-        """The whole file, to be read in place, as it is at each moment. Raises `OSError`."""
-        return mmap(self._fd, self.header.file_bytes, access=ACCESS_READ)
 
     def blobs(self, commits: int | None = None) -> Iterator[tuple[CommitRow, bytes]]:
         """The valid rows from the first on, each with its blob, at most `commits` of them.

@@ -6,6 +6,7 @@ the first bytes of each record are read for it, and only once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ IdColumn = Literal["event_id", "consultation_id"]
 
 _HEAD_BYTES = 64
 """A record's length, msgpack's array header, tag, origin, index and both ids take no more; a record is longer."""
-_HEADS_AT_ONCE = 16 * 1024
+_READ_BYTES = 4 * 1024 * 1024
 _SIDE_BY_SIDE_MIN = 32
 _BIN8_OF_ID = int.from_bytes(bytes([0xC4, ID_BYTES]), "little")
 _FOLD = np.uint64(0x9E3779B97F4A7C15)
@@ -39,40 +40,47 @@ _UNSIGNED_BYTES = _sizes({**dict.fromkeys(range(0x80), 1), 0xCC: 2, 0xCD: 3, 0xC
 
 
 class LiveIndex:
-    """Over `frames`, the shard's bytes (u1) from the first commit's blob on, mapped."""
+    """Over a shard's blobs, of which `read` gives the bytes [start, end)."""
 
-    def __init__(self, frames: Array) -> None:
-        self._frames = frames
-        # As overlapping items, so that numpy can pick a record's beginning at any byte.
-        self._heads = _overlapping(frames, f"V{_HEAD_BYTES}")
-        self._lengths = _overlapping(frames, "<u4")
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read = read
         self._starts = np.empty(0, "<u4")
         self._keys: dict[IdColumn, Array] = {"event_id": np.empty(0, "<u4"), "consultation_id": np.empty(0, "<u4")}
 
     def extend(self, starts: Array, ends: Array, events: Array) -> int | None:
-        """Takes in commits that follow those taken before.
+        """Takes in commits that follow those taken before, and each other.
 
         Args:
-            starts, ends: where each commit's blob lies in the frames, in bytes.
+            starts, ends: where each commit's blob lies, in bytes.
             events: how many each holds.
 
         Returns:
             None; or which of them is not whole, counted from 0, and nothing was taken in.
+
+        Raises:
+            ShardCorruptError, OSError: as `read`.
         """
-        found, damaged = self._walk(starts, ends, events)
-        if damaged is not None:
-            return damaged
+        begins: list[Array] = [self._starts]
         keys: dict[IdColumn, list[Array]] = {name: [column] for name, column in self._keys.items()}
-        for first in range(0, len(found), _HEADS_AT_ONCE):
-            some = found[first : first + _HEADS_AT_ONCE]
-            heads = self._heads[np.minimum(some, len(self._heads) - 1)].view("u1")
+        first = 0
+        while first < len(ends):
+            # At least one commit, else as many as are no more than that.
+            last = max(first + 1, int(np.searchsorted(ends, starts[first] + _READ_BYTES, "right")))
+            blobs = _Blobs(self._read(int(starts[first]), int(ends[last - 1])), int(starts[first]))
+            some = slice(first, last)
+            found, damaged = blobs.walk(starts[some], ends[some], events[some])
+            if damaged is not None:
+                return first + damaged
+            heads = blobs.heads(found)
             at, wrong = _ids_at(heads)
             if wrong is not None:
-                return int(np.searchsorted(ends, some[wrong], "right"))
+                return int(np.searchsorted(ends, found[wrong], "right"))
+            begins.append(found.astype("<u4"))
             keys["event_id"].append(_fold(heads, at))
             keys["consultation_id"].append(_fold(heads, at + ID_BYTES + 2))
+            first = last
         self._keys = {name: np.concatenate(columns) for name, columns in keys.items()}
-        self._starts = np.concatenate([self._starts, found.astype("<u4")])
+        self._starts = np.concatenate(begins)
         return None
 
     def find(self, column: IdColumn, wanted: bytes) -> Array:
@@ -84,7 +92,24 @@ class LiveIndex:
         """Where in the frames the event's record begins with its length."""
         return int(self._starts[event])
 
-    def _walk(self, starts: Array, ends: Array, events: Array) -> tuple[Array, int | None]:
+
+class _Blobs:
+    """Blobs that follow one another, `data`, of which the first begins at byte `base` of all."""
+
+    def __init__(self, data: bytes, base: int) -> None:
+        self._data = data
+        self._base = base
+        # As overlapping items, so that numpy can pick a record's beginning at any byte; the last ones need room.
+        padded = np.frombuffer(data + bytes(_HEAD_BYTES), "u1")
+        self._heads = _overlapping(padded, f"V{_HEAD_BYTES}")
+        self._lengths = _overlapping(padded, "<u4")
+
+    def heads(self, begins: Array) -> Array:
+        """The first `_HEAD_BYTES` of the records that begin at `begins`, one after the other (u1)."""
+        heads: Array = self._heads[begins - self._base].view("u1")
+        return heads
+
+    def walk(self, starts: Array, ends: Array, events: Array) -> tuple[Array, int | None]:
         """Where each record of the commits begins, and None; or anything, and the first commit that is not whole."""
         numbers = np.cumsum(events) - events
         found = np.zeros(int(events.sum()), "<i8")
@@ -94,7 +119,7 @@ class LiveIndex:
         while len(alive) >= _SIDE_BY_SIDE_MIN:
             here = at[alive]
             found[numbers[alive] + events[alive] - left[alive]] = here
-            at[alive] = here + LENGTH_BYTES + self._lengths[np.minimum(here, len(self._lengths) - 1)]
+            at[alive] = here + LENGTH_BYTES + self._lengths[here - self._base]
             left[alive] -= 1
             alive = alive[(left[alive] > 0) & (at[alive] < ends[alive])]
         for commit in alive.tolist():
@@ -102,7 +127,8 @@ class LiveIndex:
             after = int(numbers[commit] + events[commit])
             while remaining and begin < end:
                 found[after - remaining] = begin
-                begin += LENGTH_BYTES + int.from_bytes(self._frames[begin : begin + LENGTH_BYTES].tobytes(), "little")
+                place = begin - self._base
+                begin += LENGTH_BYTES + int.from_bytes(self._data[place : place + LENGTH_BYTES], "little")
                 remaining -= 1
             at[commit], left[commit] = begin, remaining
         whole = (left == 0) & (at == ends)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ class LiveView:
         self.commits = 0
         self._numbers = np.zeros(1, "<i8")
         """How many events there are before each commit, and after the last one."""
-        self._map: mmap | None = None
         self._index: LiveIndex | None = None
         self._indexed = 0
         try:
@@ -61,7 +59,7 @@ class LiveView:
         if commits < self.commits:
             self.commits, self._numbers, self._index = commits, self._numbers[: commits + 1], None
         elif commits > self.commits:
-            events = self._rows()[self.commits : commits, _EVENTS]
+            events = self._rows(self.commits, commits)[:, _EVENTS]
             self._numbers = np.concatenate([self._numbers, self._numbers[-1] + np.cumsum(events)])
             self.commits = commits
 
@@ -72,7 +70,6 @@ class LiveView:
     def close(self) -> None:
         """Closes the file. Closing again does nothing."""
         self._index = None
-        self._map = None
         self._reader.close()
 
     def records(self) -> Iterator[bytes]:
@@ -144,15 +141,15 @@ class LiveView:
         """The index over all visible commits."""
         frames = self.header.frames
         if self._index is None:
-            self._index = LiveIndex(np.frombuffer(self._mapped(), "u1", frames.bytes, frames.offset))
+            self._index = LiveIndex(self._reader.read_blobs)
             self._indexed = 0
         if self._indexed < self.commits:
-            first, rows = self._indexed, self._rows()[: self.commits]
-            ends = rows[first:, _END_BYTES].copy()
-            starts = np.concatenate([rows[first - 1 : first, _END_BYTES] if first else [0], ends[:-1]])
-            events = rows[first:, _EVENTS].copy()
+            first = self._indexed
+            rows = self._rows(first, self.commits)
+            ends, events = rows[:, _END_BYTES].copy(), rows[:, _EVENTS].copy()
+            starts = np.concatenate([[self.row(first - 1).end_bytes if first else 0], ends[:-1]])
             sizes = ends - starts
-            good = (rows[first:, _ORDINAL] == np.arange(first + 1, self.commits + 1)) & (ends <= frames.bytes)
+            good = (rows[:, _ORDINAL] == np.arange(first + 1, self.commits + 1)) & (ends <= frames.bytes)
             good &= (events >= 0) & (events <= sizes // LENGTH_BYTES)
             damaged = self._index.extend(starts, ends, events) if good.all() else int(np.argmin(good))
             if damaged is not None:
@@ -160,16 +157,9 @@ class LiveView:
             self._indexed = self.commits
         return self._index
 
-    def _rows(self) -> Array:
-        """All rows there is room for, as i8, mapped."""
-        index = self.header.index
-        columns = len(ROW_COLUMNS)
-        return np.frombuffer(self._mapped(), "<i8", index.bytes // 8, index.offset).reshape(-1, columns)
-
-    def _mapped(self) -> mmap:
-        if self._map is None:
-            self._map = self._reader.map()
-        return self._map
+    def _rows(self, first: int, last: int) -> Array:
+        """Rows [first, last), as i8 (n×9)."""
+        return np.frombuffer(self._reader.row_bytes(first, last), "<i8").reshape(-1, len(ROW_COLUMNS))
 
     def _damaged(self, commit: int) -> ShardCorruptError:
         return ShardCorruptError(f"{self.path}: commit {commit + 1} is not whole; rebuild the shard from the stream")

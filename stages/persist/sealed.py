@@ -1,17 +1,18 @@
 """Reading one sealed shard: by row, by event id, by consultation, and by column.
 
-Whether a shard holds an id is asked of its sorted ids, mapped and not read; HDF5 opens the file only for what is in it,
-and only the chunks that hold a wanted event are unpacked.
+Whether a shard holds an id is asked of its sorted ids, a page at a time; HDF5 opens the file only for what is in it,
+and only the chunks that hold a wanted event are unpacked. Nothing is mapped: where the disk cannot give a page of a
+mapping, or the file was cut short, the process that touches it dies.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import cast
 
@@ -22,13 +23,15 @@ from isal import isal_zlib
 from contracts.errors import ShardCorruptError, WireFormatError
 from contracts.events import Event, decode_event
 from stages.persist.columns import Array
-from stages.persist.header import HEADER_BYTES, read_sealed_header
+from stages.persist.files import read_all_at
+from stages.persist.header import HEADER_BYTES, Area, read_sealed_header
 from stages.persist.idfilter import ID_BYTES
 
 _BLOCK_BYTES = 4 * 1024 * 1024
 _OFFSET_BYTES = 8
 _OFFSETS_AT_ONCE = 32 * 1024
 _ID_TEXT = f"S{ID_BYTES}"
+_IDS_AT_ONCE = 1024
 # isal's type stub calls this class an instance.
 _DECOMPRESS_ERROR = cast(type[Exception], isal_zlib.error)
 _NO_ROWS: Array = np.empty(0, "<u4")
@@ -120,6 +123,17 @@ class _Chunked:
         return self._chunk
 
 
+class _OpenFile:
+    """A file as it was when it was opened, whatever has its name since; closed when nobody has this any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
 class SealedReader:
     """One sealed shard, opened without a lock.
 
@@ -138,17 +152,15 @@ class SealedReader:
         self._file: h5py.File | None = None
         self._chunked: dict[str, _Chunked] = {}
         self._offsets: Array | None = None
-        self._map: mmap | None = None
-        self._arrays: dict[str, Array] = {}
+        self._opened: _OpenFile | None = None
 
     def close(self) -> None:
-        """Closes the file and lets go of its mapping. It opens again when it is used again."""
+        """Closes the file. It opens again when it is used again."""
         self.close_hdf5()
-        self._arrays.clear()
-        self._map = None
+        self._opened = None
 
     def close_hdf5(self) -> None:
-        """Gives back what reading events and columns took; what looking for ids needs stays mapped."""
+        """Gives back what reading events and columns took; what looking for ids needs stays open."""
         self._chunked.clear()
         self._offsets = None
         if self._file is not None:
@@ -188,7 +200,7 @@ class SealedReader:
         at = self._search("by_event_id/ids", event_id)
         if at is None:
             return None
-        row, event = next(self._events_at(self._mapped("by_event_id/rows")[at : at + 1]))
+        row, event = next(self._events_at(self._index("by_event_id/rows", at, at + 1)))
         if event.event_id != event_id:
             raise self._unreadable("by_event_id", ValueError(f"event {row} has another id"))
         return row, event
@@ -269,8 +281,8 @@ class SealedReader:
         if at is None:
             return _NO_ROWS
         with self._reading("by_consultation"):
-            start, end = self._mapped("by_consultation/start")[at : at + 2].tolist()
-            rows = self._mapped("by_consultation/rows")[start:end]
+            start, end = self._index("by_consultation/start", at, at + 2).tolist()
+            rows = self._index("by_consultation/rows", start, end)
             if len(rows) and int(rows.max()) >= self.header.events:
                 raise ValueError(f"it speaks of event {rows.max()}")
             return rows
@@ -330,33 +342,41 @@ class SealedReader:
 
     def _search(self, name: str, wanted: bytes) -> int | None:
         """Where `wanted` (16 bytes) is in the sorted ids `name`."""
-        ids = self._mapped(name)
-        at = int(ids.searchsorted(np.frombuffer(wanted, _ID_TEXT))[0])
-        # As a string numpy drops an id's zero bytes at the end.
-        return at if at < len(ids) and bytes(ids[at]).ljust(ID_BYTES, b"\0") == wanted else None
+        text = np.frombuffer(wanted, _ID_TEXT)
+        low, high = 0, self._place(name).bytes // ID_BYTES
+        # Where it is likely to be, as most ids are random; then in the middle of what is left.
+        at = int.from_bytes(wanted[:4], "big") * high >> 32
+        while low < high:
+            first = max(low, min(at, high) - _IDS_AT_ONCE // 2)
+            ids = self._index(name, first, min(first + _IDS_AT_ONCE, high))
+            at = int(ids.searchsorted(text)[0])
+            # As a string numpy drops an id's zero bytes at the end.
+            if at < len(ids) and bytes(ids[at]).ljust(ID_BYTES, b"\0") == wanted:
+                return first + at
+            if 0 < at < len(ids):
+                return None
+            low, high = (first + at, high) if at else (low, first)
+            at = (low + high) // 2
+        return None
 
-    def _mapped(self, name: str) -> Array:
-        """A contiguous dataset, mapped: only the pages that are touched are read."""
-        array = self._arrays.get(name)
-        if array is None:
-            array = self._arrays[name] = self._place(name)
-        return array
+    def _index(self, name: str, first: int, last: int) -> Array:
+        """Items [first, last) of a contiguous dataset, as many of them as there are."""
+        kind, area = np.dtype(_INDEXES[name]), self._place(name)
+        last = min(last, area.bytes // kind.itemsize)
+        if first >= last:
+            return np.empty(0, kind)
+        with self._reading(name):
+            if self._opened is None:
+                self._opened = _OpenFile(self.path)
+            start, end = first * kind.itemsize, last * kind.itemsize
+            return np.frombuffer(read_all_at(self._opened.fd, end - start, area.offset + start, self.path), kind)
 
-    def _place(self, name: str) -> Array:
-        kind = np.dtype(_MAPPED[name])
+    def _place(self, name: str) -> Area:
         header = self.header
         area = header.areas.get(name)
         if area is None or (area.bytes and not HEADER_BYTES <= area.offset <= header.file_bytes - area.bytes):
             raise ShardCorruptError(f"{self.path}: its header does not place {name}; rebuild it from the stream")
-        if area.bytes == 0:
-            return np.empty(0, kind)
-        if self._map is None:
-            with self.path.open("rb") as file:
-                try:
-                    self._map = mmap(file.fileno(), header.file_bytes, access=ACCESS_READ)
-                except ValueError as error:
-                    raise self._unreadable(name, error) from error
-        return np.frombuffer(self._map, kind, area.bytes // kind.itemsize, area.offset)
+        return area
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -374,7 +394,7 @@ class SealedReader:
         return ShardCorruptError(f"{self.path}: {name} cannot be read ({error}); rebuild the shard from the stream")
 
 
-_MAPPED = {
+_INDEXES = {
     "by_event_id/ids": _ID_TEXT,
     "by_event_id/rows": "<u4",
     "by_consultation/ids": _ID_TEXT,

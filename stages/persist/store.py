@@ -251,7 +251,7 @@ class EventStore:
     def _look_up(self, read: Callable[[View], _Rows]) -> list[StoredEvent]:
         """What `read` gives of every shard, in order. Live shards and the ids of sealed ones stay open for the next."""
         found: list[StoredEvent] = []
-        mapped_max = getrlimit(RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
+        open_max = getrlimit(RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE
         sealed = 0
         for partition, shards in self._opened.shards().items():
             for view, leaf in self._views(shards, self._opened.kept):
@@ -260,7 +260,7 @@ class EventStore:
                 ]
                 if isinstance(view, SealedReader):
                     sealed += 1
-                    if sealed > mapped_max:
+                    if sealed > open_max:
                         view.close()
                     else:
                         view.close_hdf5()

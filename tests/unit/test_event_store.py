@@ -1,7 +1,7 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from uuid import UUID
@@ -12,7 +12,8 @@ from shard_maker import PartitionMaker, filled_store, new_store
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event
-from stages.persist import openshards
+from stages.persist import liveindex, openshards, sealed
+from stages.persist.header import HEADER_BYTES, read_live_header, read_sealed_header
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.store import EventStore
 
@@ -175,6 +176,58 @@ def test_a_damaged_commit_is_an_error_and_not_a_short_answer(tmp_path: Path) -> 
             list(store.iterate())
         with pytest.raises(ShardCorruptError, match="commit 2 is not whole"):
             store.event(events[-1].event_id)
+
+
+def look_up_all(store: EventStore, events: list[Event]) -> None:
+    for event in events:
+        found = store.event(event.event_id)
+        assert found is not None
+        assert found.event == event
+
+
+@pytest.mark.parametrize("form", ["sealed", "live"])
+def test_a_shard_cut_short_while_it_is_open_is_an_error_and_ends_no_reader(
+    two_partitions: tuple[Path, list[Event]], form: str
+) -> None:
+    path, events = two_partitions
+    with EventStore(path) as store:
+        look_up_all(store, events)
+        for shards in list_shards(store.directory).values():
+            for shard in shards:
+                if shard.sealed == (form == "sealed"):
+                    os.truncate(shard.path, HEADER_BYTES)
+        with pytest.raises(ShardCorruptError, match="was cut short while in use"):
+            look_up_all(store, events)
+
+
+def test_a_bad_sector_in_what_finds_an_event_is_an_error_and_ends_no_reader(
+    two_partitions: tuple[Path, list[Event]], bad_sector: Callable[[Path, int], None]
+) -> None:
+    path, events = two_partitions
+    with EventStore(path) as store:
+        look_up_all(store, events)
+        shard = list_shards(store.directory)[3][1].path
+        bad_sector(shard, read_sealed_header(shard).areas["by_event_id/ids"].offset)
+        with pytest.raises(ShardCorruptError, match=f"{shard}: by_event_id/ids cannot be read .*Input/output error"):
+            look_up_all(store, events)
+        live = list_shards(store.directory)[5][0].path
+        bad_sector(live, read_live_header(live).frames.offset)
+        with pytest.raises(OSError, match=f"Input/output error: '{live}'"), EventStore(path) as another:
+            another.consultation(events[0].consultation_id)
+
+
+def test_an_index_read_in_pieces_finds_every_event(
+    two_partitions: tuple[Path, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = two_partitions
+    monkeypatch.setattr(liveindex, "_READ_BYTES", 1000)
+    monkeypatch.setattr(sealed, "_IDS_AT_ONCE", 2)
+    with EventStore(path) as store:
+        look_up_all(store, events)
+        for event in events:
+            wanted = [one for one in events if one.consultation_id == event.consultation_id]
+            assert [item.event for item in store.consultation(event.consultation_id)] == wanted
+        assert [store.event(bytes([first]) * 16) for first in range(256)] == [None] * 256
 
 
 def test_a_shard_sealed_between_listing_and_opening_is_still_read(
