@@ -22,7 +22,7 @@ from typing import Any, Final
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import AuthorizationError, ConnectionDrainingError, MaxPayloadError, NoRespondersError
+from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
 from contracts.budgets import TROUBLE_COUNTS
@@ -42,7 +42,7 @@ _STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
 _REFUSES: Final = "a server refuses: "
-_EXPIRED: Final = "user authentication expired"
+_PERMISSIONS: Final = "permissions violation"
 _SUBSCRIBING: Final = -1
 _INVALID: Final = re.compile(r"[ \t\r\n]").search
 TOLD_MAX: Final = 8
@@ -295,11 +295,12 @@ class GuardedClient(Client):
             self._remove_sub(self._request_id)
             self._request_id = 0
             self._answers.deny(words, None)
-        if words == _EXPIRED:
-            # nats-py would give up for good; renewed credentials are read for the next connection.
-            await self._process_op_err(AuthorizationError())
+        if _PERMISSIONS in words:
+            await super()._process_err(err_msg)
             return
-        await super()._process_err(err_msg)
+        # nats-py would give up for good, where a limit is raised again, or a password that is being changed comes to us
+        # too: credentials are read for each connection.
+        await self._process_op_err(NatsError(f"nats: {words}"))
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._ended = status == Client.CLOSED

@@ -41,15 +41,15 @@ class Server(NamedTuple):
     def url(self, user: str) -> str:
         return f"nats://{user}:x@127.0.0.1:{self.port}"
 
-    def allow(self, permissions: str) -> None:
-        """Gives the user `changed` these permissions."""
+    def allow(self, permissions: str, *, password: str = "x", limits: str = "") -> None:
+        """Gives the user `changed` these permissions and this password, and the server further settings."""
         users = {"full": "", "api": NO_API, "inbox": UNHEARD, "reads": NO_READS, "events": NO_EVENTS}
         lines = [
-            f"{{ user: {name}, password: x, permissions: {{ {given} }} }}"
+            f"{{ user: {name}, password: {password if name == 'changed' else 'x'}, permissions: {{ {given} }} }}"
             for name, given in {**users, "changed": permissions}.items()
         ]
         self.config.write_text(
-            f'port: {self.port}\njetstream {{ store_dir: "{self.config.parent}/js" }}\n'
+            f'port: {self.port}\n{limits}\njetstream {{ store_dir: "{self.config.parent}/js" }}\n'
             f"accounts {{\n A {{ jetstream: enabled, users: [{', '.join(lines)}] }}\n"
             " B { users: [{ user: bare, password: x }] }\n}\n"
         )
@@ -159,3 +159,30 @@ async def test_a_client_whose_permissions_are_mended_is_answered_by_the_connecti
         assert len(client._subs) == 1
     finally:
         await client.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"password": "y"}, "authorization violation"),
+        ({"limits": "max_connections: 1"}, "maximum connections exceeded"),
+    ],
+)
+async def test_a_client_that_a_server_puts_out_comes_back_once_it_may(
+    server: Server, change: dict[str, str], words: str
+) -> None:
+    clients = [await connect([server.url("changed")], "changed") for _ in range(2)]
+    try:
+        server.allow("", **change)
+        server.process.send_signal(signal.SIGHUP)
+        await until(
+            lambda: any(words in one.trouble.lower() for one in clients), "the server puts one of them out", LIMIT_S
+        )
+        server.allow("")
+        server.process.send_signal(signal.SIGHUP)
+        for one in clients:
+            await until(lambda one=one: one.is_connected, "it is back", LIMIT_S)
+            assert (await one.request("$JS.API.INFO", b"", timeout=LIMIT_S)).data
+    finally:
+        for one in clients:
+            await one.close()
