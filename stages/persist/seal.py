@@ -226,7 +226,7 @@ def _write_body(live: LiveReader, tmp: Path, commits: int, frontier: MerkleFront
     after = frontier.copy()
     columns = ColumnsBuilder()
     rows: list[CommitRow] = []
-    # Aligned so that the contiguous arrays can be mapped and used in place.
+    # Aligned so that what reads the contiguous arrays by pages reads no page twice.
     with new_hdf5(tmp, align_from_bytes=1, align_to_bytes=_ALIGN_BYTES) as file:
         records = _RecordsWriter(file)
         for group in _groups(live, commits, rows):

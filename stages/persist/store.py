@@ -47,7 +47,7 @@ COLUMNS = (
 """What `EventStore.columns` can give."""
 
 _DESCRIPTORS_SHARE = 4
-"""Mapped sealed shards stay so up to one in so many of the file descriptors that the process may have."""
+"""Sealed shards stay open for look-ups up to one in so many of the file descriptors that the process may have."""
 _SUBDIRECTORY = "shards"
 
 _Rows = Iterator[tuple[int, Event]]
