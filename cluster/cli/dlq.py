@@ -272,6 +272,10 @@ def drop(
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
     report = {"matched": 0, "dropped": 0}
     from cluster.cli.letters import append, line
+    from stages.persist.output import check_name
+
+    if output is not None:
+        check_name(output)
 
     async def act(dead: DeadLetters, page: Sequence[Letter]) -> None:
         report["matched"] += len(page)

@@ -53,6 +53,7 @@ def prove(
         wanted = UUID(event_id)
     except ValueError:
         raise SettingsError(f"{event_id!r} is not a UUID; `fictl events` shows the ids that are stored") from None
+    _check(output)
     place = store or directory
     partition = event_partition(place, wanted)
     if partition is None:
@@ -80,6 +81,7 @@ def consistency(
     """
     from stages.persist.prove import prove_consistency
 
+    _check(output)
     place = store or directory
     records = _records(place, store is None, nats, partition)
     evidence = prove_consistency(place, partition, old_size, new_size, records)
@@ -137,8 +139,16 @@ def _records(place: Path, runs_here: bool, nats: list[str] | None, partition: in
     return [*others, *found.receipts[partition], *found.seals[partition]]
 
 
+def _check(output: Path | None) -> None:
+    from stages.persist.output import check_output
+
+    if output is not None:
+        check_output(output)
+
+
 def _write(evidence: Evidence, output: Path | None, heads: list[TreeHead]) -> None:
     from contracts.evidence import encode_evidence
+    from stages.persist.output import write_output
 
     for head in heads:
         if head.signature is None:
@@ -149,4 +159,4 @@ def _write(evidence: Evidence, output: Path | None, heads: list[TreeHead]) -> No
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     else:
-        output.write_bytes(data)
+        write_output(output, data)

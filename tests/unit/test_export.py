@@ -34,7 +34,8 @@ from stages.persist.export.manifest import (
     find_manifest,
     manifest_path,
 )
-from stages.persist.export.write import ExportError, export_file, export_stream
+from stages.persist.export.write import export_file, export_stream
+from stages.persist.output import OutputError
 from stages.persist.sealed import Selection
 from stages.persist.store import EventStore, StoredEvent
 from stages.persist.storedir import read_store
@@ -236,7 +237,7 @@ def broken(found: Iterator[StoredEvent], error: BaseException) -> Iterator[Store
     ("failing", "raised"),
     [
         (Interrupted, Interrupted),
-        (lambda: OSError(28, "No space left"), ExportError),
+        (lambda: OSError(28, "No space left"), OutputError),
         (lambda: ShardCorruptError("x"), ShardCorruptError),
     ],
     ids=["interrupted", "disk full", "corrupt"],
@@ -262,7 +263,7 @@ def test_an_export_that_fails_leaves_nothing_under_the_name_but_what_was_there(
 
 def test_hdf5_does_not_begin_on_a_disk_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000))
-    with pytest.raises(ExportError, match="No space left on device, it needs about 1"):
+    with pytest.raises(OutputError, match="No space left on device, it needs about 1"):
         exported(place, ExportFormat.HDF5_CONSULTATIONS)
     assert [path.name for path in place.iterdir()] == ["shards"]
 

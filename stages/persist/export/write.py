@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 from uuid import UUID
 
-from contracts.errors import DefiniteError, SettingsError
+from contracts.errors import SettingsError
 from contracts.events import format_rfc3339
 from stages.persist.export.consultations import write_consultations
 from stages.persist.export.formats import ExportFormat, write_csv, write_ndjson
@@ -25,11 +23,11 @@ from stages.persist.export.manifest import (
 )
 from stages.persist.files import publish_file, remove_file, sync_file, write_new_file
 from stages.persist.names import tmp_path
+from stages.persist.output import all_or_nothing, check_output
 from stages.persist.sealed import Selection
 from stages.persist.store import EventStore, StoredEvent
 from stages.persist.storedir import read_store
 
-_STORE_NAMES = re.compile(r"p\d{3,4}[-.].*|(store|backup)\..*", re.ASCII)
 _REPORT_EVENTS = 1000
 _WRITING = 0.9
 """Of all the work; the rest is to read what was written once more, for its digest."""
@@ -40,10 +38,6 @@ _STREAMS: dict[ExportFormat, Callable[[Iterable[StoredEvent], BinaryIO], int]] =
 
 Progress = Callable[[float], None]
 """Told how much is done, from 0 to 1."""
-
-
-class ExportError(DefiniteError):
-    """An export was not written; nothing is left of it. The message says why and what to do."""
 
 
 def export_stream(store: EventStore, file: BinaryIO, *, file_format: ExportFormat, wanted: Selection) -> int:
@@ -97,17 +91,19 @@ def export_file(
 
     Raises:
         SettingsError: `output` cannot be an export's name.
-        ExportError: the disk refused.
+        OutputError: the disk refused.
         ShardError: a shard cannot be read.
     """
-    _check_output(output, store.directory)
+    check_output(output)
+    if output.name.endswith(MANIFEST_SUFFIX):
+        raise SettingsError(f"{output}: is the name of another export's manifest; choose another")
     identity = read_store(store.directory)
     ends = store.ends()
     found = store.select(wanted, ends)
     last_origin = max((end.origin or 0 for end in ends), default=0)
     tmp = tmp_path(output.with_name(f"{output.name}.{export_id}"))
     manifest_tmp = tmp_path(manifest_path(tmp))
-    with _all_or_nothing(output, tmp, manifest_tmp):
+    with all_or_nothing(output, tmp, manifest_tmp):
         events = _write(found, tmp, file_format, last_origin, lambda done: on_progress(done * _WRITING))
         size_bytes = tmp.stat().st_size
         sha256 = file_sha256(tmp, lambda read: on_progress(_WRITING + (1 - _WRITING) * read / size_bytes))
@@ -137,20 +133,6 @@ def export_file(
     return manifest
 
 
-def _check_output(output: Path, store: Path) -> None:
-    if not output.parent.is_dir():
-        raise SettingsError(f"{output}: there is no directory {output.parent}; make it first, or choose another place")
-    if output.is_dir():
-        raise SettingsError(f"{output}: is a directory; name a file in it")
-    # What is there is replaced: a link, pipe or device would be gone, and whoever reads it would get nothing.
-    if output.is_symlink() or (output.exists() and not output.is_file()):
-        raise SettingsError(f"{output}: is not a regular file; choose another place, or leave --output out for stdout")
-    if output.resolve().parent == store.resolve() and _STORE_NAMES.fullmatch(output.name):
-        raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
-    if output.name.endswith(MANIFEST_SUFFIX):
-        raise SettingsError(f"{output}: is the name of another export's manifest; choose another")
-
-
 def _write(
     found: Iterable[StoredEvent], tmp: Path, file_format: ExportFormat, last_origin: int, on_progress: Progress
 ) -> int:
@@ -176,22 +158,6 @@ def _told(found: Iterable[StoredEvent], last_origin: int, on_progress: Progress)
         if number % _REPORT_EVENTS == 0:
             on_progress(stored.event.origin / last_origin)
         yield stored
-
-
-@contextlib.contextmanager
-def _all_or_nothing(output: Path, *temporary: Path) -> Iterator[None]:
-    """Removes the temporary files whatever happens, and says what a refused disk operation means."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error.strerror or error).splitlines()[0]
-        raise ExportError(
-            f"{output}: was not exported, the disk refused ({reason}); "
-            "make room or choose another place (--output), and export again"
-        ) from error
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
 
 
 def _filters(wanted: Selection) -> Filters:
