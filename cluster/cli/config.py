@@ -161,7 +161,7 @@ def check(
     has disk_floor_bytes free and is not mounted with `discard` (advice only); the signing key can be read. The exit
     code is that of the first failure: 2 a wrong setting, 3 no servers or streams, 1 anything else.
 
-    Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi
+    Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi/shards
     """
     checks = _settings_checks(chosen)
     if connect and any(done.exit_code for done in checks):

@@ -30,7 +30,7 @@ from cluster.cli.common import (
     say,
 )
 from contracts.budgets import COMMAND_CONNECT, REBUILD
-from contracts.errors import ClusterUnavailableError, FiError, NotOursError
+from contracts.errors import ClusterUnavailableError, FiError, NotOursError, SettingsError
 
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 PASSED_OVER: Final = "persist works on it, and its files were not looked at"
 
 ShardsOption = Annotated[
-    Path | None, typer.Option("--shards", help="The store's directory. Default: that of the run in --dir.")
+    Path | None,
+    typer.Option("--shards", help="The store's directory; needed with --nats. Default: that of the run in --dir."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 WaitOption = Annotated[
@@ -136,7 +137,7 @@ def move(
     repeats one of those is not recognised. To keep a store whole, copy its directory to the new node and start persist
     on the copy: a store carries its identity with it, and nothing needs to be moved.
 
-    Example: fictl partitions move 3 4 --shards /var/lib/fi --nats nats://n2:4222
+    Example: fictl partitions move 3 4 --shards /var/lib/fi/shards --nats nats://n2:4222
     """
 
     async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
@@ -181,7 +182,7 @@ def restore(
 
     A backup of FI_RECEIPTS is older than the stores, and persist refuses it: delete such a stream, and begin as above.
 
-    Example: fictl partitions restore --shards /var/lib/fi --nats nats://n1:4222 --dry-run
+    Example: fictl partitions restore --shards /var/lib/fi/shards --nats nats://n1:4222 --dry-run
     """
     if begin_anew and not partitions:
         raise typer.BadParameter("name the partitions that no store has", param_hint="--begin-anew")
@@ -264,7 +265,11 @@ def _take_back(
     """Runs `work` for each partition, waits until all caught up, and shows what was done."""
     if shards is not None:
         check_directory("--shards", shards)
+    elif nats:
+        raise SettingsError("which store? Give --shards DIR, the directory of this node's own")
     servers, settings = find_servers(directory, nats), find_settings(directory, nats, None)
+
+    late: list[ClusterUnavailableError] = []
 
     async def run() -> tuple[list[Rewind], list[str], list[int], int]:
         import time
@@ -312,7 +317,11 @@ def _take_back(
                 if rewind is not None:
                     done.append(rewind)
             if wait_s and done and not dry_run:
-                await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
+                try:
+                    await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
+                except ClusterUnavailableError as error:
+                    # What was done is shown first.
+                    late.append(error)
         return done, failed, passed, looked_at
 
     with progress_bar("reading shards" if dry_run else "making events again") as progress:
@@ -330,6 +339,8 @@ def _take_back(
         say(f"fi: partition {partition} is passed over: {PASSED_OVER}")
     for reason in failed:
         say(f"fi: {reason}")
+    for error in late:
+        raise error
     if failed or (passed and not done):
         raise typer.Exit(FAILED)
 

@@ -28,7 +28,7 @@ from stages.persist.columns import Array
 from stages.persist.names import ShardFile
 from stages.persist.openshards import OpenShards, View
 from stages.persist.sealed import SealedReader, Selection
-from stages.persist.storedir import STORE_FILE
+from stages.persist.storedir import STORE_FILE, SUBDIRECTORY
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -48,7 +48,6 @@ COLUMNS = (
 
 _DESCRIPTORS_SHARE = 4
 """Sealed shards stay open for look-ups up to one in so many of the file descriptors that the process may have."""
-_SUBDIRECTORY = "shards"
 
 _Rows = Iterator[tuple[int, Event]]
 
@@ -344,10 +343,10 @@ def find_store(path: Path) -> Path:
     Raises:
         ShardError: neither.
     """
-    for directory in (path, path / _SUBDIRECTORY):
+    for directory in (path, path / SUBDIRECTORY):
         if (directory / STORE_FILE).is_file():
             return directory
-    raise ShardError(f"{path}: there is no store here nor in {path / _SUBDIRECTORY} ({STORE_FILE} is missing)")
+    raise ShardError(f"{path}: there is no store here nor in {path / SUBDIRECTORY} ({STORE_FILE} is missing)")
 
 
 def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:

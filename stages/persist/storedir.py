@@ -27,6 +27,8 @@ from stages.persist.names import lock_name, probe_name, tmp_path
 
 STORE_FILE = "store.json"
 STORE_FORMAT = 1
+SUBDIRECTORY = "shards"
+"""Where the directory of a run has its store."""
 
 _STORE_LOCK = "store.lock"
 _PROBE_BYTES = 4096
@@ -70,10 +72,11 @@ def open_store(directory: Path, cluster_id: str, *, now_ns: int) -> Store:
         now_ns: written into a new store.
 
     Raises:
-        ShardError: it belongs to another cluster, has a newer format, or may not be written.
+        ShardError: it belongs to another cluster, has a newer format, or may not be written; or it has a store below.
         ShardCorruptError: its identity cannot be read.
         OSError: the disk refused.
     """
+    _check_not_around(directory)
     try:
         make_directory(directory)
         lock = os.open(directory / _STORE_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -111,11 +114,19 @@ def existing_store(directory: Path, cluster_id: str) -> Store:
 def planned_store(directory: Path, cluster_id: str) -> Store:
     """The store in `directory`, or the one that `open_store` would make there, under an id of its own; nothing is made.
 
-    Raises as `existing_store`, unless there is no store.
+    Raises as `existing_store`, unless there is no store at all.
     """
+    _check_not_around(directory)
     if not (directory / STORE_FILE).exists():
         return Store(directory, uuid4().hex, cluster_id)
     return existing_store(directory, cluster_id)
+
+
+def _check_not_around(directory: Path) -> None:
+    """Holds that a `directory` without a store is not that of a run, whose store is below. Raises `ShardError`."""
+    below = directory / SUBDIRECTORY
+    if (below / STORE_FILE).exists() and not (directory / STORE_FILE).exists():
+        raise ShardError(f"{directory}: is not a store, but {below} is; name that one")
 
 
 def read_store(directory: Path) -> Store:
@@ -126,6 +137,7 @@ def read_store(directory: Path) -> Store:
         ShardCorruptError: its identity cannot be read.
     """
     path = directory / STORE_FILE
+    _check_not_around(directory)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -139,6 +139,14 @@ async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(tmp_path:
         assert (code, "every file is as the records say" in out) == (0, True), err
 
 
+async def test_what_was_moved_is_shown_also_when_nobody_works_on_it_in_time(tmp_path: Path) -> None:
+    async with running(tmp_path, settings(partitions=1)) as pipeline:
+        await published(pipeline, seed=28)
+        there = tmp_path / "there"
+        code, out, err = await fictl(pipeline, "partitions", "move", "0", "--shards", there, "--wait", "0.1")
+        assert (code, "partition 0: from store" in out, "have not caught up" in err) == (3, True, True), err
+
+
 async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_again(tmp_path: Path) -> None:
     """Its seal record was left lying, and is not that of the new file of the same name."""
     async with running(tmp_path, settings(partitions=1)) as pipeline:

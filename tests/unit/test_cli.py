@@ -138,6 +138,8 @@ NO_URLS = (
         ("dlq", "ls", "--limit", "1" + "0" * 20), ("dlq", "show", "0"), ("dlq", "show", str(2**64)),
         ("dlq", "drop", "0", "--yes"), ("dlq", "replay", str(2**64), "--yes"),
         *(("cluster", "status", "--nats", url) for url in NO_URLS),
+        ("rebuild", "--nats", "nats://127.0.0.1:1"), ("partitions", "move", "0", "--nats", "nats://127.0.0.1:1"),
+        ("partitions", "restore", "--nats", "nats://127.0.0.1:1"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partition=4"),
         ("cluster", "plan", "--nats", "nats://127.0.0.1:1", "--set", "partitions=0"),

@@ -19,7 +19,7 @@ from stages.persist.names import (
     partition_state,
     sealed_name,
 )
-from stages.persist.storedir import STORE_FILE, lock_partition, open_store
+from stages.persist.storedir import STORE_FILE, Store, existing_store, lock_partition, open_store, planned_store
 
 
 def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +198,19 @@ def test_a_store_of_another_cluster_or_a_newer_format_is_refused(tmp_path: Path)
     (tmp_path / STORE_FILE).write_text("{")
     with pytest.raises(ShardCorruptError):
         open_store(tmp_path, CLUSTER, now_ns=NOW_NS)
+
+
+@pytest.mark.parametrize("opened", [open_store, planned_store, existing_store])
+def test_the_directory_around_a_store_is_not_taken_for_one(tmp_path: Path, opened: Callable[..., Store]) -> None:
+    (tmp_path / "shards").mkdir()
+    new_store(tmp_path / "shards")
+    more = {"now_ns": NOW_NS} if opened is open_store else {}
+    with pytest.raises(ShardError, match=f"is not a store, but {tmp_path / 'shards'} is; name that one"):
+        opened(tmp_path, CLUSTER, **more)
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    # One that was made there by an earlier build stays one.
+    (tmp_path / STORE_FILE).write_bytes((tmp_path / "shards" / STORE_FILE).read_bytes())
+    assert opened(tmp_path, CLUSTER, **more).directory == tmp_path
 
 
 def test_a_partition_is_locked_once(tmp_path: Path) -> None:
