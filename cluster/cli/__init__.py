@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from typing import Annotated, Any, Final, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cluster.cli.common import FAILED, USAGE, config_option, exit_code, say
 from contracts.errors import FiError
@@ -113,7 +113,22 @@ def _add(verbs: typer.Typer, name: str, place: str) -> None:
     function = getattr(import_module(f"{__name__}.{module}"), function_name)
     # Each paragraph as one line: it is the terminal that breaks it.
     paragraphs = (" ".join(text.split()) for text in (function.__doc__ or "").split("\n\n"))
-    verbs.command(name, help="\n\n".join(paragraphs))(function)
+    verbs.command(name, cls=_Verb, help="\n\n".join(paragraphs))(function)
+
+
+class _Verb(TyperCommand):
+    """A verb that takes no empty path: what a script's unset variable gives would be the working directory."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb.
+
+        Raises:
+            typer.BadParameter: a path is empty.
+        """
+        for parameter in self.params:
+            if parameter.type.name == "path" and ctx.params.get(parameter.name or "") == "":
+                raise typer.BadParameter("is empty; name a file or directory", ctx=ctx, param=parameter)
+        return super().invoke(ctx)
 
 
 class _Commands(UserDict[str, Any]):

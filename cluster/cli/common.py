@@ -79,6 +79,17 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def not_empty(value: str | None) -> str | None:
+    """For the `callback` of options that filter: a script's unset variable must not choose everything.
+
+    Raises:
+        typer.BadParameter: empty.
+    """
+    if value == "":
+        raise typer.BadParameter("is empty; leave it out for all")
+    return value
+
+
 config_option: ContextVar[str | None] = ContextVar("config_option", default=None)
 """What `--config` names in this command; None without it."""
 

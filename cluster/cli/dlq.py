@@ -25,6 +25,7 @@ from cluster.cli.common import (
     command_api,
     connected,
     find_servers,
+    not_empty,
     plain,
     print_json,
     progress_bar,
@@ -58,9 +59,9 @@ SeqArgument = Annotated[
 StageOption = Annotated[str | None, typer.Option("--stage", help=f"Refused by: {', '.join(STAGES[:-1])}.")]
 PartitionOption = Annotated[int | None, typer.Option("--partition", min=0, help="Of this partition.")]
 ReasonOption = Annotated[
-    str, typer.Option("--reason", help="With this reason; `payload` takes `payload.value` too.", show_default=False)
+    str | None, typer.Option("--reason", callback=not_empty, help="This reason; `payload` takes `payload.value` too.")
 ]
-SiteOption = Annotated[str, typer.Option("--site", help="From this site.", show_default=False)]
+SiteOption = Annotated[str | None, typer.Option("--site", callback=not_empty, help="From this site.")]
 SinceOption = Annotated[
     str | None,
     typer.Option("--since", metavar="T", help="Dead-lettered since: 2026-01-31T08:00:00Z, or 90s, 2h, 3d ago."),
@@ -74,8 +75,8 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def ls(
     stage: StageOption = None,
     partition: PartitionOption = None,
-    reason: ReasonOption = "",
-    site: SiteOption = "",
+    reason: ReasonOption = None,
+    site: SiteOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
     limit: Annotated[
@@ -169,8 +170,8 @@ def replay(
     seqs: SeqArgument = None,
     stage: StageOption = None,
     partition: PartitionOption = None,
-    reason: ReasonOption = "",
-    site: SiteOption = "",
+    reason: ReasonOption = None,
+    site: SiteOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
     everything: AllOption = False,
@@ -242,8 +243,8 @@ def drop(
     seqs: SeqArgument = None,
     stage: StageOption = None,
     partition: PartitionOption = None,
-    reason: ReasonOption = "",
-    site: SiteOption = "",
+    reason: ReasonOption = None,
+    site: SiteOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
     everything: AllOption = False,
@@ -287,8 +288,7 @@ def drop(
             append(output, page, why)
         report["dropped"] += await dead.remove(page, erase=erase)
 
-    servers = find_servers(directory, nats)
-    missing = run_async(_go(servers, seqs, selection, "drop", act, dry_run=dry_run, yes=yes))
+    missing = run_async(_go(find_servers(directory, nats), seqs, selection, "drop", act, dry_run=dry_run, yes=yes))
     if as_json:
         print_json({**report, "missing": missing, "dry_run": dry_run})
     elif dry_run:
@@ -362,7 +362,7 @@ def _missing(seqs: Sequence[int]) -> None:
 
 
 def _selection(
-    stage: str | None, partition: int | None, reason: str, site: str, since: str | None, until: str | None
+    stage: str | None, partition: int | None, reason: str | None, site: str | None, since: str | None, until: str | None
 ) -> Selection:
     from cluster.dlq import Selection
 
@@ -371,8 +371,8 @@ def _selection(
     return Selection(
         stage=stage,
         partition=partition,
-        reason=reason,
-        site=site,
+        reason=reason or "",
+        site=site or "",
         since_ns=None if since is None else parse_when("--since", since, time.time_ns()),
         until_ns=None if until is None else parse_when("--until", until, time.time_ns()),
     )

@@ -137,6 +137,7 @@ NO_URLS = (
         ("top", "--interval", "nan"),
         ("dlq", "ls", "--limit", "1" + "0" * 20), ("dlq", "show", "0"), ("dlq", "show", str(2**64)),
         ("dlq", "drop", "0", "--yes"), ("dlq", "replay", str(2**64), "--yes"),
+        ("dlq", "drop", "--stage", "hash", "--site", "", "--yes"), ("dlq", "ls", "--reason", ""),
         *(("cluster", "status", "--nats", url) for url in NO_URLS),
         ("rebuild", "--nats", "nats://127.0.0.1:1"), ("partitions", "move", "0", "--nats", "nats://127.0.0.1:1"),
         ("partitions", "restore", "--nats", "nats://127.0.0.1:1"),
@@ -204,6 +205,28 @@ def test_a_file_where_a_directory_should_be_is_called_that(
 ) -> None:
     assert fictl(*(str(file) if part == "FILE" else part for part in arguments)) == 2
     assert f"{file}: is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("scale", "hash=2", "--dir", ""), "--dir"), (("down", "--dir="), "--dir"), (("backup", "DIR", ""), "TO"),
+        (("run", "persist", "--nats", "nats://127.0.0.1:1", "--shards", ""), "--shards"),
+        (("partitions", "move", "0", "--nats", "nats://127.0.0.1:1", "--shards", ""), "--shards"),
+        (("verify", ""), "DIR|FILE"), (("publish", "", "--check-only"), "file"), (("key", "new", ""), "FILE"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_empty_path_is_not_the_working_directory(
+    arguments: tuple[str, ...], named: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fictl(*(str(tmp_path) if part == "DIR" else part for part in arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = " ".join(printed.err.replace("│", " ").split())
+    assert f"Invalid value for '{named}': is empty; name a file or directory" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_where_a_file_of_events_should_be_is_named(tmp_path: Path, capsys: Captured) -> None:
