@@ -10,7 +10,14 @@ import msgspec
 
 from cluster.members import keep_looking
 from contracts.budgets import POLICY_WRITE
-from contracts.errors import ClusterUnavailableError, DefiniteError, FencedError, SettingsError, WireFormatError
+from contracts.errors import (
+    ClusterUnavailableError,
+    DefiniteError,
+    FencedError,
+    NotAppliedError,
+    SettingsError,
+    WireFormatError,
+)
 from contracts.membership import Member
 from contracts.rules import BUILT_IN, DEFAULT_POLICY, Policy, encode_policy
 from contracts.subjects import (
@@ -21,7 +28,7 @@ from contracts.subjects import (
     pause_subject,
     policy_subject,
 )
-from stages.runtime.api import Api
+from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.membership import readable
 from stages.runtime.writer import FencedWriter
 from stages.segment.policies import list_versions, read_version
@@ -86,9 +93,9 @@ async def read_versions(api: Api, tell: Callable[[float, float], None], *, only_
     """What there is; with `only_in_force` the one in force, and what cannot be read above it.
 
     Raises:
-        TopologyError, RequestRefusedError: the bucket is not there.
+        NotAppliedError: the bucket is not there.
     """
-    found = await list_versions(api)
+    found = await _list_versions(api)
     policies: list[Policy] = []
     unreadable: list[Unreadable] = []
     for done, version in enumerate(reversed(found), 1):
@@ -108,6 +115,15 @@ async def read_versions(api: Api, tell: Callable[[float, float], None], *, only_
     )
 
 
+async def _list_versions(api: Api) -> dict[int, int]:
+    try:
+        return await list_versions(api)
+    except RequestRefusedError as refused:
+        if refused.error.err_code == NO_STREAM:
+            raise NotAppliedError(f"stream {CONTROL} does not exist; run `fictl cluster apply`") from refused
+        raise
+
+
 async def find_version(api: Api, version: int) -> Policy:
     """One version.
 
@@ -115,7 +131,7 @@ async def find_version(api: Api, version: int) -> Policy:
         SettingsError: there is none of that number.
         WireFormatError: this build cannot read it.
     """
-    if version != BUILT_IN and version not in await list_versions(api):
+    if version != BUILT_IN and version not in await _list_versions(api):
         raise SettingsError(f"there is no policy {version}; `fictl policy history` lists them")
     return await read_version(api, version)
 

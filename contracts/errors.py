@@ -90,6 +90,10 @@ class TopologyError(DefiniteError):
     """The cluster's streams are not what the topology says, or a change to them would lose data."""
 
 
+class NotAppliedError(TopologyError):
+    """The cluster's streams were not made yet: it is to be set up first."""
+
+
 class ClusterUnavailableError(UnknownOutcomeError):
     """No server answers, or the cluster has no leader now."""
 

@@ -25,6 +25,7 @@ from contracts.errors import (
     ClusterUnavailableError,
     DefiniteError,
     FiError,
+    NotAppliedError,
     ProofError,
     SettingsError,
     ShardCorruptError,
@@ -102,7 +103,7 @@ def exit_code(error: FiError) -> int:
     """The exit code that stands for `error`."""
     if isinstance(error, SettingsError):
         return USAGE
-    if isinstance(error, (ClusterUnavailableError, NotReadyError, NotRunningError)):
+    if isinstance(error, (ClusterUnavailableError, NotAppliedError, NotReadyError, NotRunningError)):
         return NOT_READY
     return CORRUPT if isinstance(error, (ShardCorruptError, ProofError)) else FAILED
 

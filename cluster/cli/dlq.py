@@ -21,7 +21,6 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
-    NotReadyError,
     command_api,
     connected,
     find_servers,
@@ -33,7 +32,7 @@ from cluster.cli.common import (
     say,
 )
 from contracts.budgets import COMMAND_READY
-from contracts.errors import SettingsError, TopologyError
+from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, publish_subject
 from stages.runtime.access import Servers
@@ -413,8 +412,5 @@ async def _opened(servers: Servers) -> AsyncIterator[DeadLetters]:
     from stages.runtime.facts import read_cluster
 
     async with connected(servers) as client:
-        try:
-            facts = await read_cluster(client, wait_s=COMMAND_READY.s)
-        except TopologyError as error:
-            raise NotReadyError(str(error)) from error
+        facts = await read_cluster(client, wait_s=COMMAND_READY.s)
         yield DeadLetters(command_api(client), facts.cluster_id)

@@ -20,7 +20,6 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
-    NotReadyError,
     connected,
     console,
     find_servers,
@@ -129,7 +128,6 @@ async def _publish(
 ) -> PublishReport:
     from cluster.gateway import Gateway
     from cluster.publish import LinePublisher
-    from contracts.errors import TopologyError
     from contracts.subjects import EVENTS
     from stages.runtime.facts import read_cluster
     from stages.runtime.observing import observing
@@ -138,10 +136,7 @@ async def _publish(
         observing(settings, "fi-gateway", "publish", os.environ) as telemetry,
         connected(servers, beside=EVENTS) as client,
     ):
-        try:
-            await read_cluster(client, wait_s=COMMAND_READY.s)
-        except TopologyError as error:
-            raise NotReadyError(str(error)) from error
+        await read_cluster(client, wait_s=COMMAND_READY.s)
         publisher = LinePublisher(Gateway(client, in_flight=in_flight, telemetry=telemetry), **options)
         with _progress(descriptor) as refresh:
             showing = asyncio.create_task(_repeat(lambda: refresh(publisher.report)))

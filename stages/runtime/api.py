@@ -23,7 +23,7 @@ from nats.errors import ConnectionClosedError, OutboundBufferLimitError, Timeout
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CIRCUIT_PAUSE_MAX, CIRCUIT_PAUSE_MIN, STREAM_REMADE
-from contracts.errors import AccessDeniedError, ClusterUnavailableError, DefiniteError, TopologyError
+from contracts.errors import AccessDeniedError, ClusterUnavailableError, DefiniteError, NotAppliedError
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
 from contracts.subjects import HOPS, MEMBERS
@@ -209,7 +209,7 @@ class Api:
             if refused.error.err_code == NO_MESSAGE:
                 return None
             if refused.error.err_code == NO_STREAM:
-                raise TopologyError(f"stream {stream} does not exist; run `fictl cluster apply`") from refused
+                raise NotAppliedError(f"stream {stream} does not exist; run `fictl cluster apply`") from refused
             raise
         raw = _answer_decoder.decode(data).message
         if raw is None:
@@ -220,7 +220,7 @@ class Api:
         """The last message on `subject` (wildcards allowed), or None when there is none.
 
         Raises:
-            TopologyError: the stream does not exist.
+            NotAppliedError: the stream does not exist.
             ClusterUnavailableError: as `request`.
         """
         return await self._get(stream, {"last_by_subj": subject})

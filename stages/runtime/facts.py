@@ -12,7 +12,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from contracts.budgets import FACTS_PAUSE, FACTS_REQUEST, FIRST_FACTS
-from contracts.errors import TopologyError
+from contracts.errors import NotAppliedError
 from contracts.subjects import EVENTS, PartitionBy
 from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import NO_STREAM
@@ -43,7 +43,7 @@ def facts_from_metadata(metadata: dict[str, str] | None) -> ClusterFacts:
     """Facts from a stream's metadata.
 
     Raises:
-        TopologyError: they are not there, or not ours.
+        NotAppliedError: they are not there, or not ours.
     """
     found = metadata or {}
     try:
@@ -57,7 +57,7 @@ def facts_from_metadata(metadata: dict[str, str] | None) -> ClusterFacts:
             strict=False,
         )
     except (KeyError, msgspec.ValidationError) as error:
-        raise TopologyError(
+        raise NotAppliedError(
             f"{EVENTS} does not say how it is partitioned ({error}): run `fictl cluster apply` first"
         ) from error
 
@@ -70,7 +70,7 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
         wait_s: how long to try while the cluster elects its leaders.
 
     Raises:
-        TopologyError: there is no `FI_EVENTS`, or it does not say how it is partitioned.
+        NotAppliedError: there is no `FI_EVENTS`, or it does not say how it is partitioned.
         ClusterUnavailableError: nobody answered within `wait_s`, or a server refuses to.
     """
     jetstream = client.jetstream(timeout=FACTS_REQUEST.s)
@@ -81,7 +81,7 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
             info = await jetstream.stream_info(EVENTS)
         except NatsError as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
-                raise TopologyError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
+                raise NotAppliedError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
             if isinstance(error, DeniedError):
                 raise unavailable(EVENTS, error) from error
             if now_s() > deadline_s:

@@ -25,7 +25,7 @@ from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 
 from contracts.budgets import MEMBER_EXPIRED, MEMBER_LOOK, MEMBERS_UNSEEN
-from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
+from contracts.errors import ClusterUnavailableError, NotAppliedError, TopologyError, WireFormatError
 from contracts.membership import Member, decode_member, encode_member, shares
 from contracts.receipts import Receipt
 from contracts.subjects import (
@@ -121,7 +121,7 @@ class Membership:
         """Announces, looks and acts until cancelled.
 
         Raises:
-            TopologyError: the bucket is not there.
+            NotAppliedError: the bucket is not there.
             ClusterUnavailableError: the connection was closed.
         """
         await self._check_bucket()
@@ -157,7 +157,7 @@ class Membership:
             await self._api.request(MEMBERS, f"$JS.API.STREAM.INFO.{MEMBERS}", b"")
         except RequestRefusedError as refused:
             if refused.error.err_code == NO_STREAM:
-                raise TopologyError(f"stream {MEMBERS} does not exist; run `fictl cluster apply`") from refused
+                raise NotAppliedError(f"stream {MEMBERS} does not exist; run `fictl cluster apply`") from refused
             raise
 
     async def _hear(self, message: Msg) -> None:

@@ -23,9 +23,11 @@ from contracts.errors import (
     ClusterUnavailableError,
     DefiniteError,
     FiError,
+    NotAppliedError,
     SettingsError,
     ShardCorruptError,
     StoreFailedError,
+    TopologyError,
 )
 from contracts.policy import EVENT_TYPES
 from contracts.settings import Settings
@@ -336,7 +338,8 @@ def test_a_files_name_need_not_be_text(file: Path, capsys: Captured) -> None:
     ("error", "code"),
     [
         (FiError("x"), 1), (DefiniteError("x"), 1), (StoreFailedError("x"), 1), (SettingsError("x"), 2),
-        (ClusterUnavailableError("x"), 3), (ShardCorruptError("x"), 4),
+        (ClusterUnavailableError("x"), 3), (NotAppliedError("x"), 3),
+        (TopologyError("x"), 1), (ShardCorruptError("x"), 4),
     ],
 )  # fmt: skip
 def test_each_kind_of_error_has_its_exit_code(error: FiError, code: int) -> None:
