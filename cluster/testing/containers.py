@@ -68,7 +68,7 @@ def engine_missing() -> str:
         import docker
         import testcontainers.core.container  # noqa: F401
     except ImportError as error:
-        return f"{error}; install `fi-pipeline[test]`"
+        return f"{error}; install this package with its extra `test`"
     try:
         client = docker.from_env(timeout=_ENGINE_LIMIT_S)
         try:

@@ -86,7 +86,7 @@ def cluster_fixture(scope: Scope = "function", *, loop_scope: Scope | None = Non
 
         @pytest.fixture(scope=scope)
         def without_asyncio() -> None:
-            pytest.fail("a FiCluster needs pytest-asyncio: install `fi-pipeline[test]`", pytrace=False)
+            pytest.fail("a FiCluster needs pytest-asyncio: install this package with its extra `test`", pytrace=False)
 
         return without_asyncio
 

@@ -12,6 +12,7 @@ from cryptography.exceptions import InvalidSignature
 from shard_maker import PartitionMaker, new_store
 from witnessed import SIGNER, Witnessed, events_of
 
+from cluster.feed import LineChecker
 from contracts.evidence import encode_evidence
 from stages.persist.prove import prove_event
 from stages.persist.store import EventStore
@@ -100,6 +101,20 @@ def test_the_auditors_example_takes_a_proof_and_nothing_else(
 def verified_ids(maker: Witnessed) -> Iterator[UUID]:
     with EventStore(maker.store.directory) as store:
         yield from [UUID(bytes=stored.event.event_id) for stored in store.iterate()]
+
+
+def test_the_event_that_the_first_commands_publish_may_be_published_and_is_the_one_they_look_for() -> None:
+    (written,) = re.findall(r"^echo '(.*)' > consultations\.ndjson$", README.read_text(), re.MULTILINE)
+    checked = LineChecker().check(1, written.encode())
+    assert checked is not None
+    assert checked.consultation == str(CONSULTATION)
+    assert f"fictl events {checked.consultation}" in README.read_text()
+
+
+def test_no_command_of_the_readme_needs_an_environment_before_it_is_made() -> None:
+    first = README.read_text().split("source .venv/bin/activate")[0]
+    commands = "".join(re.findall(r"^```\n(.*?)^```$", first, re.MULTILINE | re.DOTALL))
+    assert not re.search(r"^(python|fictl|pytest) ", commands, re.MULTILINE)
 
 
 def test_the_gateway_teams_example_is_the_test_that_we_run() -> None:
