@@ -87,8 +87,15 @@ class Load:
         return [Attempt(key, *sent, acknowledged=key in self._acknowledged) for key, sent in begun]
 
     def acknowledge(self, event_ids: Iterable[bytes]) -> None:
-        """Notes events (ids of 16 bytes) as accepted: for a gateway of your own that publishes `lines` itself."""
-        self._acknowledged.update(event_ids)
+        """Notes events (ids of 16 bytes) as accepted: for a gateway of your own that publishes `lines` itself.
+
+        Raises:
+            ValueError: an id that is none of `lines`. The checker would not ask for what was acknowledged so.
+        """
+        for event_id in event_ids:
+            if event_id not in self._sent:
+                raise ValueError(f"acknowledged {event_id!r}: no event of this load; an id is UUID(text).bytes")
+            self._acknowledged.add(event_id)
         self._news.set()
 
     async def reached(self, accepted: int) -> None:
