@@ -21,7 +21,8 @@ class OutputError(DefiniteError):
 
 def check_name(output: Path) -> None:
     """Holds that `output` is none of the names that a store uses in its directory. Raises `SettingsError`."""
-    if _STORE_NAMES.fullmatch(output.name) and (output.resolve().parent / STORE_FILE).exists():
+    place = output.resolve()
+    if _STORE_NAMES.fullmatch(place.name) and (place.parent / STORE_FILE).exists():
         raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
 
 

@@ -50,6 +50,13 @@ def test_no_command_writes_over_a_file_of_the_store(name: str, there: str, place
     assert {path: path.read_bytes() for path in (place / "shards").iterdir()} == before
 
 
+def test_letters_are_not_appended_to_a_shard_that_a_link_leads_to(place: Path, capsys: Captured) -> None:
+    shard = next((place / "shards").glob("*.live.h5"))
+    (link := place / "letters.ndjson").symlink_to(shard)
+    assert fictl(*verb("dlq drop", place), "--output", link) == 2
+    assert f"{link}: is a name that the store itself uses" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["prove", "consistency"])
 def test_a_place_that_cannot_be_is_told_before_anything_is_read(name: str, place: Path, capsys: Captured) -> None:
     (link := place / "link.json").symlink_to(place / "elsewhere.json")
