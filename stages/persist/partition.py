@@ -28,7 +28,7 @@ from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_sh
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
-from stages.persist.seal import SealedInfo, SealJob, drop_live, seal, sealed_info, whole_sealed
+from stages.persist.seal import SealedInfo, SealJob, drop_live, events_of_sealed, seal, whole_sealed
 from stages.persist.storedir import Store, disk_of
 
 log = logging.getLogger(__name__)
@@ -371,17 +371,18 @@ class PartitionFiles:
         self.to_seal.append(job)
 
     def seal(self, job: SealJob, sealed_ns: int | None = None) -> SealedInfo:
-        """Writes and verifies the sealed form. Touches no state of this object: it may run beside commits.
+        """Writes and verifies the sealed form. Changes no state of this object: it may run beside commits.
 
         With the time of a record that was published before, the file is byte for byte the recorded one.
         """
+        committed, now_ns = self.trees[job.shard], sealed_ns or self._clock_ns()
         with disk_of(self._store):
-            return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=sealed_ns or self._clock_ns())
+            return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=now_ns, committed=committed)
 
     def sealed_info(self, shard: int) -> SealedInfo:
         """Facts of an already sealed shard, for a seal record that was not published yet."""
         with disk_of(self._store):
-            return sealed_info(self.sealed[shard])
+            return events_of_sealed(self.sealed[shard])
 
     def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
         """What the partition can go on from after a sealed shard, from the point before it."""

@@ -22,7 +22,7 @@ from stages.persist.capacity import create_shard
 from stages.persist.files import is_lost
 from stages.persist.live import LiveReader
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name
-from stages.persist.seal import sealed_info
+from stages.persist.seal import events_of_sealed, sealed_info
 from stages.persist.storedir import Store
 
 
@@ -142,7 +142,7 @@ class _Walk:
         """`commits`: as for `live`, which has them where only the live form is whole."""
         record = self._seals.get(file.shard)
         try:
-            info = sealed_info(file.path)
+            info = events_of_sealed(file.path) if record is None else sealed_info(file.path)
             if record is not None and record.sha256 != info.sha256:
                 raise ShardCorruptError(f"{file.path}: is not the file that its seal record speaks of")
             header = info.header

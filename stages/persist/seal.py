@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +29,7 @@ from stages.persist.header import HEADER_BYTES, Area, SealedHeader, encode_heade
 from stages.persist.live import LiveReader
 from stages.persist.names import list_shards, sealed_name, tmp_path
 from stages.persist.rows import ROW_COLUMNS, CommitRow
+from stages.persist.sealed import SealedReader
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def seal(
     commits: int,
     frontier: MerkleFrontier,
     sealed_ns: int,
+    committed: tuple[int, str] | None = None,
 ) -> SealedInfo:
     """Writes the sealed form of the first `commits` rows of a live shard beside it, durable before it has its name.
 
@@ -89,9 +92,12 @@ def seal(
         commits: how many rows are committed; at least 1.
         frontier: the partition's Merkle tree before this shard; not changed.
         sealed_ns: now.
+        committed: size and root of the tree after it, as they were committed: rows that somebody changed on disk since,
+            and their checksums with them, must not get a seal record. None: nobody knows.
 
     Raises:
-        ShardCorruptError: committed rows are damaged, an event cannot be decoded, or the file does not read back.
+        ShardCorruptError: committed rows are damaged or changed, an event cannot be decoded, or the file does not read
+            back.
         ShardError: nothing to seal, or another sealed file has this shard's number.
         OSError: the disk refused.
     """
@@ -102,12 +108,14 @@ def seal(
         header = live.header
         final = live_path.with_name(sealed_name(header.partition, header.shard, first, last))
         if final.exists() and (there := _already_sealed(final, commits, frontier)) is not None:
+            _check_committed(final, there.frontier, committed)
             return there
         for shard in list_shards(live_path.parent).get(header.partition, ()):
             if shard.shard == header.shard and shard.sealed and shard.path != final:
                 raise ShardError(f"{shard.path}: has the number of {live_path}, covering other origins; move one away")
         tmp = tmp_path(final)
         written = _write_body(live, tmp, commits, frontier, sealed_ns)
+        _check_committed(live_path, written.frontier, committed)
         _check_body(tmp, written)
         return _finish(live, tmp, final, written, (first, last), frontier, sealed_ns)
 
@@ -137,15 +145,30 @@ def sealed_info(path: Path) -> SealedInfo:
     return SealedInfo(path, header, whole.hexdigest(), header.file_bytes)
 
 
+def events_of_sealed(path: Path) -> SealedInfo:
+    """As `sealed_info`, of a file whose events are those under the root that its header says.
+
+    Its own checksums do not show that: whoever changes the file makes them anew, and leaves the root as it is.
+    """
+    info = sealed_info(path)
+    header = info.header
+    tree = MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
+    with closing(SealedReader(path)) as reader:
+        tree.extend(reader.records())
+    if (tree.size, tree.to_bytes(), tree.root().hex()) != (header.tree_size, header.frontier, header.root):
+        raise ShardCorruptError(f"{path}: its events are not those under the root that it says; run `fictl rebuild`")
+    return info
+
+
 def whole_sealed(path: Path) -> SealedInfo | None:
-    """As `sealed_info`; None for a file that is damaged or lies on a bad sector, to be sealed again from its live form.
+    """As `events_of_sealed`; None where it is damaged or on a bad sector, to be sealed again from its live form.
 
     Raises:
         ShardError: not a sealed shard of a known format.
         OSError: nothing is known of it.
     """
     try:
-        return sealed_info(path)
+        return events_of_sealed(path)
     except (ShardCorruptError, OSError) as error:
         if isinstance(error, OSError) and not is_lost(error):
             raise
@@ -167,6 +190,15 @@ def _span(live: LiveReader, commits: int) -> tuple[int, int]:
     if commits > live.rows_max:
         raise ShardCorruptError(f"{live.path}: has room for {live.rows_max} commits, so {commits} cannot be sealed")
     return live.read_rows(0, 1)[0].prev_origin + 1, live.read_rows(commits - 1, commits)[0].origin
+
+
+def _check_committed(path: Path, tree: MerkleFrontier, committed: tuple[int, str] | None) -> None:
+    found = tree.size, tree.root().hex()
+    if committed is not None and found != committed:
+        raise ShardCorruptError(
+            f"{path}: holds {found[0]} events with root {found[1][:16]}… up to its end, but {committed[0]} with "
+            f"{committed[1][:16]}… were committed: it was changed since; run `fictl rebuild`"
+        )
 
 
 def _already_sealed(path: Path, commits: int, frontier: MerkleFrontier) -> SealedInfo | None:

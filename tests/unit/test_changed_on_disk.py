@@ -1,0 +1,137 @@
+"""What somebody changed on disk under a persister, down to its last checksum, gets no seal record from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import msgspec
+import numpy as np
+import pytest
+from shard_maker import NOW_NS, make_event, new_store
+
+from contracts.errors import ShardCorruptError
+from contracts.events import decode_event, encode_event
+from contracts.hashing import audit_hash
+from contracts.receipts import Receipt, first_receipt
+from contracts.settings import MIB, Settings
+from stages.persist.core import Group
+from stages.persist.files import write_all_at
+from stages.persist.header import HEADER_BYTES, decode_header, encode_header
+from stages.persist.live import LiveReader
+from stages.persist.names import list_shards, live_name
+from stages.persist.partition import PartitionFiles
+from stages.persist.rewind import Damage, last_good_place
+from stages.persist.rows import ROW_BYTES, encode_row, pack_blob, row_crc32, split_blob
+from stages.persist.seal import sealed_info
+from stages.persist.storedir import Store
+
+PARTITION = 3
+SETTINGS = Settings(shard_bytes=MIB)
+CHANGE = b"mo est", b"mo EST"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return new_store(tmp_path)
+
+
+@pytest.fixture
+def files(store: Store) -> Iterator[PartitionFiles]:
+    """Open, with three commits of two events each, all shown."""
+    files = PartitionFiles.open(store, PARTITION, receipt_of(store), SETTINGS, lambda: NOW_NS)
+    rng = random.Random(5)
+    for origin in (2, 4, 6):
+        events = [make_event(rng, origin - 1), make_event(rng, origin)]
+        ids, records = [event.event_id for event in events], [encode_event(event) for event in events]
+        files.commit(Group(origin - 2, origin, records, ids, 0, 0, (1, 1, 1), b""))
+        files.accepted()
+    yield files
+    files.close()
+
+
+def receipt_of(store: Store, files: PartitionFiles | None = None) -> Receipt:
+    receipt = first_receipt(PARTITION, store.cluster_id, store.store_id, "w")
+    if files is None:
+        return receipt
+    size, root = files.frontier.size, files.frontier.root().hex()
+    return msgspec.structs.replace(receipt, ends={store.store_id: files.end}, origin=6, persisted=size, root=root)
+
+
+def forge_live(path: Path) -> None:
+    """Changes an event of the second commit, and the row's checksum with it."""
+    with LiveReader(path) as reader:
+        first, row = reader.read_rows(0, 2)
+        header, records = reader.header, split_blob(reader.read_blobs(first.end_bytes, row.end_bytes))
+    event = decode_event(records[1])
+    payload = event.payload.replace(*CHANGE)
+    event = msgspec.structs.replace(event, payload=payload, audit_hash=audit_hash(json.loads(payload)))
+    blob = pack_blob([records[0], encode_event(event)])
+    assert len(blob) == row.end_bytes - first.end_bytes
+    with path.open("r+b") as file:
+        write_all_at(file.fileno(), blob, header.frames.offset + first.end_bytes)
+        row = row._replace(crc32=row_crc32(row, blob))
+        write_all_at(file.fileno(), encode_row(row), header.index.offset + ROW_BYTES)
+
+
+def forge_sealed(path: Path) -> None:
+    """Changes the events, and the file's checksum with them. The root stays the one that was committed."""
+    with h5py.File(path, "r+") as file:
+        records = file["records"][()].tobytes()
+        assert records.count(CHANGE[0]) == 6
+        file["records"][...] = np.frombuffer(records.replace(*CHANGE), "u1")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data[HEADER_BYTES:]).hexdigest()
+    header = decode_header(data[:HEADER_BYTES], path)
+    with path.open("r+b") as file:
+        file.write(encode_header(msgspec.structs.replace(header, body_sha256=digest, file_bytes=len(data))))
+
+
+def test_an_event_that_was_changed_while_its_shard_was_live_is_not_sealed(store: Store, files: PartitionFiles) -> None:
+    live = store.directory / live_name(PARTITION, 1)
+    forge_live(live)
+    files.roll()
+    with pytest.raises(
+        ShardCorruptError, match=rf"{live}: holds 6 events with root .*was changed since; run `fictl re"
+    ):
+        files.seal(files.to_seal[0])
+    assert [file.sealed for file in list_shards(store.directory)[PARTITION]] == [False, False]
+
+
+def test_a_forged_sealed_form_beside_the_live_one_gives_way_to_it(store: Store, files: PartitionFiles) -> None:
+    files.roll()
+    (job,) = files.to_seal
+    true = files.seal(job)
+    forge_sealed(true.path)
+    assert sealed_info(true.path).sha256 != true.sha256
+    assert files.seal(job) == sealed_info(true.path) == true
+    forge_sealed(true.path)
+    receipt = receipt_of(store, files)
+    files.close()
+    with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as again:
+        assert again.seal(*again.to_seal) == sealed_info(true.path) == true
+
+
+def test_a_sealed_shard_that_was_changed_before_it_got_its_record_gets_none(
+    store: Store, files: PartitionFiles
+) -> None:
+    """The persister died between the two; the live form is gone as soon as the next one starts."""
+    files.roll()
+    sealed = files.seal(files.to_seal[0]).path
+    receipt = receipt_of(store, files)
+    files.close()
+    with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as again:
+        assert again.sealed_info(1).path == sealed
+        forge_sealed(sealed)
+        assert sealed_info(sealed).header.root == receipt.root
+        why = f"{sealed}: its events are not those under the root that it says; run `fictl rebuild`"
+        with pytest.raises(ShardCorruptError, match=re.escape(why)):
+            again.sealed_info(1)
+    _, damage = last_good_place(store, PARTITION, [receipt], [])
+    assert damage == Damage(1, sealed, why)
