@@ -124,9 +124,10 @@ class Trimmer:
                     below_seq = seq if size_bytes <= self._kept_bytes_max else seq + 1
                     await self._api.purge(stream, input_filter(stage, self._partition), below_seq=below_seq)
             await self._api.purge(RECEIPTS, receipt_subject(self._partition), keep=self._api.settings.receipts_kept)
-        if origin > self._trimmed_origin:
-            # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last.
-            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=origin)
+        if receipt is not None and origin > self._trimmed_origin:
+            # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last. Nor
+            # does what is not committed go, whatever origins the names of files say.
+            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=min(origin, receipt.origin))
             self._trimmed_origin = origin
 
     async def _committed_bytes(self, stream: str, seq: int, stage: Stage, origin: int) -> int | None:

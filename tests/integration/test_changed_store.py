@@ -1,8 +1,9 @@
-"""A live shard that somebody changes under its persister, checksums and all: nobody vouches for that."""
+"""What somebody with the disk changes: persist does not vouch for it, and takes nothing from the stream for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from lanes import going
@@ -11,9 +12,11 @@ from pipeline import until
 from test_persist_lane import new_store, ready, stored
 
 from cluster.rewind import Rewinder
+from stages.persist import actor
 from stages.persist.live import LiveReader
-from stages.persist.names import FIRST_SHARD, live_name
+from stages.persist.names import FIRST_SHARD, list_shards, live_name, sealed_name
 from stages.persist.rows import encode_row, row_crc32
+from stages.persist.trim import Trimmer
 
 pytestmark = pytest.mark.cluster
 
@@ -52,3 +55,36 @@ async def test_what_was_forged_under_a_persister_gets_no_seal_record_and_is_made
             await cluster.publish(1)
     assert [seal.shard for seal in await cluster.seals()] == [1]
     assert stored(store) == set(cluster.accepted)
+
+
+async def test_a_sealed_shard_under_the_name_of_later_origins_takes_nothing_from_the_stream(
+    client: Client, tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    async with cluster.upstream():
+        for _ in range(2):
+            async with going(cluster.persist(store)):
+                await cluster.publish(10)
+    newest = [file for file in list_shards(store.directory)[0] if file.sealed][-1]
+    newest.path.rename(store.directory / sealed_name(0, newest.shard, 1_000_000, 1_000_001))
+    for _ in range(5):
+        await cluster.send(uuid4())
+    trims = []
+
+    class Watched(Trimmer):
+        async def _trim(self) -> None:
+            await super()._trim()
+            trims.append(self._claimed_origin)
+
+    async def has_trimmed() -> bool:
+        return any(trims)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actor, "Trimmer", Watched)
+        async with going(cluster.persist(store)):
+            await until(has_trimmed, "what is sealed leaves the stream", 60)
+    assert await cluster.first_kept() <= 21
+    async with cluster.upstream(), going(cluster.persist(store)):
+        await cluster.publish(1)
+    assert (await cluster.receipt()).persisted == 26
