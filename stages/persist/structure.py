@@ -110,8 +110,12 @@ def _dataset(
         return
     made = item.id.get_create_plist()
     filters = [made.get_filter(number)[0] for number in range(made.get_nfilters())]
-    if item.dtype != np.dtype(kind):
-        yield "", f"is of type {item.dtype}, not {np.dtype(kind)}"
+    expected = np.dtype(kind)
+    if item.dtype != expected:
+        yield "", f"is of type {item.dtype}, not {expected}"
+    elif item.id.get_type() != h5py.h5t.py_create(expected, logical=True):
+        # numpy has no word for numbers of fewer bits than their bytes have.
+        yield "", f"is of type {expected}, but not of all its bits: other programs see other values there than we do"
     if made.get_external_count() or made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
         yield "", "does not lie in the file as the arrays of a shard do"
     elif made.get_layout() == h5py.h5d.CHUNKED:

@@ -95,6 +95,17 @@ def longer_records(file: h5py.File) -> None:
     file["records"].resize((len(file["records"]) + 9,))
 
 
+def fewer_bits(file: h5py.File) -> None:
+    """The same chunk, of which HDF5 takes the lower half of each byte for the value."""
+    old = file["records"]
+    (_, packed), made, attributes = old.id.read_direct_chunk((0,)), old.id.get_create_plist(), dict(old.attrs)
+    kind, space = h5py.h5t.STD_U8LE.copy(), old.id.get_space()
+    kind.set_precision(4)
+    del file["records"]
+    h5py.h5d.create(file.id, b"records", kind, space, made).write_direct_chunk((0,), packed)
+    file["records"].attrs.update(attributes)
+
+
 SEALED: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
     "chunk not packed for others": (unpacked_for_others, "records: is marked as not packed from 0 on"),
     "offsets shuffled": (
@@ -102,6 +113,7 @@ SEALED: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
         "offset: is stored through filters [2, 1], not through gzip alone",
     ),
     "wider type": (remade("event_id", lambda ids: ids.astype("<u2")), "event_id: is of type uint16, not uint8"),
+    "fewer bits": (fewer_bits, "records: is of type uint8, but not of all its bits"),
     "hidden records": (longer_records, "records: is of shape"),
     "further dataset": (lambda file: file.create_dataset("event_id2", data=[1]), "event_id2: does not belong"),
     "further group": (lambda file: file.create_group("consultations"), "consultations: does not belong"),
