@@ -11,6 +11,12 @@ UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises on bytes that are not what they should be: text that is no UTF-8, and nesting, raise no
 `MsgspecError`."""
 
+
+def plain(text: str) -> str:
+    """`text` without what a terminal would obey, or UTF-8 has no bytes for: a file's name may hold either."""
+    return "".join(char if char.isprintable() else "·" for char in text)
+
+
 INT64_MAX: Final = 2**63 - 1
 """Shards, streams and index rows hold no larger number."""
 

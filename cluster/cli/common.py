@@ -277,11 +277,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "·" for char in text)
-
-
 def console(*, stderr: bool = False) -> Console:
     """A rich console; on stderr for what is not data. A file or pipe gets wide lines, so that nothing is cut off."""
     from rich.console import Console

@@ -21,7 +21,6 @@ from cluster.cli.common import (
     console,
     finite,
     given_settings,
-    plain,
     print_json,
     run_async,
 )
@@ -29,6 +28,7 @@ from cluster.cli.run import SHARDS
 from cluster.cli.up import unless_interrupted
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
+from contracts.wire import plain
 
 if TYPE_CHECKING:
     from cluster.demo import DemoResult, OnStep

@@ -25,7 +25,6 @@ from cluster.cli.common import (
     connected,
     find_servers,
     not_empty,
-    plain,
     print_json,
     progress_bar,
     run_async,
@@ -35,6 +34,7 @@ from contracts.budgets import COMMAND_READY
 from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, publish_subject
+from contracts.wire import plain
 from stages.runtime.access import Servers
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from cluster.cli.common import plain
 from cluster.dlq import obstacle
 from contracts.events import format_rfc3339, is_json
+from contracts.wire import plain
 from stages.persist.files import sync_dir
 
 if TYPE_CHECKING:

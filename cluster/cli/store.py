@@ -25,7 +25,6 @@ from cluster.cli.common import (
     find_servers,
     finite,
     make_table,
-    plain,
     print_json,
     progress_bar,
     run_async,
@@ -35,6 +34,7 @@ from cluster.cli.common import (
 from cluster.cli.export import verify_export
 from contracts.budgets import SHARD_CHECK
 from contracts.errors import SettingsError, ShardError
+from contracts.wire import plain
 from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _show_events(found: list[StoredEvent]) -> None:
 
 def _show_report(report: VerifyReport) -> None:
     for problem in report.problems:
-        print(f"{problem.shard}: {problem.where}: {problem.what}")
+        print(plain(f"{problem.shard}: {problem.where}: {problem.what}"))
     verdict = "all is well" if report.ok else f"{len(report.problems)} problems"
     exports = f", {report.exports} exports" if report.exports else ""
     print(f"{report.shards} shards, {report.events} events{exports}: {verdict}")

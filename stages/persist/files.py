@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,12 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)
 def is_lost(error: OSError) -> bool:
     """True where the medium itself fails: what was there is damaged. With other errors nothing is known of it."""
     return error.errno == errno.EIO
+
+
+def check_regular(path: Path) -> None:
+    """Holds that `path` is a file: opening a pipe in its place would wait for ever. Raises `OSError`."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a file", str(path))
 
 
 def write_all_at(fd: int, data: bytes | memoryview, offset: int) -> None:

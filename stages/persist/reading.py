@@ -1,4 +1,4 @@
-"""The process that `verify` asks: paths in, what is wrong with each file out, one JSON value a line.
+"""The process that `verify` asks: paths in (base64, they need not be text), what is wrong with each file out, by line.
 
 A process of its own, because a damaged or hostile HDF5 file can hang or crash the library that reads it, or claim to
 hold more than the machine has memory for, on which persist may be at work.
@@ -6,13 +6,15 @@ hold more than the machine has memory for, on which persist may be at work.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
 
 import msgspec
 
-from stages.persist.check import ShardCheck, check_shard
+from contracts.wire import plain
+from stages.persist.check import Finding, ShardCheck, check_shard
 from stages.persist.export.manifest import MANIFEST_SUFFIX, check_export
 
 _MEMORY_BYTES_MIN = 2 * 1024 * 1024 * 1024
@@ -22,9 +24,11 @@ _MEMORY_SHARE_MAX = 32
 
 def check_file(path: Path) -> ShardCheck:
     """Checks a shard; or, given the manifest of one, an exported file, of which only the findings are told."""
-    if path.name.endswith(MANIFEST_SUFFIX):
-        return ShardCheck(findings=check_export(path).findings)
-    return check_shard(path)
+    is_export = path.name.endswith(MANIFEST_SUFFIX)
+    check = ShardCheck(findings=check_export(path).findings) if is_export else check_shard(path)
+    # Names in a file can be anything.
+    check.findings = [Finding(plain(one.where), plain(one.what)) for one in check.findings]
+    return check
 
 
 def _limit_memory(path: Path) -> None:
@@ -40,7 +44,7 @@ def _limit_memory(path: Path) -> None:
 
 def _serve() -> None:
     for line in sys.stdin:
-        path = Path(msgspec.json.decode(line, type=str))
+        path = Path(os.fsdecode(msgspec.json.decode(line, type=bytes)))
         _limit_memory(path)
         result = check_file(path)
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from contracts.errors import ProofError, WireFormatError
 from contracts.receipts import ResumePoint, SealRecord, decode_seal, encode_receipt
 from contracts.statements import check_signature, statement_of
-from stages.persist.files import publish_file, write_new_file
+from stages.persist.files import check_regular, publish_file, write_new_file
 from stages.persist.names import ShardFile, live_name, tmp_path
 from stages.persist.seal import SealedInfo
 
@@ -63,9 +63,14 @@ def keep_record(shard: Path, record: SealRecord) -> None:
 def kept_record(shard: Path) -> SealRecord | None:
     """The record beside the sealed file `shard`; None when there is none that can be read."""
     try:
-        return decode_seal(record_path(shard).read_bytes())
+        return _read(record_path(shard))
     except (OSError, WireFormatError):
         return None
+
+
+def _read(path: Path) -> SealRecord:
+    check_regular(path)
+    return decode_seal(path.read_bytes())
 
 
 class KeptRecords:
@@ -93,7 +98,7 @@ class KeptRecords:
         self._perhaps = None
         name, path = shard.path.name, record_path(shard.path)
         try:
-            record = decode_seal(path.read_bytes())
+            record = _read(path)
         except FileNotFoundError:
             if self._trusted:
                 self._perhaps = shard, sha256, f"{path.name} is missing: nobody vouches for the file"

@@ -28,9 +28,11 @@ import numpy as np
 from contracts.budgets import SHARD_CHECK, SHARD_READER
 from contracts.errors import ShardError
 from contracts.hashing import HASH_BYTES, MerkleFrontier
+from contracts.wire import plain
 from stages.persist.check import Finding, ShardCheck
 from stages.persist.columns import as_text
 from stages.persist.export.manifest import exported_path, list_manifests, manifest_path
+from stages.persist.files import check_regular
 from stages.persist.header import read_live_header
 from stages.persist.idfilter import ID_BYTES
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, parse_name, parse_prepared
@@ -148,7 +150,7 @@ def verify_store(
             tell(done, len(shards) + len(exports))
         for done, manifest in enumerate(exports, len(shards) + 1):
             wrong = pool.check_export(manifest)
-            exported += [Problem(manifest.name, finding.where, finding.what) for finding in wrong]
+            exported += [Problem(plain(manifest.name), finding.where, finding.what) for finding in wrong]
             tell(done, len(shards) + len(exports))
     for chain in chains.values():
         problems += [*chain.repeated_ids(), *chain.unrecorded()]
@@ -172,13 +174,14 @@ def _strangers(directory: Path) -> Iterator[Problem]:
             continue
         prepared = parse_prepared(path)
         if prepared is None:
-            yield Problem(path.name, "file name", "is not the name of a shard")
+            yield Problem(plain(path.name), "file name", "is not the name of a shard")
             continue
         try:
+            check_regular(path)
             header = read_live_header(path)
         except FileNotFoundError:
             continue
-        except ShardError as error:
+        except (ShardError, OSError) as error:
             yield Problem(path.name, "header", f"is no prepared shard ({error}); persist removes it when it starts")
             continue
         if (header.partition, header.shard) != prepared:
@@ -359,7 +362,7 @@ class _Worker:
         process = self._process or self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(msgspec.json.encode(str(path)) + b"\n")
+            process.stdin.write(msgspec.json.encode(os.fsencode(path)) + b"\n")
             process.stdin.flush()
             line = self._read_line(process, time.monotonic() + timeout_s)
         except BrokenPipeError:

@@ -116,6 +116,7 @@ SEALED: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
     "fewer bits": (fewer_bits, "records: is of type uint8, but not of all its bits"),
     "hidden records": (longer_records, "records: is of shape"),
     "further dataset": (lambda file: file.create_dataset("event_id2", data=[1]), "event_id2: does not belong"),
+    "name with lines": (lambda file: file.create_dataset("x\n\x1b[2J", data=[1]), "x··[2J: does not belong"),
     "further group": (lambda file: file.create_group("consultations"), "consultations: does not belong"),
     "further index": (lambda file: file.create_dataset("merkle/x", data=[1]), "merkle/x: does not belong"),
     "link out": (lambda file: file.__setitem__("x", h5py.ExternalLink("/etc/x", "/")), "x: does not belong"),

@@ -1,0 +1,83 @@
+"""What lies in a store beside its shards, and what it is called, is somebody's choice: verify reads on and says so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commandline import Captured, fictl
+from shard_maker import filled_store
+
+from stages.persist.records import record_path
+
+PREPARED = "p003-00000009.next.h5"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return filled_store(tmp_path_factory.mktemp("made") / "store")[0].directory
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """Under a name that is no text."""
+    return Path(shutil.copytree(made, tmp_path / os.fsdecode(b"st\xf8re")))
+
+
+def first_sealed(store: Path) -> Path:
+    return min(store.glob("p003-00000001-*.h5"))
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "name that is no text": (
+        lambda store: (store / os.fsdecode(b"\xff.h5")).touch(),
+        "·.h5: file name: is not the name of a shard\n",
+    ),
+    "name with lines": (
+        lambda store: (store / "\x1b[2J\n4 shards: all is well\n.h5").touch(),
+        "·[2J·4 shards: all is well·.h5: file name: is not the name of a shard\n",
+    ),
+    "manifest whose name is no text": (
+        lambda store: (store / os.fsdecode(b"\xff.csv.manifest.json")).touch(),
+        "·.csv.manifest.json: manifest: is not a manifest",
+    ),
+    "pipe for a record": (
+        lambda store: os.mkfifo(record_path(first_sealed(store))),
+        ".seal.json cannot be read ([Errno 22] is not a file",
+    ),
+    "pipe for a prepared shard": (
+        lambda store: os.mkfifo(store / PREPARED),
+        f"{PREPARED}: header: is no prepared shard ([Errno 22] is not a file",
+    ),
+    "directory for a prepared shard": (
+        lambda store: (store / PREPARED).mkdir(),
+        f"{PREPARED}: header: is no prepared shard ([Errno 22] is not a file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_verify_reads_on_and_names_it_in_one_line(
+    store: Path, capsys: Captured, name: str, options: tuple[str, ...]
+) -> None:
+    make, expected = ODD[name]
+    make(store)
+    assert fictl("verify", store, *options) == 4
+    out, err = capsys.readouterr()
+    assert err == ""
+    if options:
+        assert '"ok":false' in out
+        assert len(out.splitlines()) == 1
+    else:
+        assert expected in out
+        assert "4 shards, 91 events" in out
+        assert "\x1b" not in out
+
+
+def test_a_store_whose_path_is_no_text_is_verified(store: Path, capsys: Captured) -> None:
+    assert fictl("verify", store) == 0
+    assert "4 shards, 91 events: all is well" in capsys.readouterr().out
