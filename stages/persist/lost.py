@@ -25,7 +25,7 @@ from stages.persist.names import FIRST_SHARD, ShardFile
 from stages.persist.records import kept_record
 from stages.persist.resume import CLOSING_TYPES, resume_after
 from stages.persist.rewind import Damage, Place
-from stages.persist.seal import sealed_info
+from stages.persist.seal import events_of_sealed
 from stages.persist.storedir import Store
 from stages.runtime.api import Api
 from stages.runtime.facts import META_RECEIPTS_LOST
@@ -97,7 +97,7 @@ def last_place(files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
 
 
 def _after_sealed(place: Place, file: ShardFile) -> Place:
-    info = sealed_info(file.path)
+    info = events_of_sealed(file.path)
     header = info.header
     if (header.tree_size_before, header.frontier_before) != (place.tree.size, place.tree.to_bytes()):
         raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")

@@ -132,12 +132,12 @@ def test_a_shard_on_a_bad_sector_is_damaged_and_one_that_the_system_keeps_from_u
         return read
 
     for module in (lost, rewind):
-        monkeypatch.setattr(module, "sealed_info", fails(errno.EIO))
+        monkeypatch.setattr(module, "events_of_sealed", fails(errno.EIO))
     for _, damage in (last_place(files), last_good_place(store, 3, [receipt], [])):
         assert damage is not None
         assert (damage.file, "Input/output error" in damage.why) == (files[0].path, True)
     for module in (lost, rewind):
-        monkeypatch.setattr(module, "sealed_info", fails(errno.EMFILE))
+        monkeypatch.setattr(module, "events_of_sealed", fails(errno.EMFILE))
     with pytest.raises(OSError, match="Too many open files"):
         last_place(files)
     with pytest.raises(OSError, match="Too many open files"):
