@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
-from contracts.errors import ShardError
+from contracts.errors import ShardCorruptError, ShardError
+from stages.persist.header import SealedHeader
 from stages.persist.liveview import LiveView
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.sealed import SealedReader
@@ -18,6 +21,7 @@ from stages.persist.sealed import SealedReader
 _TRIES_MAX = 10
 
 View = LiveView | SealedReader
+Opened = TypeVar("Opened", LiveView, SealedReader)
 
 
 class OpenShards:
@@ -45,6 +49,7 @@ class OpenShards:
         the directory shows the same names with the same inodes, unless `again`.
 
         Raises:
+            ShardCorruptError: two of them have one number.
             OSError: the directory cannot be read.
         """
         with os.scandir(self._directory) as entries:
@@ -56,6 +61,7 @@ class OpenShards:
                 if _numbers(latest) == _numbers(listing):
                     break
                 listing = latest
+            _check_numbers(latest)
             self._forget_gone(files)
             self._shards, self._files = latest, files
         return self._shards
@@ -77,9 +83,9 @@ class OpenShards:
         for _ in range(_TRIES_MAX):
             try:
                 if not shard.sealed:
-                    return live_view(shard.path)
+                    return _checked(shard, live_view(shard.path))
                 if shard.path not in self._sealed:
-                    self._sealed[shard.path] = SealedReader(shard.path)
+                    self._sealed[shard.path] = _checked(shard, SealedReader(shard.path))
                 return self._sealed[shard.path]
             except FileNotFoundError:
                 now = self.shards(again=True).get(shard.partition, [])
@@ -107,6 +113,28 @@ class OpenShards:
         for path in [path for path in self._sealed if path.name in gone]:
             # Not closed: an iteration may be in the middle of it.
             del self._sealed[path]
+
+
+def _checked(shard: ShardFile, view: Opened) -> Opened:
+    """Holds that the file has its own name: under another one its events would be shown twice, or as another lane's."""
+    header = view.header
+    told = (header.partition, header.shard)
+    if told != (shard.partition, shard.shard) or (
+        isinstance(header, SealedHeader)
+        and (header.first_origin, header.last_origin) != (shard.first_origin, shard.last_origin)
+    ):
+        view.close()
+        raise ShardCorruptError(f"{shard.path}: has the name of another shard; `fictl verify` says what it is")
+    return view
+
+
+def _check_numbers(listing: dict[int, list[ShardFile]]) -> None:
+    for one, other in (pair for shards in listing.values() for pair in pairwise(shards)):
+        if one.shard == other.shard:
+            raise ShardCorruptError(
+                f"{other.path}: has the number of {one.path.name}; find out with `fictl verify` which of them is "
+                "right, and move the other out of the store"
+            )
 
 
 def _numbers(listing: dict[int, list[ShardFile]]) -> set[tuple[int, int]]:

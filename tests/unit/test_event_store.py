@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -309,3 +310,26 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, few_descrip
         assert len(list(store.iterate())) == len(maker.events)
         assert [store.event(event.event_id) for event in maker.events].count(None) == 0
         assert len(store.shards()) == len(maker.events)
+
+
+@pytest.mark.parametrize("of", ["sealed", "live"])
+def test_a_shard_under_the_name_of_another_lane_is_not_shown_as_its(tmp_path: Path, of: str) -> None:
+    filled_store(tmp_path)
+    shard = next(file for file in list_shards(tmp_path)[3] if file.sealed == (of == "sealed"))
+    path = shard.path.rename(shard.path.with_name(shard.path.name.replace("p003-", "p005-")))
+    with (
+        EventStore(tmp_path) as store,
+        pytest.raises(ShardCorruptError, match=f"{path}: has the name of another shard"),
+    ):
+        list(store.iterate(5))
+
+
+@pytest.mark.parametrize("name", ["p003-00000001-{:016d}-{:016d}.h5", "p003-00000009-{:016d}-{:016d}.h5"])
+def test_a_shard_that_lies_there_twice_is_not_shown_twice(tmp_path: Path, name: str) -> None:
+    _, maker = filled_store(tmp_path)
+    first = list_shards(tmp_path)[3][0]
+    with EventStore(tmp_path) as store:
+        assert store.count() == len(maker.events)
+        shutil.copy(first.path, tmp_path / name.format(9000, 9001))
+        with pytest.raises(ShardCorruptError, match=r"has the n(umber|ame) of"):
+            list(store.iterate())
