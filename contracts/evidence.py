@@ -120,6 +120,8 @@ def check_evidence(evidence: Evidence, trusted: Collection[str] = ()) -> None:
         _check_head(evidence.old, evidence.partition, trusted)
         _check_head(evidence.new, evidence.partition, trusted)
         old, new = evidence.old, evidence.new
+        if len(found := clusters_of(evidence)) > 1:
+            raise ProofError(f"its roots are of different clusters, {' and '.join(found)}")
         check_consistency(
             old.tree_size, _hash(old.root), new.tree_size, _hash(new.root), [_hash(text) for text in evidence.path]
         )
@@ -133,6 +135,14 @@ def check_evidence(evidence: Evidence, trusted: Collection[str] = ()) -> None:
             f"event {evidence.event_id} as given here is not number {evidence.index} of the {evidence.head.tree_size} "
             f"events under root {evidence.head.root}; the event, its number or the path was changed"
         )
+
+
+def clusters_of(evidence: Evidence) -> tuple[str, ...]:
+    """The ids of the clusters that its statements name: one, or none where nobody stands for its roots."""
+    heads = (evidence.old, evidence.new) if isinstance(evidence, ConsistencyProof) else (evidence.head,)
+    named = (head.statement.cluster for head in heads if head.statement is not None)
+    # Seal records of the first builds name none.
+    return tuple(dict.fromkeys(cluster for cluster in named if cluster))
 
 
 def _check_head(head: TreeHead, partition: int, trusted: Collection[str]) -> None:

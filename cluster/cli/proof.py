@@ -19,6 +19,7 @@ from cluster.cli.common import (
     trusted_keys,
 )
 from contracts.errors import ClusterUnavailableError, SettingsError, ShardError
+from contracts.wire import plain
 
 if TYPE_CHECKING:
     from contracts.evidence import Evidence, TreeHead
@@ -94,11 +95,13 @@ def check_proof(
 ) -> None:
     """Checks a proof with nothing but the file and the public key. Exits 0 if it holds, 4 if not, saying what is wrong.
 
+    Says of which cluster the signed statement is: one key may sign for several.
+
     Without --public-key only the file's own claims are checked: whoever can write files could have made it.
 
     Example: fictl check-proof proof.json --public-key fi.pub
     """
-    from contracts.evidence import InclusionProof, check_evidence, decode_evidence
+    from contracts.evidence import InclusionProof, check_evidence, clusters_of, decode_evidence
 
     trusted = trusted_keys(public_key)
     evidence = decode_evidence(file.read_bytes())
@@ -109,7 +112,8 @@ def check_proof(
     else:
         heads = [evidence.old, evidence.new]
         said = f"the first {evidence.old.tree_size} events, root {evidence.old.root}, are the beginning"
-    print(f"{said} of the {heads[-1].tree_size} events of partition {evidence.partition}, root {heads[-1].root}")
+    where = "".join(f" of cluster {plain(cluster)}" for cluster in clusters_of(evidence))
+    print(f"{said} of the {heads[-1].tree_size} events of partition {evidence.partition}{where}, root {heads[-1].root}")
     if not trusted:
         keys = sorted({head.signature.key for head in heads if head.signature is not None})
         by = f"by {', '.join(keys)}; give --public-key to hold that against a key you trust" if keys else "by nobody"

@@ -10,13 +10,14 @@ from uuid import UUID
 import h5py
 import msgspec
 import pytest
-from shard_maker import NOW_NS, PartitionMaker, id_text
+from commandline import Captured, fictl
+from shard_maker import CLUSTER, NOW_NS, PartitionMaker, id_text
 from verifying import verify_here
 from witnessed import SIGNER, Witnessed, events_of
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
-from contracts.evidence import check_evidence
+from contracts.evidence import check_evidence, encode_evidence
 from contracts.receipts import Receipt, SealRecord, StoreEnd
 from stages.persist.audit import Witnesses, audit_partition, in_force, name_record, repeated
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
@@ -236,6 +237,26 @@ def test_a_consistency_proof_joins_any_two_receipts(honest: Witnessed) -> None:
     check_evidence(unsigned)
     with pytest.raises(ShardError, match="holds 40 events"):
         prove_consistency(honest.store.directory, 3, 5, 41, ())
+
+
+def test_a_proof_says_of_which_cluster_it_is_and_joins_no_roots_of_two(
+    honest: Witnessed, tmp_path: Path, capsys: Captured
+) -> None:
+    """With one key for both."""
+    file, key = tmp_path / "proof.json", SIGNER.public_key
+    path, receipts = honest.store.directory, honest.receipts
+    commits, _ = events_of(PartitionMaker(honest.store, 3))
+    for proof in (
+        prove_consistency(path, 3, 8, 40, receipts),
+        prove_event(path, UUID(bytes=commits[0][0].event_id), receipts),
+    ):
+        file.write_bytes(encode_evidence(proof))
+        assert fictl("check-proof", file, "--public-key", key) == 0
+        assert f"events of partition 3 of cluster {CLUSTER}, root" in capsys.readouterr().out
+    other = SIGNER.sign(msgspec.structs.replace(receipts[-1], cluster="cluster-2"))
+    file.write_bytes(encode_evidence(prove_consistency(path, 3, 8, 40, [*receipts[:-1], other])))
+    assert fictl("check-proof", file, "--public-key", key) == 4
+    assert f"its roots are of different clusters, {CLUSTER} and cluster-2" in capsys.readouterr().err
 
 
 def test_a_proof_against_a_receipt_that_says_otherwise_is_not_made(honest: Witnessed, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from stages.persist.core import Group
 from stages.persist.files import write_all_at
 from stages.persist.header import HEADER_BYTES, decode_header, encode_header
 from stages.persist.live import LiveReader
+from stages.persist.lost import last_place
 from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
 from stages.persist.rewind import Damage, last_good_place
@@ -135,3 +136,4 @@ def test_a_sealed_shard_that_was_changed_before_it_got_its_record_gets_none(
             again.sealed_info(1)
     _, damage = last_good_place(store, PARTITION, [receipt], [])
     assert damage == Damage(1, sealed, why)
+    assert last_place(list_shards(store.directory)[PARTITION])[1] == damage

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 from cryptography.exceptions import InvalidSignature
-from shard_maker import PartitionMaker, new_store
+from shard_maker import CLUSTER, PartitionMaker, new_store
 from witnessed import SIGNER, Witnessed, events_of
 
 from cluster.feed import LineChecker
@@ -78,7 +78,7 @@ def test_the_auditors_example_takes_a_proof_and_nothing_else(
         proof = prove_event(maker.store.directory, event_id, maker.receipts)
         Path("proof.json").write_bytes(encode_evidence(proof))
         exec(snippets()[2], {})
-        said = f"in partition 3 as event {number}, says {SIGNER.public_key}\n"
+        said = f"in partition 3 of cluster {CLUSTER} as event {number}, says {SIGNER.public_key}\n"
         assert capsys.readouterr().out == said
         whole = json.loads(Path("proof.json").read_bytes())
         # What is printed is what was signed; `check-proof` refuses this one.
