@@ -37,10 +37,10 @@ from contracts.errors import ClusterUnavailableError, FencedError, SettingsError
 from contracts.events import JSON_SPACE, split_body
 from contracts.letters import Letter, read_letter
 from contracts.subjects import DLQ, is_token, publish_subject
-from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_ORIGIN, DEAD_STAGE
+from contracts.telemetry import DEAD_HANDLED, DEAD_INDEX, DEAD_LINES, DEAD_ORIGIN, DEAD_STAGE
 from stages.ingest.core import parse_message, parse_uuid
 from stages.runtime.api import Api
-from stages.runtime.graveyard import place_of
+from stages.runtime.graveyard import lines_of, place_of
 from stages.runtime.messages import StoredMessage
 from stages.runtime.reader import OrderedReader
 from stages.runtime.writer import FencedWriter
@@ -352,10 +352,11 @@ class DeadLetters:
             elif letter.handled:
                 return False
             else:
-                await self._mark(letter, *place_of(last))
+                await self._mark(letter, last)
 
-    async def _mark(self, newest: Letter, origin: int, index: int) -> None:
-        """Stores a mark after `newest`, which speaks of that event, if it is still the last message of its subject."""
+    async def _mark(self, newest: Letter, last: StoredMessage) -> None:
+        """Stores a mark after `newest`, which is the message `last`, if it is still the last one of its subject."""
+        origin, index = place_of(last)
         self._readers += 1
         writer = FencedWriter(self._api, DLQ, newest.subject, f"{self._nonce}-{self._readers}")
         writer.expected_seq = newest.seq
@@ -363,6 +364,7 @@ class DeadLetters:
             DEAD_STAGE: newest.stage,
             DEAD_ORIGIN: str(origin),
             DEAD_INDEX: str(index),
+            DEAD_LINES: str(lines_of(last)),
             DEAD_HANDLED: str(newest.seq),
         }
         try:

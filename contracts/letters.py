@@ -19,6 +19,7 @@ from contracts.telemetry import (
     DEAD_FIELD,
     DEAD_HANDLED,
     DEAD_INDEX,
+    DEAD_LINES,
     DEAD_ORIGIN,
     DEAD_POLICY,
     DEAD_REASON,
@@ -26,6 +27,11 @@ from contracts.telemetry import (
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
 )
+
+LETTERS_APART: Final = 64
+"""Refused events of a message that have a letter each; after that, those that follow one another share one.
+
+Each letter is stored before anything behind the message goes on: thousands would hold that up."""
 
 _TEXT: Final = re.compile(r"(\d{1,19})/(\d{1,19})/(\d{1,9})", re.ASCII)
 _NUMBER: Final = re.compile(r"\d{1,19}", re.ASCII)
@@ -70,7 +76,8 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
         time_ns: when it was stored.
         subject: what it was published to.
         stage, partition: which lane refused the event.
-        origin, index: which event: the message in `FI_EVENTS`, and the place within it.
+        origin, index: which event: the message in `FI_EVENTS`, and the place within it; of several that of the first.
+        lines: how many events it is of.
         reason, field, detail: why, as in `InvalidEventError`.
         site, consultation: tokens of the subject that the gateway published to.
         policy: version of the policy that it was refused under.
@@ -87,6 +94,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
     partition: int
     origin: int
     index: int
+    lines: int
     reason: str
     field: str
     detail: str
@@ -114,6 +122,7 @@ def read_letter(subject: str, seq: int, time_ns: int, data: bytes, headers: Mapp
         partition=_number(partition),
         origin=_number(headers.get(DEAD_ORIGIN, "")),
         index=_number(headers.get(DEAD_INDEX, "")),
+        lines=max(1, _number(headers.get(DEAD_LINES, ""))),
         reason=headers.get(DEAD_REASON, ""),
         field=headers.get(DEAD_FIELD, "").removeprefix("-"),
         detail=headers.get(DEAD_DETAIL, ""),

@@ -94,6 +94,7 @@ def _head(letter: Letter) -> dict[str, Any]:
         "partition": letter.partition,
         "origin": letter.origin,
         "index": letter.index,
+        "lines": letter.lines,
         "reason": letter.reason,
         "field": letter.field,
         "detail": letter.detail,
@@ -135,7 +136,8 @@ def page(letter: Letter) -> str:
         "detail": letter.detail,
         "site": letter.site,
         "consultation": letter.consultation,
-        "event": f"number {letter.index} of message {letter.origin} in FI_EVENTS",
+        "event": f"number {letter.index} of message {letter.origin} in FI_EVENTS"
+        + (f", and {letter.lines - 1} after it" if letter.lines > 1 else ""),
         "first seen": "at that place" if letter.first_seen.startswith(f"{letter.origin}/") else letter.first_seen,
         "trace": trace[1] if len(trace) > 2 else "",
         "bytes": str(len(letter.data)),

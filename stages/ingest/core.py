@@ -44,7 +44,7 @@ from contracts.events import (
     parse_rfc3339,
     split_body,
 )
-from contracts.letters import FirstSeen, parse_first_seen
+from contracts.letters import LETTERS_APART, FirstSeen, parse_first_seen
 from contracts.policy import EVENT_TYPES
 from contracts.subjects import is_token
 from contracts.telemetry import parse_traceparent
@@ -53,9 +53,6 @@ from stages.ingest.explain import duplicate_field, explain_decoding, explain_par
 
 EVENTS_MAX = 32 * 1024
 """Lines one message may hold. No message within `MESSAGE_BYTES_MAX` can hold as many valid events."""
-
-REJECTIONS_APART = 64
-"""Refused lines of a message that are rejections of their own."""
 
 _TIME_NS_MIN, _TIME_NS_MAX = -(2**63), 2**63 - 1
 _REQUIRED_BYTES = len('{"consultation_id":"","event_type":"","payload":,"metadata":}')
@@ -151,16 +148,16 @@ def parse_message(
     parsed = _parse_parts(message, lines, None)
     if not parsed.events and all(part.error.reason.startswith("json.") for part in parsed.rejected):
         return _parse_parts(message, [body.strip(JSON_SPACE)], body)
-    if len(parsed.rejected) > REJECTIONS_APART:
+    if len(parsed.rejected) > LETTERS_APART:
         return Parsed(parsed.events, _join_neighbours(parsed.rejected))
     return parsed
 
 
 def _join_neighbours(rejected: list[Rejection]) -> list[Rejection]:
     """The first ones as they are; after them, those of lines that follow one another are one."""
-    joined = rejected[:REJECTIONS_APART]
+    joined = rejected[:LETTERS_APART]
     neighbours: list[list[Rejection]] = []
-    for part in rejected[REJECTIONS_APART:]:
+    for part in rejected[LETTERS_APART:]:
         if neighbours and part.index == neighbours[-1][-1].index + 1:
             neighbours[-1].append(part)
         else:

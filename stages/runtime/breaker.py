@@ -86,7 +86,8 @@ class Breaker:
             return False
         if not passed and not letters:
             return True
-        if len(letters) > self._share_max * (passed + len(letters)):
+        refused = sum(letter.lines for letter in letters)
+        if refused > self._share_max * (passed + refused):
             self._tries += 1
             self._open(now_s)
             return False
@@ -110,7 +111,9 @@ class Breaker:
         decided = _Decided(passed, 0, _NO_REASONS)
         if letters:
             most = max(1, self._events_min // MESSAGE_SHARE)
-            by_message = Counter(letter.origin for letter in letters)
+            by_message: Counter[int] = Counter()
+            for letter in letters:
+                by_message[letter.origin] += letter.lines
             refused = sum(min(count, most) for count in by_message.values())
             decided = _Decided(passed, refused, Counter(letter.error.reason for letter in letters))
         self._window.append(decided)

@@ -24,6 +24,7 @@ from contracts.telemetry import (
     DEAD_DETAIL,
     DEAD_FIELD,
     DEAD_INDEX,
+    DEAD_LINES,
     DEAD_ORIGIN,
     DEAD_POLICY,
     DEAD_REASON,
@@ -55,8 +56,8 @@ class Graveyard:
         self._openings = 0
         self._writer: FencedWriter | None = None
         self._buried = _NOTHING
-        self._found: set[tuple[int, int]] = set()
-        """The letters that were there when it was looked: of events from the origin `_found_from` to `_found_to`."""
+        self._found: dict[tuple[int, int], int] = {}
+        """The letters that were there when it was looked, of how many events each; `_found_from` to `_found_to`."""
         self._found_from = 0
         self._found_to = _NOTHING
         self._origin = 0
@@ -83,7 +84,7 @@ class Graveyard:
                     continue
                 self._buried = max(self._buried, (letter.origin, letter.index))
                 if (letter.origin, letter.index) <= self._found_to:
-                    self._found.add((letter.origin, letter.index))
+                    self._found[letter.origin, letter.index] = letter.lines
                 self._api.telemetry.dead_letter(self._stage, letter.error.reason)
                 log.warning("dead letter: %s", letter.error, extra={"origin": letter.origin, "stage": self._stage})
                 break
@@ -96,10 +97,11 @@ class Graveyard:
         if letter.origin < self._found_from or key > self._found_to:
             self._found = await self._find_from(letter.origin, last_seq)
             self._found_from, self._found_to = letter.origin, self._buried
-        return key in self._found
+        # Judged by other rules, more events may share it now.
+        return self._found.get(key, 0) >= letter.lines
 
-    async def _find_from(self, origin: int, last_seq: int) -> set[tuple[int, int]]:
-        """What is buried of the events from `origin` on.
+    async def _find_from(self, origin: int, last_seq: int) -> dict[tuple[int, int], int]:
+        """What is buried of the events from `origin` on: where each letter begins, and of how many events it is.
 
         Letters lie in the order of their events, but for those that were judged again: one that lies too early is not
         found, and buried twice at worst.
@@ -115,10 +117,11 @@ class Graveyard:
                 high = middle
             else:
                 low = message.seq + 1
-        found: set[tuple[int, int]] = set()
+        found: dict[tuple[int, int], int] = {}
         while low <= last_seq:
             message = await self._letter_from(low, last_seq)
-            found.add(place_of(message))
+            place = place_of(message)
+            found[place] = max(found.get(place, 0), lines_of(message))
             low = message.seq + 1
         return found
 
@@ -154,6 +157,7 @@ class Graveyard:
             DEAD_STAGE: self._stage,
             DEAD_ORIGIN: str(letter.origin),
             DEAD_INDEX: str(letter.index),
+            DEAD_LINES: str(letter.lines),
             DEAD_REASON: error.reason,
             DEAD_FIELD: _one_line(error.field),
             DEAD_DETAIL: _one_line(error.detail),
@@ -170,7 +174,8 @@ class Graveyard:
             if parse_traceparent(trace := original.headers.get(HEADER_TRACEPARENT, "")) is not None:
                 headers[HEADER_TRACEPARENT] = trace
             if data is None:
-                data = self._lines[letter.index] if letter.index < len(self._lines) else original.data
+                lines = self._lines[letter.index : letter.index + letter.lines]
+                data = b"\n".join(lines) if lines else original.data
         return headers, data or b""
 
     async def _fetch(self, origin: int) -> None:
@@ -203,6 +208,11 @@ def place_of(message: StoredMessage) -> tuple[int, int]:
         return _NOTHING
     letter = read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers)
     return (letter.origin, letter.index) if letter.origin >= 0 else _NOTHING
+
+
+def lines_of(message: StoredMessage) -> int:
+    """Of how many events a letter is."""
+    return read_letter(message.subject, message.seq, message.time_ns, message.data, message.headers).lines
 
 
 def _one_line(text: str) -> str:

@@ -10,19 +10,21 @@ import msgspec
 from contracts.errors import InvalidEventError, StrayFrameError
 from contracts.events import Event
 from contracts.frames import Dead, decode_frame
+from contracts.letters import LETTERS_APART
 from contracts.subjects import Stage
 from stages.runtime.checkpoint import check_joined, read_frame
 from stages.runtime.messages import StoredMessage
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """One event that a stage refuses.
+    """One event that a stage refuses, or several of a message that follow one another.
 
     Attributes:
-        origin, index: which event.
+        origin, index: which event; of several the first.
         error: why.
         data: its original bytes; None where the stage does not have them (the lane then reads them from `FI_EVENTS`).
         policy: version of the policy it was refused under; 0 where none has a part in it.
+        lines: how many events it is of.
     """
 
     origin: int
@@ -30,6 +32,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     error: InvalidEventError
     data: bytes | None
     policy: int = 0
+    lines: int = 1
 
 
 class Step(msgspec.Struct, frozen=True, gc=False):
@@ -112,4 +115,26 @@ def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Even
             letters.append(DeadLetter(event.origin, event.index, error, None, policy))
             dead.append(Dead(event.origin, 1))
     trail = (*frame.trail, message.seq)
-    return Step(max(frame.first, origin + 1), frame.last, events, dead, letters, trail, frame.closed)
+    return Step(max(frame.first, origin + 1), frame.last, events, dead, join_letters(letters), trail, frame.closed)
+
+
+def join_letters(letters: list[DeadLetter]) -> list[DeadLetter]:
+    """Of each message the first `LETTERS_APART` as they are; after them, neighbours with one reason share one.
+
+    Args:
+        letters: in order, of events whose bytes the lane reads.
+    """
+    if len(letters) <= LETTERS_APART:
+        return letters
+    joined: list[DeadLetter] = []
+    origin = apart = 0
+    for letter in letters:
+        if letter.origin != origin:
+            origin, apart = letter.origin, 0
+        apart += 1
+        last = joined[-1] if apart > LETTERS_APART + 1 else letter
+        if last is not letter and (last.index + last.lines, last.error.reason) == (letter.index, letter.error.reason):
+            joined[-1] = msgspec.structs.replace(last, lines=last.lines + 1)
+        else:
+            joined.append(letter)
+    return joined

@@ -168,6 +168,7 @@ LETTER = Letter(
     partition=5,
     origin=4_294_967_292,
     index=2,
+    lines=1,
     policy=7,
     reason="lifecycle.closed",
     field="event_type",
@@ -186,6 +187,8 @@ LETTER_HEADERS = (
     b"Fi-First-Seen: 4294967292/1767323046000000001/2\r\n"
     b"traceparent: 00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-01\r\n\r\n"
 )
+LETTER_OF_THREE = msgspec.structs.replace(LETTER, lines=3)
+LETTER_OF_THREE_HEADERS = LETTER_HEADERS.replace(b"Index: 2", b"Index: 2\r\nFi-Dead-Lines: 3")
 STATE = State(
     status="ready",
     supervisor_pid=4711,
@@ -224,6 +227,7 @@ def _closed(data: bytes) -> list[int | None]:
 READ = [
     ProcessSample("pause.1.json", Pause(since_ns=9, by="ana@server-a"), msgspec.json.encode, decode_pause),
     ProcessSample("letter.bin", LETTER, lambda letter: LETTER_HEADERS + letter.data, _letter),
+    ProcessSample("letter.lines.bin", LETTER_OF_THREE, lambda letter: LETTER_OF_THREE_HEADERS + letter.data, _letter),
     ProcessSample(STATE_FILE.replace(".json", ".1.json"), STATE, msgspec.json.encode, reading(State)),
     ProcessSample("settings.toml", _settings(SETTINGS_TEXT), lambda _: SETTINGS_TEXT, _settings),
     ProcessSample("store.1.json", Store(Path(), "9f", "c-77"), lambda _: STORE_TEXT, _store),

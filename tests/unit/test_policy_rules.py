@@ -10,6 +10,7 @@ import pytest
 from contracts.errors import InvalidEventError, SettingsError, WireFormatError
 from contracts.events import Event
 from contracts.frames import Frame, encode_frame
+from contracts.letters import LETTERS_APART
 from contracts.lifecycle import ClosedConsultations
 from contracts.policy import CRITICALITIES, EVENT_TYPES
 from contracts.rules import (
@@ -187,6 +188,13 @@ def test_a_smaller_payload_limit_refuses_what_is_larger() -> None:
     )
     assert [e.origin for e in step.events] == [2]
     assert step.letters[0].error.reason == "payload.too_large"
+
+
+def test_thousands_of_refused_events_of_one_message_are_few_letters() -> None:
+    core = SegmentCore(lambda: policy(2, refused_types=("MESSAGE_UPDATED",)))
+    step = judge(core, *(msgspec.structs.replace(event(1, "MESSAGE_UPDATED"), index=index) for index in range(3000)))
+    assert [letter.lines for letter in step.letters] == [1] * LETTERS_APART + [3000 - LETTERS_APART]
+    assert sum(row.count for row in step.dead) == 3000
 
 
 def test_commits_are_remembered_while_the_lifecycle_rule_is_off_so_that_it_holds_once_it_is_on() -> None:
