@@ -73,17 +73,17 @@ class OpenShards:
             ShardCorruptError, ShardError: not a whole shard of a known format, or it vanished.
             OSError: it cannot be read.
         """
-        return self._open(shard, LiveView)
+        return self._open(shard, _new_live)
 
     def kept(self, shard: ShardFile) -> View:
         """The shard as it stands now, with what was learnt of it before; stays open. Raises as `snapshot`."""
         return self._open(shard, self._kept_live)
 
-    def _open(self, shard: ShardFile, live_view: Callable[[Path], LiveView]) -> View:
+    def _open(self, shard: ShardFile, live_view: Callable[[ShardFile], LiveView]) -> View:
         for _ in range(_TRIES_MAX):
             try:
                 if not shard.sealed:
-                    return _checked(shard, live_view(shard.path))
+                    return live_view(shard)
                 if shard.path not in self._sealed:
                     self._sealed[shard.path] = _checked(shard, SealedReader(shard.path))
                 return self._sealed[shard.path]
@@ -97,10 +97,10 @@ class OpenShards:
             f"{shard.path}: vanished while being read; rebuild it from the stream, or look for who removed it"
         )
 
-    def _kept_live(self, path: Path) -> LiveView:
-        view = self._live.get(path)
+    def _kept_live(self, shard: ShardFile) -> LiveView:
+        view = self._live.get(shard.path)
         if view is None:
-            view = self._live[path] = LiveView(path)
+            view = self._live[shard.path] = _new_live(shard)
         else:
             view.refresh()
         return view
@@ -113,6 +113,10 @@ class OpenShards:
         for path in [path for path in self._sealed if path.name in gone]:
             # Not closed: an iteration may be in the middle of it.
             del self._sealed[path]
+
+
+def _new_live(shard: ShardFile) -> LiveView:
+    return _checked(shard, LiveView(shard.path))
 
 
 def _checked(shard: ShardFile, view: Opened) -> Opened:

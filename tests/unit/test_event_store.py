@@ -317,11 +317,10 @@ def test_a_shard_under_the_name_of_another_lane_is_not_shown_as_its(tmp_path: Pa
     filled_store(tmp_path)
     shard = next(file for file in list_shards(tmp_path)[3] if file.sealed == (of == "sealed"))
     path = shard.path.rename(shard.path.with_name(shard.path.name.replace("p003-", "p005-")))
-    with (
-        EventStore(tmp_path) as store,
-        pytest.raises(ShardCorruptError, match=f"{path}: has the name of another shard"),
-    ):
-        list(store.iterate(5))
+    with EventStore(tmp_path) as store:
+        for look in (lambda: list(store.iterate(5)), lambda: store.event(bytes(16)), lambda: store.event(bytes(16))):
+            with pytest.raises(ShardCorruptError, match=f"{path}: has the name of another shard"):
+                look()
 
 
 @pytest.mark.parametrize("name", ["p003-00000001-{:016d}-{:016d}.h5", "p003-00000009-{:016d}-{:016d}.h5"])
