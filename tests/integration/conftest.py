@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
+from nats.js.errors import NoStreamResponseError
 
 from cluster.nodes import EmbeddedCluster
 from stages.runtime.connection import connect
@@ -34,10 +40,23 @@ def cluster_urls(embedded_cluster: EmbeddedCluster) -> tuple[str, ...]:
     return embedded_cluster.urls
 
 
+class PatientJetStream(JetStreamContext):
+    """Publishes to a stream just made also before the server it is connected to has heard of it."""
+
+    async def publish(self, *arguments: Any, **options: Any) -> PubAck:
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    return await super().publish(*arguments, **options)
+                except NoStreamResponseError:
+                    await asyncio.sleep(0.02)
+
+
 @pytest_asyncio.fixture
-async def client(cluster_urls: tuple[str, ...]) -> AsyncIterator[Client]:
+async def client(cluster_urls: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
     """A connection to the shared servers; all streams are deleted before and after the test."""
     connection = await connect(cluster_urls, "test", wait_s=30)
+    monkeypatch.setattr(connection, "jetstream", partial(PatientJetStream, connection))
     await delete_streams(connection)
     yield connection
     await delete_streams(connection)
