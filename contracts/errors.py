@@ -86,6 +86,10 @@ class HoleError(DefiniteError):
         super().__init__(f"{subject}: frames are missing between origin {cursor} and origin {prev}")
 
 
+class CountsAnewError(DefiniteError):
+    """`FI_EVENTS` gives sequences again that are settled: it is not, or no longer, the one they were given by."""
+
+
 class TopologyError(DefiniteError):
     """The cluster's streams are not what the topology says, or a change to them would lose data."""
 

@@ -13,13 +13,14 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from contracts.errors import WireFormatError
+from contracts.errors import CountsAnewError, WireFormatError
 from contracts.frames import decode_frame_head
 from contracts.receipts import Receipt
 from contracts.subjects import EVENTS, HOPS, RECEIPTS, Stage, input_filter, raw_filter, receipt_subject
 from stages.persist.disk import Files
 from stages.persist.room import EventsRoom
 from stages.runtime.api import Api, RequestRefusedError
+from stages.runtime.checkpoint import Cursor, check_counting
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Trimmer:
                 await self._room.look()
                 if not self._room.spare:
                     self._look_again()
-            except RequestRefusedError as error:
+            except (RequestRefusedError, CountsAnewError) as error:
                 log.warning("partition %d is not trimmed now: %s", self._partition, error)
 
     async def _trim(self) -> None:
@@ -127,7 +128,9 @@ class Trimmer:
         if receipt is not None and origin > self._trimmed_origin:
             # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last. Nor
             # does what is not committed go, whatever origins the names of files say.
-            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=min(origin, receipt.origin))
+            below_seq = min(origin, receipt.origin)
+            await check_counting(self._api, self._partition, Cursor(below_seq))
+            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=below_seq)
             self._trimmed_origin = origin
 
     async def _committed_bytes(self, stream: str, seq: int, stage: Stage, origin: int) -> int | None:

@@ -14,7 +14,7 @@ from contracts.frames import decode_frame_head, held_bytes
 from contracts.subjects import HOPS, INPUT_STREAM, Stage, input_filter
 from contracts.telemetry import EVENT_WORKER_STARTED
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import Cursor, last_receipt, locate, read_frame
+from stages.runtime.checkpoint import Cursor, check_counting, last_receipt, locate, read_frame
 from stages.runtime.reader import OrderedReader
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,12 @@ def message_work(data: bytes) -> int:
 class InputFeed:
     """A lane's input: the ordered reader of its partition, and the suspicion that something was missed."""
 
-    def __init__(self, api: Api, stage: Stage, partition: int, nonce: str, cursor: Cursor) -> None:
+    def __init__(self, api: Api, stage: Stage, partition: int, nonce: str, cursor: Cursor, known: Cursor) -> None:
         self._api = api
         self._stage: Stage = stage
         self._partition = partition
         self.cursor = cursor
+        self._known = known
         settings = api.settings
         self.reader = OrderedReader(
             api,
@@ -52,6 +53,8 @@ class InputFeed:
         )
 
     async def _locate(self) -> int:
+        if self._known.stored_ns and self._stage == "ingest":
+            await check_counting(self._api, self._partition, self._known)
         return await locate(self._api, self._stage, self._partition, self.cursor)
 
     async def check(self) -> None:
@@ -87,6 +90,8 @@ class LaneBase(ABC):
         self._on_open = on_open
         self._probe = api.telemetry.lane(stage, partition)
         self._feed: InputFeed | None = None
+        self._known = Cursor()
+        """The last place that this lane reached: its output may be lost, and with it what it says of the input."""
         self._sessions = 0
         self._holes = 0
         self._stopping = asyncio.Event()
@@ -162,7 +167,7 @@ class LaneBase(ABC):
         """The session's input, reading from `cursor`. The caller closes its reader."""
         if self._holes:
             cursor = Cursor(cursor.origin, 0, cursor.closed)
-        feed = InputFeed(self._api, self._stage, self._partition, nonce, cursor)
+        feed = InputFeed(self._api, self._stage, self._partition, nonce, cursor, self._known)
         self._feed = feed
         feed.reader.start()
         self._probe.opened(feed)

@@ -12,10 +12,12 @@ from typing import TypeVar
 
 import msgspec
 
-from contracts.errors import HoleError, StrayFrameError, WireFormatError
-from contracts.frames import FrameHead, decode_frame_head, is_newer_frame
+from contracts.errors import CountsAnewError, HoleError, StrayFrameError, WireFormatError
+from contracts.events import format_rfc3339
+from contracts.frames import Frame, FrameHead, decode_frame, decode_frame_head, is_newer_frame
 from contracts.receipts import Receipt, SealRecord, StoreEnd, decode_receipt, decode_seal
 from contracts.subjects import (
+    EVENTS,
     INPUT_STREAM,
     OUTPUT_STREAM,
     RECEIPTS,
@@ -23,6 +25,7 @@ from contracts.subjects import (
     Stage,
     input_filter,
     output_subject,
+    raw_filter,
     receipt_subject,
     seal_subject,
 )
@@ -41,11 +44,21 @@ class Cursor(msgspec.Struct, frozen=True):
         input_seq: sequence, in the input stream, of the message that reached `origin`; 0 when not known. Only a hint:
             it is used after the message there was seen to be that one.
         closed: segment's memory at `origin`.
+        stored_ns: when `FI_EVENTS` stored the message at `origin`; 0 when not known. Only ingest asks.
     """
 
     origin: int = 0
     input_seq: int = 0
     closed: bytes = b""
+    stored_ns: int = 0
+
+
+class _State(msgspec.Struct):
+    last_seq: int = 0
+
+
+class _Info(msgspec.Struct):
+    state: _State
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -125,11 +138,17 @@ def checkpoint_from(receipt: Receipt | None, stage: Stage, last: StoredMessage |
     cursor = Cursor() if receipt is None else cursor_from_receipt(receipt, stage)
     if last is None:
         return Checkpoint(cursor, 0)
-    head = read_frame(last, decode_frame_head)
+    head = read_frame(last, decode_frame if stage == "ingest" else decode_frame_head)
     if head.last >= cursor.origin:
         input_seq = head.trail[-1] if head.trail else head.last
-        cursor = Cursor(head.last, input_seq, head.closed)
+        cursor = Cursor(head.last, input_seq, head.closed, _stored_ns(head))
     return Checkpoint(cursor, last.seq)
+
+
+def _stored_ns(head: FrameHead) -> int:
+    """When the message at the frame's last origin was stored, if an event of it is in there; else 0."""
+    events = head.events if isinstance(head, Frame) else ()
+    return events[-1].accepted_ns if events and events[-1].origin == head.last else 0
 
 
 def cursor_from_receipt(receipt: Receipt, stage: Stage) -> Cursor:
@@ -146,6 +165,7 @@ async def locate(api: Api, stage: Stage, partition: int, cursor: Cursor) -> int:
     streams begin at 1 again after all servers restarted); else the beginning, and the frames' origins decide.
     """
     if stage == "ingest":
+        await check_counting(api, partition, cursor)
         return cursor.origin + 1
     if cursor.input_seq == 0:
         return 1
@@ -157,6 +177,37 @@ async def locate(api: Api, stage: Stage, partition: int, cursor: Cursor) -> int:
     except WireFormatError:
         return 1
     return cursor.input_seq + 1 if head.last == cursor.origin else 1
+
+
+async def check_counting(api: Api, partition: int, cursor: Cursor) -> None:
+    """Holds that `FI_EVENTS` goes on counting from where it gave `cursor.origin`.
+
+    Rolled back, or made by hand with that name, it gives gateways sequences that are settled: what they bear would be
+    passed over, and trimmed. Where the message is gone, only the last sequence tells, until it has passed the cursor.
+
+    Raises:
+        CountsAnewError: it does not, or who answers is behind. Not to be read or trimmed until it does.
+    """
+    if not cursor.origin:
+        return
+    message = await api.message_at(EVENTS, cursor.origin)
+    if message is None:
+        info = await api.request(EVENTS, f"$JS.API.STREAM.INFO.{EVENTS}", b"")
+        last_seq = msgspec.json.decode(info, type=_Info).state.last_seq
+        found = "it has not come so far" if last_seq < cursor.origin else ""
+    elif not message.subject.startswith(raw_filter(partition).removesuffix(">")):
+        found = "that message is of another partition now"
+    elif cursor.stored_ns not in (0, message.time_ns):
+        found = f"that message is one of {format_rfc3339(message.time_ns)} now, and was of "
+        found += format_rfc3339(cursor.stored_ns)
+    else:
+        return
+    if found:
+        raise CountsAnewError(
+            f"{EVENTS} was rolled back or made by hand: partition {partition} is settled up to message "
+            f"{cursor.origin}, but {found}. Nothing of it is read or deleted; put the right one back, or see "
+            "FiPartitionStalled in the runbooks"
+        )
 
 
 def read_frame(message: StoredMessage, decode: Callable[[bytes], F]) -> F:

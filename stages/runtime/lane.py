@@ -43,11 +43,12 @@ LATER_BYTES_EVENT: Final = 64
 
 
 class Made(NamedTuple):
-    """A frame, its bytes, and the sequence of the last message it was made from."""
+    """A frame, its bytes, and of the last message it was made from: its sequence, and when it was stored."""
 
     frame: Frame
     encoded: Encoded
     input_seq: int
+    stored_ns: int
 
 
 class Lane(LaneBase):
@@ -169,7 +170,7 @@ class Lane(LaneBase):
         await self._writer.publish(data, str(frame.last), self._probe.headers())
         self._probe.framed(frame, len(data))
         log.debug(EVENT_QUEUED, extra={"stage": self._stage, "partition": self._partition, "origin": frame.last})
-        feed.cursor = Cursor(frame.last, made.input_seq, frame.closed)
+        feed.cursor = self._known = Cursor(frame.last, made.input_seq, frame.closed, made.stored_ns)
         self._holes = 0
 
     def _allowed(self, passed: int, letters: list[DeadLetter]) -> bool:
@@ -209,7 +210,7 @@ class Lane(LaneBase):
         dead: list[Dead] = []
         letters: list[DeadLetter] = []
         now_ns = self._clock_ns()
-        origin, input_seq, first = cursor.origin, cursor.input_seq, 0
+        origin, input_seq, first, stored_ns = cursor.origin, cursor.input_seq, 0, 0
         trail: tuple[int, ...] = ()
         closed = cursor.closed
         for message in messages:
@@ -218,6 +219,7 @@ class Lane(LaneBase):
                 continue
             first = first or step.first
             origin, input_seq, trail, closed = step.last, message.seq, step.trail, step.closed
+            stored_ns = message.time_ns
             events += step.events
             dead += step.dead
             letters += step.letters
@@ -235,4 +237,5 @@ class Lane(LaneBase):
             tuple(dead),
             tuple(events),
         )
-        return Made(frame, deflate_frame(frame, self._api.settings.frame_deflate_bytes_min), input_seq), letters
+        encoded = deflate_frame(frame, self._api.settings.frame_deflate_bytes_min)
+        return Made(frame, encoded, input_seq, stored_ns), letters

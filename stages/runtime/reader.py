@@ -20,7 +20,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CONSUMER_INACTIVE
-from contracts.errors import FiError, TopologyError
+from contracts.errors import CountsAnewError, FiError, TopologyError
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.client import parse_headers, read_headers
 from stages.runtime.messages import StoredMessage
@@ -79,7 +79,7 @@ class OrderedReader:
         self._woken_up = False
         self._reset()
         self.refused = ""
-        """Why the stream refuses to be read; empty while it does not."""
+        """Why the stream refuses to be read, or must not be; empty while neither is so."""
         self.opened = 0
         """How many consumers were made so far: more than one means that the reader healed itself."""
 
@@ -185,6 +185,9 @@ class OrderedReader:
                     if error.error.err_code == NO_STREAM:
                         raise TopologyError(f"stream {self._stream} is gone; run `fictl cluster apply`") from error
                     self._note_refusal(str(error.error))
+                    await self._api.pause()
+                except CountsAnewError as error:
+                    self._note_refusal(str(error))
                     await self._api.pause()
                 except NatsError as error:
                     log.info("%s: reader reopens: %r", self._filter, error)

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from cluster.apply import apply
 from cluster.testing.waiting import until
-from contracts.errors import DefiniteError, FencedError, TopologyError
+from contracts.errors import CountsAnewError, DefiniteError, FencedError, TopologyError
 from contracts.frames import FRAME_BYTES_MAX, Frame, decode_frame, decode_frame_head, encode_frame, held_bytes
 from contracts.hashing import EMPTY_ROOT
 from contracts.receipts import Receipt, encode_receipt
@@ -396,6 +396,8 @@ async def test_a_remembered_sequence_is_used_only_if_the_frame_there_is_the_one_
     assert await locate(api, "persist", 0, Cursor(20, 4)) == 1, "another lane's frame is there now"
     assert await locate(api, "persist", 0, Cursor(20, 9)) == 1, "beyond the end: a consumer there would wait for ever"
     assert await locate(api, "persist", 0, Cursor(20, 0)) == 1
-    assert await locate(api, "ingest", 0, Cursor(20, 7)) == 21
+    assert await locate(api, "ingest", 0, Cursor()) == 1
+    with pytest.raises(CountsAnewError, match="it has not come so far"):
+        await locate(api, "ingest", 0, Cursor(20, 7))
     await api.purge(PERSIST, "fi.persist.0", below_seq=3)
     assert await locate(api, "persist", 0, Cursor(20, 2)) == 1
