@@ -225,8 +225,9 @@ class StageProcess:
         failing = asyncio.create_task(lanes.failed(), name="lane failure")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            await asyncio.wait((sharing, failing, listening, stopping), return_when=asyncio.FIRST_COMPLETED)
-            for task in (failing, sharing, listening):
+            working = (failing, sharing, listening, remaking)
+            await asyncio.wait((*working, stopping), return_when=asyncio.FIRST_COMPLETED)
+            for task in working:
                 if task.done():
                     task.result()
             membership.leave()

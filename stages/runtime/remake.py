@@ -74,11 +74,11 @@ class Remaker:
         self._seen: dict[str, _Seen] = {}
 
     async def run(self) -> None:
-        """Looks until cancelled."""
+        """Looks until cancelled; at once for the first time, since what was never seen cannot be made again."""
         while True:
-            await asyncio.sleep(LEADER_LOOK.s)
             for stream in self._streams:
                 await self.look(stream)
+            await asyncio.sleep(LEADER_LOOK.s)
 
     async def look(self, stream: str) -> None:
         """Asks after one stream, and makes it again if it must be. Never raises for what the cluster answers."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 import pytest_asyncio
 from pipeline import Load, Pipeline, running, settings, under_load, workload
 
+from cluster.testing.ficluster import FiCluster
 from contracts.budgets import LEADER_GONE
 from contracts.subjects import HOPS, MEMBERS
+from stages.actors import actor
 from stages.runtime import remake
+from stages.runtime.access import Servers
+from stages.runtime.process import Machine, StageProcess
 from stages.runtime.remake import Remaker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -66,3 +72,41 @@ async def test_streams_in_memory_that_somebody_deletes_under_load_come_back_and_
         assert now.created != was.created
         assert now.config == was.config
     assert {process.name: process.pid for process in pipeline.supervisor.processes} == pids
+
+
+class Unasked(Machine):
+    """This machine, where nobody asks the process to end."""
+
+    def on_terminate(self, stop: Callable[[], None]) -> None:
+        """Does nothing."""
+
+
+async def test_a_process_whose_looks_end_for_good_ends_with_their_error(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look(remaker: Remaker, stream: str) -> None:
+        raise RuntimeError(f"no look at {stream}")
+
+    monkeypatch.setattr(Remaker, "look", look)
+    process = StageProcess(
+        "segment",
+        Servers(pipeline.supervisor.urls),
+        pipeline.settings,
+        actor("segment", pipeline.shards),
+        partitions=(),
+        name="segment-unlucky",
+        on_ready=lambda: None,
+        machine=Unasked(),
+    )
+    with pytest.raises(RuntimeError, match="no look at"):
+        async with asyncio.timeout(30):
+            await process.run()
+
+
+async def test_a_single_server_that_forgets_them_as_soon_as_all_is_ready_is_given_them_again(tmp_path: Path) -> None:
+    async with FiCluster(tmp_path, backend="embedded", nodes=1, partitions=2) as cluster:
+        await cluster.kill("n1")
+        await cluster.start("n1")
+        load = Load(workload(seed=73, events=200))
+        await load.publish(cluster.client)
+        await cluster.assert_whole(load)
