@@ -6,8 +6,9 @@ without receipts is not a new one: it waits until `fictl partitions restore` has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 from msgspec import UNSET
@@ -29,6 +30,7 @@ from stages.persist.seal import events_of_sealed
 from stages.persist.storedir import Store
 from stages.runtime.api import Api
 from stages.runtime.facts import META_RECEIPTS_LOST
+from stages.runtime.tasks import run_blocking
 
 
 class _Config(msgspec.Struct):
@@ -50,13 +52,22 @@ async def receipts_lost(api: Api) -> str:
     return msgspec.json.decode(answer, type=_Info).config.metadata.get(META_RECEIPTS_LOST, "")
 
 
-async def begin(api: Api, partition: int, store: Store, nonce: str) -> Receipt:
+async def begin(api: Api, partition: int, store: Store, nonce: str, files: Callable[[Path, int], object]) -> Receipt:
     """What a partition begins with that has no receipt.
+
+    Args:
+        files: gives something of the partition's files in a directory, if there are any; blocking.
 
     Raises:
         NotOursError: it may have had some.
     As `receipts_lost` besides.
     """
+    # A claim that says "nothing" would be a receipt, and stand in the way of what the shards say.
+    if await run_blocking(files, store.directory, partition):
+        raise NotOursError(
+            f"the receipts of partition {partition} were lost: {store.directory} has shards of it, and {RECEIPTS} has "
+            f"no receipt; run `fictl partitions restore {partition}` there"
+        )
     if since := await receipts_lost(api):
         raise NotOursError(
             f"the receipts of partition {partition} were lost ({RECEIPTS} was made again {since}); run `fictl "

@@ -190,3 +190,30 @@ async def test_a_partition_of_which_no_store_has_a_shard_is_begun_only_when_told
                 code, _, err = await fictl(pipeline, "partitions", "restore", partition, "--begin-anew")
                 assert code == 0, err
             await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])
+async def test_receipts_that_somebody_purges_are_told_again_without_making_the_stream_again(
+    tmp_path: Path, purged: str
+) -> None:
+    lost = range(PARTITIONS) if purged == ">" else [0]
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        loads = [await published(pipeline, seed=59)]
+        await pipeline.supervisor.stop_stage("persist")
+        await pipeline.supervisor.start_stage("persist")
+        loads.append(Load(workload(seed=60, events=600)))
+        async with under_load(loads[1], pipeline.client, rate_per_s=200):
+            await loads[1].reached(100)
+            # A receipt that is on its way can be let in behind the purge: then nothing is lost.
+            pipeline.supervisor.freeze("persist-0")
+            await pipeline.receipts()
+            await pipeline.client.jetstream(timeout=10).purge_stream(RECEIPTS, subject=purged)
+            pipeline.supervisor.thaw("persist-0")
+            own_log = (pipeline.supervisor.directory / "logs" / "persist-0.log").read_text
+            for partition in lost:
+                await until(said(own_log, partition), "persist waits", 60)
+                assert await receipt(pipeline, partition) is None
+            code, out, err = await fictl(pipeline, "partitions", "restore")
+            assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
+        for load in loads:
+            await pipeline.assert_whole(load)
