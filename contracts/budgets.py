@@ -47,6 +47,9 @@ RECONNECT_PAUSE: Final = _pause(0.1, "a client: between two attempts to connect"
 PING_INTERVAL: Final = _pause(
     1.0, "a client: between two pings of its server", "pings again; the third in vain counts as a lost connection"
 )
+CONNECTION_END: Final = _limit(
+    1.0, "a client that ends: its server to take what was sent, and to say farewell", "it cuts the connection"
+)
 TROUBLE_COUNTS: Final = _limit(
     10.0, "a client: how long trouble with its connection counts", "it is over, or told in the log again"
 )

@@ -25,11 +25,12 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
 from nats.errors import Error as NatsError
 
-from contracts.budgets import TROUBLE_COUNTS
+from contracts.budgets import CONNECTION_END, TROUBLE_COUNTS
 from contracts.errors import SettingsError
 from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import Answers, DeniedError
 from stages.runtime.parser import Sink, SinkParser
+from stages.runtime.sockets import cut, tell_of_tls, unwritten_bytes
 from stages.runtime.tasks import end_tasks, run_blocking
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class GuardedClient(Client):
         self._request_id = 0
         self._answers = Answers()
         self._will_depart = False
+        self._flushed: asyncio.Future[None] | None = None
         self._trouble = ""
         self._trouble_s = -math.inf
         self._told: set[str] = set()
@@ -191,6 +193,7 @@ class GuardedClient(Client):
         answer = self._answers.expect(token, timeout, subject)
         try:
             if not self._send_soon(subject, payload, reply, headers):
+                await self._wait_room(answer)
                 await super().publish(subject, payload, reply, headers)
             message = await answer
         finally:
@@ -198,6 +201,18 @@ class GuardedClient(Client):
         if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
             raise NoRespondersError
         return message
+
+    async def _wait_room(self, answer: asyncio.Future[Msg]) -> None:
+        """While more is pending than may be, waits for the flusher; no longer than for the answer."""
+        while self.is_connected and self._pending_data_size > self._max_pending_size and not answer.done():
+            if self._flushed is None or self._flushed.done():
+                self._flushed = asyncio.get_running_loop().create_future()
+                await self._flush_queue.put(self._flushed)  # type: ignore[union-attr]
+            await asyncio.wait((self._flushed, answer), return_when=asyncio.FIRST_COMPLETED)
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        # Forced, nats-py would wait without end for a server to take it all, and swallow a cancellation.
+        return await super()._flush_pending()
 
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
@@ -233,7 +248,7 @@ class GuardedClient(Client):
             command = b"".join((sizes, head, payload, _CRLF))
         else:
             command = b"".join((f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload, _CRLF))
-        if not self._pending and len(self._answers) <= _FEW and self._unwritten() == 0:
+        if not self._pending and len(self._answers) <= _FEW and unwritten_bytes(self._transport) == 0:
             self._transport.write(command)  # type: ignore[union-attr]
             return True
         self._pending.append(command)
@@ -248,23 +263,12 @@ class GuardedClient(Client):
         self._will_depart = False
         if not self._pending or self._status != Client.CONNECTED or self._flush_queue is None:
             return
-        if self._unwritten() == 0:
+        if unwritten_bytes(self._transport) == 0:
             self._transport.writelines(self._pending)  # type: ignore[union-attr]
             self._pending = []
             self._pending_data_size = 0
         elif self._flush_queue.empty():
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
-
-    def _unwritten(self) -> int:
-        """Bytes that the kernel has not taken yet; 1 where nothing may be written now.
-
-        That is a WebSocket, which sends when drained, and a connection that was lost before anybody was told.
-        """
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is None or writer.transport.is_closing():
-            return 1
-        unwritten: int = writer.transport.get_write_buffer_size()
-        return unwritten
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
@@ -307,7 +311,17 @@ class GuardedClient(Client):
         self._send_last()
         if self._ended:
             await self._end_reconnecting()
-        await super()._close(status, do_cbs)
+        # Who is frozen takes nothing, and nats-py would wait for it.
+        cutting = asyncio.get_running_loop().call_later(CONNECTION_END.s, cut, self._transport)
+        try:
+            await super()._close(status, do_cbs)
+        finally:
+            cutting.cancel()
+
+    async def _attempt_reconnect(self) -> None:
+        """As nats-py's, but a connection that was given up is not waited for."""
+        cut(self._transport)
+        await super()._attempt_reconnect()
 
     async def _end_reconnecting(self) -> None:
         """Ends the task that reconnects, for certain (see `end_tasks`): left behind, it keeps the loop from ending.
@@ -318,9 +332,8 @@ class GuardedClient(Client):
         if task is None or task.done() or task is asyncio.current_task():
             return
         await end_tasks(task)
-        if self._transport is not None:
-            self._transport.close()  # type: ignore[no-untyped-call]
-            self._transport = None
+        cut(self._transport)
+        self._transport = None
 
     def _send_last(self) -> None:
         """What is pending goes to the connection now, or nowhere.
@@ -372,24 +385,14 @@ class GuardedClient(Client):
             except SettingsError as error:
                 raise NatsError(str(error)) from error
             await super()._process_connect_init()
-            self._tell_of_tls()
+            tell_of_tls(self._transport)
             self._stop_if_ended()
         except BaseException as error:
-            if transport is not None:
-                transport.close()  # type: ignore[no-untyped-call]
+            cut(transport)
             if isinstance(error, Exception) and not isinstance(error, (NatsError, OSError)):
                 # After anything else nats-py would end reconnecting for good, and nobody would see it.
                 raise NatsError(f"{type(error).__name__}: {error}") from error
             raise
-
-    def _tell_of_tls(self) -> None:
-        """Tells the stream of a connection that it goes over TLS now, which nats-py does not.
-
-        It would warn at every end of a connection, and take in without bounds what nobody has read yet.
-        """
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None and writer.get_extra_info("sslcontext") is not None:
-            writer.transport.get_protocol().connection_made(writer.transport)
 
     def _stop_if_ended(self) -> None:
         if self._ended:

@@ -1,0 +1,40 @@
+"""What nats-py's transports do not offer: they hold the socket of a connection, over TCP or TLS. A WebSocket has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def unwritten_bytes(transport: Any) -> int:
+    """Bytes that the kernel has not taken yet; 1 where nothing may be written now.
+
+    That is a WebSocket, which sends when drained, and a connection that was lost before anybody was told.
+    """
+    writer = getattr(transport, "_io_writer", None)
+    if writer is None or writer.transport.is_closing():
+        return 1
+    unwritten: int = writer.transport.get_write_buffer_size()
+    return unwritten
+
+
+def cut(transport: Any) -> None:
+    """Ends a connection now, and drops what the kernel has not taken.
+
+    Closed, it would wait until the other end takes all of that, and over TLS for its farewell: of a frozen server, or
+    one that is cut off, without end.
+    """
+    writer = getattr(transport, "_io_writer", None)
+    if writer is not None:
+        writer.transport.abort()
+    elif transport is not None:
+        transport.close()
+
+
+def tell_of_tls(transport: Any) -> None:
+    """Tells the stream of a connection that it goes over TLS now, which nats-py does not.
+
+    It would warn at every end of a connection, and take in without bounds what nobody has read yet.
+    """
+    writer = getattr(transport, "_io_writer", None)
+    if writer is not None and writer.get_extra_info("sslcontext") is not None:
+        writer.transport.get_protocol().connection_made(writer.transport)
