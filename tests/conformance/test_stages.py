@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import HoleError, StrayFrameError, WireFormatError
-from contracts.events import Event, decode_event
-from contracts.frames import Dead, Frame, deflate_frame, encode_frame
+from contracts.events import Event, decode_event, encode_event
+from contracts.frames import Dead, Frame, PackedFrame, deflate_frame, encode_frame
 from contracts.hashing import audit_hash
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
@@ -183,12 +183,15 @@ def test_what_lies_at_or_before_the_cursor_is_skipped_event_by_event(
         assert (made.prev, made.last, made.events, made.dead) == (cursor, last, keys, dead)
 
 
+def carrying(stage: Stage, frame: Frame | PackedFrame) -> StoredMessage:
+    return StoredMessage(f"fi.{stage}.{PARTITION}", 101, NOW_NS, encode_frame(frame), {})
+
+
 @every_reader_of_frames
 def test_a_frame_that_the_cursor_cuts_through_gives_only_its_later_events(stage: Stage) -> None:
     events = tuple(an_event(origin, 0) for origin in range(11, 16))
-    dead = (Dead(11, 2), Dead(14, 3))
-    frame = Frame(PARTITION, 10, 11, 15, (), "w", NOW_NS, b"", dead, events)
-    made = work(stage, [StoredMessage(f"fi.{stage}.{PARTITION}", 9, NOW_NS, encode_frame(frame), {})], 13)
+    dead = (Dead(11, 2), Dead(13, 7), Dead(14, 3))
+    made = work(stage, [carrying(stage, Frame(PARTITION, 10, 11, 15, (), "w", NOW_NS, b"", dead, events))], 13)
     assert made is not None
     assert (made.prev, made.last, made.events, made.dead) == (13, 15, [(14, 0), (15, 0)], 3)
 
@@ -268,6 +271,29 @@ def test_a_frame_of_another_partition_is_a_stray(stage: Stage) -> None:
         work(stage, [msgspec.structs.replace(messages[0], subject=f"fi.{stage}.6")], 10)
 
 
+@every_reader_of_frames
+@pytest.mark.parametrize("origins", [(9, 11), (11, 14), (12, 11)], ids=["before", "after", "out-of-order"])
+def test_an_event_out_of_its_place_in_a_frame_is_a_stray(stage: Stage, origins: tuple[int, ...]) -> None:
+    """Passed on, it would be stored out of order, or settled by a frame that does not cover it."""
+    events = tuple(an_event(origin, 0) for origin in origins)
+    with pytest.raises(StrayFrameError, match=r"sequence 101 .* is out of place"):
+        work(stage, [carrying(stage, Frame(PARTITION, 10, 11, 13, (), "w", NOW_NS, b"", (), events))], 10)
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (msgspec.msgpack.encode([1]), "sequence 101 "),
+        (encode_event(msgspec.structs.replace(an_event(11, 0), audit_hash=b"")), "was not hashed"),
+    ],
+    ids=["no-event", "not-hashed"],
+)
+def test_persist_takes_no_event_with_which_a_shard_could_never_be_sealed(record: bytes, why: str) -> None:
+    frame = PackedFrame(PARTITION, 10, 11, 11, (), "w", NOW_NS, b"", (), (msgspec.Raw(record),))
+    with pytest.raises(StrayFrameError, match=why):
+        work("persist", [carrying("persist", frame)], 10)
+
+
 def test_repeats_within_and_before_a_group_are_counted_and_not_stored() -> None:
     again = msgspec.structs.replace(an_event(12, 0), event_id=an_event(11, 0).event_id)
     frame = Frame(PARTITION, 10, 11, 13, (), "w", NOW_NS, b"", (), (an_event(11, 0), again, an_event(13, 0)))
@@ -277,3 +303,5 @@ def test_repeats_within_and_before_a_group_are_counted_and_not_stored() -> None:
     assert group is not None
     assert (len(group.records), group.duplicates) == (1, 2)
     assert decode_event(group.records[0]) == an_event(11, 0)
+    # `FI_EVENTS` keeps the repeats, though the shard does not.
+    assert group.dropped_bytes == len(encode_event(again)) + len(encode_event(an_event(13, 0)))
