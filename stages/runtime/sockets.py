@@ -1,4 +1,4 @@
-"""What nats-py's transports do not offer: they hold the socket of a connection, over TCP or TLS. A WebSocket has none."""
+"""What transports of nats-py do not offer. They hold a connection's socket, over TCP or TLS; a WebSocket has none."""
 
 from __future__ import annotations
 
