@@ -145,11 +145,7 @@ def forget_copies(directory: Path, partition: int, shard: int) -> None:
     with suppress(FileNotFoundError, WireFormatError):
         last = decode_last_backup(mark.read_bytes())
         if last.copied.get(partition, 0) >= shard:
-            write_new_file(
-                tmp_path(mark),
-                encode_last_backup(msgspec.structs.replace(last, copied={**last.copied, partition: shard - 1})),
-            )
-            publish_file(tmp_path(mark), mark)
+            _write_mark(mark, msgspec.structs.replace(last, copied={**last.copied, partition: shard - 1}))
 
 
 def copied_shard(directory: Path, partition: int) -> int | None:
@@ -280,11 +276,15 @@ def _mark(source: Path, last: LastBackup) -> str:
     """Why it could not be, where the copies may be made by one who may not write to the store; else empty."""
     mark = source / BACKUP_FILE
     try:
-        write_new_file(tmp_path(mark), encode_last_backup(last))
-        publish_file(tmp_path(mark), mark)
+        _write_mark(mark, last)
     except OSError as error:
         return f"{mark}: {error.strerror}"
     return ""
+
+
+def _write_mark(mark: Path, last: LastBackup) -> None:
+    write_new_file(tmp_path(mark), encode_last_backup(last))
+    publish_file(tmp_path(mark), mark)
 
 
 def _size(path: Path) -> int:

@@ -164,7 +164,10 @@ def _stored_ns(shards: tuple[Path, ...], origin: int) -> int:
         named = parse_name(path)
         if named is None or named.last_origin != origin:
             continue
-        with contextlib.suppress(ShardError, OSError), contextlib.closing(SealedReader(path)) as reader:
+        with (
+            contextlib.suppress(ShardError, WireFormatError, OSError),
+            contextlib.closing(SealedReader(path)) as reader,
+        ):
             for record in reader.records(max(0, reader.header.events - 1)):
                 event = decode_event(record)
                 return event.accepted_ns if event.origin == origin else 0

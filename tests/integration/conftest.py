@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from nats.js.api import PubAck
 from nats.js.errors import NoStreamResponseError
 
 from cluster.nodes import EmbeddedCluster
+from cluster.testing.waiting import until
 from stages.runtime.connection import connect
 
 
@@ -44,12 +44,15 @@ class PatientJetStream(JetStreamContext):
     """Publishes to a stream just made also before the server it is connected to has heard of it."""
 
     async def publish(self, *arguments: Any, **options: Any) -> PubAck:
-        async with asyncio.timeout(30):
-            while True:
-                try:
-                    return await super().publish(*arguments, **options)
-                except NoStreamResponseError:
-                    await asyncio.sleep(0.02)
+        publish = super().publish
+
+        async def answered() -> PubAck | None:
+            try:
+                return await publish(*arguments, **options)
+            except NoStreamResponseError:
+                return None
+
+        return await until(answered, "the stream is heard of")
 
 
 @pytest_asyncio.fixture

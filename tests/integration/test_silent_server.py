@@ -124,6 +124,7 @@ async def test_a_client_closed_at_any_moment_of_its_reconnecting_leaves_no_task(
         client = await connect([f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"], "test")
         server.close()
         writers[0].close()
+        # Nothing is awaited: each number of turns of the loop is another moment to be closed at.
         for _ in range(turns):
             await asyncio.sleep(0)
         await client.close()
