@@ -136,7 +136,7 @@ class Trimmer:
             # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last. Nor
             # does what is not committed go, whatever origins the names of files say.
             below_seq = min(origin, receipt.origin)
-            stored_ns = await run_blocking(_stored_ns, tuple(self._shards.values()), below_seq)
+            stored_ns = await run_blocking(stored_ns_at, tuple(self._shards.values()), below_seq)
             await check_counting(self._api, self._partition, Cursor(below_seq, stored_ns=stored_ns))
             await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=below_seq)
             self._trimmed_origin = origin
@@ -155,7 +155,7 @@ class Trimmer:
             return None
 
 
-def _stored_ns(shards: tuple[Path, ...], origin: int) -> int:
+def stored_ns_at(shards: tuple[Path, ...], origin: int) -> int:
     """When `FI_EVENTS` stored the message at `origin`, by the sealed shard that ends there; 0 where it does not tell.
 
     It does not where the message bore nothing but repeats or refused events.
