@@ -31,7 +31,7 @@ def test_nothing_is_lost_to_kills_and_power_cuts(tmp_path: Path) -> None:
         "--scratch",
         str(tmp_path),
     ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220)
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout)
     assert (summary["kills"], summary["cuts"]) == (RUNS, RUNS)
