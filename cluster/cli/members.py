@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import msgspec
 import typer
 
 from cluster.cli.common import (
@@ -62,7 +63,7 @@ def members(
     with progress_bar("looking"):
         report = run_async(_with_cluster(find_servers(directory, nats), _look))
     if as_json:
-        print_json({"complete": report.complete, **{name: getattr(report, name) for name in report.__struct_fields__}})
+        print_json({"complete": report.complete, **msgspec.structs.asdict(report)})
     else:
         _show(report)
     if not report.complete:
@@ -226,7 +227,7 @@ def drain(
         _say_how_to_start(directory, before, stopped)
     if as_json:
         counts = {stage: before[stage] for stage in stopped}
-        print_json({**{name: getattr(report, name) for name in report.__struct_fields__}, "stopped": counts})
+        print_json({**msgspec.structs.asdict(report), "stopped": counts})
     else:
         console().print(
             f"persisted {report.persisted:,}, duplicates {report.duplicates:,}, dead-lettered "

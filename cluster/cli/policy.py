@@ -72,7 +72,7 @@ def show(
     _warn(versions)
     if as_json:
         print_json(
-            _as_json(policy)
+            msgspec.structs.asdict(policy)
             | {"in_force": versions.in_force.version, "unreadable": versions.unreadable, "processes": spread.holders}
         )
         return
@@ -103,7 +103,7 @@ def history(
     rules = {policy.version: policy.rules for policy in versions.policies}
     changes = {p.version: diff_rules(rules.get(p.follows, Rules()), p.rules) for p in versions.policies}
     if as_json:
-        rows = [_as_json(policy) | {"changes": changes[policy.version]} for policy in versions.policies]
+        rows = [msgspec.structs.asdict(policy) | {"changes": changes[policy.version]} for policy in versions.policies]
         print_json({"versions": rows, "unreadable": versions.unreadable, "rewritten": versions.rewritten})
         return
     for policy in versions.policies:
@@ -180,7 +180,7 @@ def set_(
     behind = [] if spread is None else spread.behind(policy.version)
     if as_json:
         print_json(
-            _as_json(policy)
+            msgspec.structs.asdict(policy)
             | {"changes": changes, "set": not dry_run, "settled": spread is not None and not behind}
             | {"processes": () if spread is None else spread.holders, "paused": spread is not None and spread.paused}
         )
@@ -216,10 +216,6 @@ def _warn(versions: Versions) -> None:
             say(f"fi: {one.why}; policy {versions.in_force.version} stays in force until a version after it is set")
     for version in versions.rewritten:
         say(f"fi: policy.{version} was written over by hand; its first value counts")
-
-
-def _as_json(policy: Policy) -> dict[str, Any]:
-    return msgspec.structs.asdict(policy)
 
 
 def _origin_words(policy: Policy) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from cluster.cli.common import (
@@ -99,8 +100,7 @@ def status(
 
 def as_values(summary: Summary, problems: tuple[Problem, ...]) -> dict[str, Any]:
     """What `--json` prints."""
-    fields = {name: getattr(summary, name) for name in summary.__struct_fields__}
-    return {"well": not problems, "problems": problems, **fields, "waiting": summary.waiting}
+    return {"well": not problems, "problems": problems, **msgspec.structs.asdict(summary), "waiting": summary.waiting}
 
 
 async def _look_twice(servers: Servers, run: Path | None, window_s: float) -> list[Overview]:

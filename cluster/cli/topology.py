@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import typer
 
 from cluster.cli.common import (
@@ -112,15 +113,11 @@ def status(
 
     found = run_async(work())
     if as_json:
-        print_json({"healthy": found.healthy, **_fields(found)})
+        print_json({"healthy": found.healthy, **msgspec.structs.asdict(found)})
     else:
         _show_status(found)
     if not found.healthy:
         raise typer.Exit(NOT_READY)
-
-
-def _fields(found: ClusterStatus) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__struct_fields__}
 
 
 def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None:
