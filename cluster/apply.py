@@ -145,7 +145,7 @@ class _Applier:
             own = tuple(drift for drift in drifts if drift.stream == name)
             if name not in found:
                 first_seq = await self._origin_next(found) if name == subjects.EVENTS else 1
-                lost = _now() if name == subjects.RECEIPTS and _has_counted(found) else ""
+                lost = format_rfc3339(time.time_ns()) if name == subjects.RECEIPTS and _has_counted(found) else ""
                 changes.append(Change(stream=name, action="create", first_seq=first_seq, lost=lost))
             elif own:
                 changes.append(Change(stream=name, action="update", drifts=own))
@@ -330,10 +330,6 @@ def _known_id(found: dict[str, StreamInfo]) -> str | None:
 def _has_counted(found: dict[str, StreamInfo]) -> bool:
     """Something was accepted: `FI_RECEIPTS` is created before that can be, so when it is missing, it was lost."""
     return subjects.EVENTS in found and found[subjects.EVENTS].state.last_seq > 0
-
-
-def _now() -> str:
-    return format_rfc3339(time.time_ns())
 
 
 def _current(info: StreamInfo, settings: Settings) -> bool:

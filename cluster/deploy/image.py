@@ -52,7 +52,6 @@ _SUFFIXES_NOT_NEEDED: Final = {".a", ".c", ".h", ".pyi", ".pyx", ".pxd", ".pyc",
 _UNCHECKED_HASH: Final = (1).to_bytes(4, "little")
 """In a compiled file (PEP 552): it has its source's hash, and nobody is to compare it."""
 _KEPT: Final = 4
-_LARGE_BYTES: Final = 1024 * 1024
 _FILES: Final = {
     "etc/passwd": f"fi:x:{USER_ID}:{USER_ID}:fi:/data:/none\n",
     "etc/group": f"fi:x:{USER_ID}:\n",

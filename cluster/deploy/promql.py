@@ -56,9 +56,9 @@ def highest(what: Instrument, *by: str, where: str = "") -> str:
     return over("max", series(what, where), *_checked(what, by))
 
 
-def lowest(what: Instrument, *by: str, where: str = "") -> str:
+def lowest(what: Instrument, *by: str) -> str:
     """The lowest value of a gauge in each group."""
-    return over("min", series(what, where), *_checked(what, by))
+    return over("min", series(what), *_checked(what, by))
 
 
 def total(what: Instrument, *by: str, where: str = "") -> str:
@@ -71,14 +71,14 @@ def rate(what: Instrument, *by: str, where: str = "", window: str = RATE_WINDOW)
     return over("sum", f"rate({_counted(what, where)}[{window}])", *_checked(what, by))
 
 
-def increase(what: Instrument, *by: str, where: str = "", window: str, offset: str = "") -> str:
+def increase(what: Instrument, *by: str, window: str, offset: str = "") -> str:
     """By how much a counter that is there from the start grew; of a histogram, how many values came.
 
     Args:
         offset: the window ends so long ago.
     """
     past = f" offset {offset}" if offset else ""
-    return over("sum", f"increase({_counted(what, where)}[{window}]{past})", *_checked(what, by))
+    return over("sum", f"increase({_counted(what)}[{window}]{past})", *_checked(what, by))
 
 
 def grown(what: Instrument, *by: str, window: str) -> str:
@@ -91,12 +91,12 @@ def grown(what: Instrument, *by: str, window: str) -> str:
     return over("sum", f"increase({counter}[{window}]) > 0 or {new}", *_checked(what, by))
 
 
-def quantile(share: float, what: Instrument, *by: str, where: str = "", window: str = RATE_WINDOW) -> str:
+def quantile(share: float, what: Instrument, *by: str, window: str = RATE_WINDOW) -> str:
     """A quantile of a histogram's values, over all processes or for each group; NaN without values.
 
     Whether it is above a bound of the histogram is exact, whatever lies in the bucket.
     """
-    buckets = over("sum", f"rate({series(what, where, '_bucket')}[{window}])", "le", *_checked(what, by))
+    buckets = over("sum", f"rate({series(what, suffix='_bucket')}[{window}])", "le", *_checked(what, by))
     return f"histogram_quantile({share:g}, {buckets})"
 
 
@@ -106,12 +106,12 @@ def mean(what: Instrument, *by: str, where: str = "", window: str = RATE_WINDOW)
     return f"{sums} / {rate(what, *by, where=where, window=window)}"
 
 
-def heat(what: Instrument, window: str = RATE_WINDOW) -> str:
+def heat(what: Instrument) -> str:
     """How many values of a histogram came into each bucket, for a heatmap."""
-    return over("sum", f"increase({series(what, '', '_bucket')}[{window}])", "le")
+    return over("sum", f"increase({series(what, suffix='_bucket')}[{RATE_WINDOW}])", "le")
 
 
-def _counted(what: Instrument, where: str) -> str:
+def _counted(what: Instrument, where: str = "") -> str:
     if what.kind == "gauge":
         raise ValueError(f"{what.name} is a gauge: it has no rate")
     return series(what, where, "_count" if what.kind == "histogram" else "")

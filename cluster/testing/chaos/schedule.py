@@ -94,32 +94,27 @@ class Step(msgspec.Struct, frozen=True):
     faults: tuple[Planned, ...]
 
 
-def schedule(seed: int, kinds: Mapping[str, Kind] = KINDS) -> Iterator[Step]:
-    """Steps without end.
-
-    Args:
-        seed: decides everything.
-        kinds: to draw from; at least two.
-    """
+def schedule(seed: int) -> Iterator[Step]:
+    """Steps without end. `seed` decides everything."""
     rng = random.Random(seed)
     bag: list[str] = []
     number = 0
     while True:
         number += 1
-        first = _planned(rng, bag, kinds, "")
+        first = _planned(rng, bag, "")
         faults = [first]
         if number % PAIR_EVERY == 0:
-            second = _planned(rng, bag, kinds, first.kind)
+            second = _planned(rng, bag, first.kind)
             after_s = round(first.hold_s * rng.uniform(*OVERLAP), 2)
             faults.append(msgspec.structs.replace(second, after_s=after_s))
         yield Step(number, round(rng.uniform(*QUIET_S), 2), tuple(faults))
 
 
-def _planned(rng: random.Random, bag: list[str], kinds: Mapping[str, Kind], other: str) -> Planned:
+def _planned(rng: random.Random, bag: list[str], other: str) -> Planned:
     """The next fault out of the bag, of another kind than `other`."""
     if not bag or bag == [other]:
-        bag[:] = sorted(kinds)
+        bag[:] = sorted(KINDS)
         rng.shuffle(bag)
     name = bag.pop(0 if bag[0] != other else 1)
-    kind = kinds[name]
+    kind = KINDS[name]
     return Planned(name, rng.choice(kind.targets), round(rng.uniform(*kind.hold_s), 2))
