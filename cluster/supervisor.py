@@ -18,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import msgspec
-
 from cluster.apply import apply
 from cluster.control import ControlServer, RestartAnswer, ScaleAnswer, socket_path
 from cluster.health import clear_stale
@@ -38,14 +36,6 @@ from stages.runtime.pids import process_started
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
-
-
-class RunningProcess(msgspec.Struct, frozen=True):
-    """A process as tests and commands see it. `kind` is ``server`` or the stage; `pid` is None while it is down."""
-
-    name: str
-    kind: str
-    pid: int | None
 
 
 def run_command(directory: Path) -> StageCommand:
@@ -121,9 +111,10 @@ class Supervisor:
         return self.cluster.urls
 
     @property
-    def processes(self) -> tuple[RunningProcess, ...]:
+    def processes(self) -> tuple[ProcessState, ...]:
         """Everything looked after: servers, then stages in flow order."""
-        return tuple(RunningProcess(keeper.process.name, kind, keeper.process.pid) for kind, keeper in self._keepers())
+        found = ((kind, keeper.process) for kind, keeper in self._keepers())
+        return tuple(ProcessState(name=process.name, kind=kind, pid=process.pid) for kind, process in found)
 
     async def __aenter__(self) -> Supervisor:
         await self.start()
@@ -382,9 +373,6 @@ class Supervisor:
             self._write_again = asyncio.get_running_loop().call_later(STATE_PAUSE.s, self._write_state)
 
     def _save_state(self) -> None:
-        processes = []
-        for kind, keeper in self._keepers():
-            processes.append(ProcessState(name=keeper.process.name, kind=kind, pid=keeper.process.pid))
         pid = os.getpid()
         write_state(
             self.directory,
@@ -393,7 +381,7 @@ class Supervisor:
                 supervisor_pid=pid,
                 supervisor_started=process_started(pid),
                 urls=self.urls,
-                processes=tuple(processes),
+                processes=self.processes,
                 settings=self.settings,
                 control="" if self._control is None else str(self._control.path),
             ),
