@@ -21,6 +21,7 @@ from typing import NamedTuple
 import msgspec
 from nats.errors import Error as NatsError
 
+from cluster.health import get
 from cluster.lock import DirectoryLock
 from cluster.ports import LOOPBACK, HeldPorts
 from cluster.process import ManagedProcess, ProcessError
@@ -149,11 +150,7 @@ class Node(ManagedProcess):
         Args:
             check: ``js-enabled-only`` (JetStream runs) or ``js-server-only`` (and it is in touch with the cluster).
         """
-        try:
-            async with asyncio.timeout(SERVER_ANSWER.s):
-                return await http_status(self.ports.monitor, f"/healthz?{check}=true") == 200
-        except (OSError, TimeoutError, ValueError):
-            return False
+        return await is_healthy(self.monitor_url, check)
 
     async def _spawn(self) -> None:
         self._listening.mkdir(parents=True, exist_ok=True)
@@ -382,13 +379,10 @@ async def wait_leader(urls: Sequence[str], hint: str) -> None:
         await client.close()
 
 
-async def http_status(port: int, path: str) -> int:
-    """The status that a GET of `path` has on a loopback port. Raises `OSError`; `ValueError` for what is not HTTP."""
-    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+async def is_healthy(monitor_url: str, check: str) -> bool:
+    """True when the server at `monitor_url` passes `check` now. See `Node.healthy`."""
     try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode())
-        return int((await reader.readline()).split()[1])
-    except IndexError:
-        raise ValueError("the answer is not HTTP") from None
-    finally:
-        writer.close()
+        status, _ = await get(f"{monitor_url}/healthz?{check}=true", SERVER_ANSWER.s)
+    except (OSError, TimeoutError, ValueError):
+        return False
+    return status == 200

@@ -21,7 +21,7 @@ from cluster.deploy.image import NATS_SERVER, PYTHON, USER_ID, build
 from cluster.nodes import (
     NodePorts,
     Wiring,
-    http_status,
+    is_healthy,
     listening_directory,
     server_config,
     wait_leader,
@@ -301,10 +301,8 @@ class DockerBackend(Backend):
     async def _healthy(self, name: str) -> None:
         deadline = time.monotonic() + SERVER_START.s
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, TimeoutError, ValueError):
-                async with asyncio.timeout(2):
-                    if await http_status(self._ports[name].monitor, "/healthz?js-server-only=true") == 200:
-                        return
+            if await is_healthy(f"http://{LOOPBACK}:{self._ports[name].monitor}", "js-server-only"):
+                return
             await asyncio.sleep(_POLL_S)
         log = (await run_blocking(self.logs)).get(name, "")[-4000:]
         raise ClusterUnavailableError(f"{name} is not healthy after {SERVER_START.s:.0f} s:\n{log}")
