@@ -35,9 +35,7 @@ async def measure_drain(pipeline: Pipeline, seed: int, events: int = EVENTS) -> 
     messages = make_messages(seed, events // BATCH, BATCH)
     api = Api(pipeline.observer, pipeline.supervisor.settings)
     await pause(api, PAUSED, Pause(since_ns=time.time_ns(), by="benchmarks.drain"))
-    seen = await look_until(
-        pipeline.observer, api, lambda seen: PAUSED in seen.paused and PAUSED not in seen.moving, PAUSE_S
-    )
+    seen = await look_until(api, lambda seen: PAUSED in seen.paused and PAUSED not in seen.moving, PAUSE_S)
     if PAUSED in seen.moving:
         raise RuntimeError(f"{PAUSED} is not paused after {PAUSE_S:.0f} s")
     async with pipeline.tracked() as tracker:

@@ -286,7 +286,7 @@ class Flusher:
         waiting: dict[tuple[Stage, str], list[int]] = {}
         try:
             async with asyncio.timeout(FLUSH_EXPLAIN.s):
-                members = await look(self._api.client, self._api)
+                members = await look(self._api)
                 full = await self._full_streams()
                 for one in self._all:
                     if not one.report.done:

@@ -17,7 +17,6 @@ from contracts.receipts import Receipt
 from contracts.subjects import CONTROL, MEMBERS, STAGES, Stage, members_pattern, pause_subject
 from contracts.telemetry import HEADER_KV_OPERATION, KV_DELETED
 from stages.runtime.api import Api
-from stages.runtime.client import GuardedClient
 from stages.runtime.facts import read_cluster
 from stages.runtime.membership import read_receipts, readable
 from stages.runtime.messages import StoredMessage
@@ -86,14 +85,14 @@ class MembersReport(msgspec.Struct, frozen=True, kw_only=True):
         return not self.unheld
 
 
-async def look(client: GuardedClient, api: Api) -> MembersReport:
+async def look(api: Api) -> MembersReport:
     """Looks once.
 
     Raises:
         TopologyError: the streams are not there.
         ClusterUnavailableError: the cluster does not answer.
     """
-    facts = await read_cluster(client, wait_s=COMMAND_ANSWER.s)
+    facts = await read_cluster(api.client, wait_s=COMMAND_ANSWER.s)
     found, control = await read_buckets(api)
     return report(found, control, await read_receipts(api, facts.partitions), facts.partitions, time.time_ns())
 
@@ -200,11 +199,9 @@ def _why(
     return f"no process of {stage} takes it" if members else f"no process of {stage} runs"
 
 
-async def look_until(
-    client: GuardedClient, api: Api, settled: Callable[[MembersReport], bool], limit_s: float
-) -> MembersReport:
+async def look_until(api: Api, settled: Callable[[MembersReport], bool], limit_s: float) -> MembersReport:
     """Looks at the members as `keep_looking` does. Raises as `look`."""
-    return await keep_looking(lambda: look(client, api), settled, limit_s)
+    return await keep_looking(lambda: look(api), settled, limit_s)
 
 
 async def keep_looking(look_once: Callable[[], Awaitable[T]], settled: Callable[[T], bool], limit_s: float) -> T:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -206,6 +206,12 @@ def command_api(client: GuardedClient, settings: Settings | None = None) -> Api:
     from stages.runtime.api import Api
 
     return Api(client, settings or Settings(), give_up_s=COMMAND_ANSWER.s)
+
+
+async def with_api(servers: Servers, work: Callable[[Api], Awaitable[T]]) -> T:
+    """What `work` gives with `command_api` of any of `servers`. Raises as `connected`, and as `work`."""
+    async with connected(servers) as client:
+        return await work(command_api(client))
 
 
 def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -18,8 +18,6 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     NotReadyError,
-    command_api,
-    connected,
     console,
     find_servers,
     finite,
@@ -29,6 +27,7 @@ from cluster.cli.common import (
     progress_bar,
     run_async,
     say,
+    with_api,
 )
 from cluster.cli.up import parse_scale
 from cluster.state import State, read_state
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from cluster.drain import DrainReport
     from cluster.members import MembersReport
     from stages.runtime.api import Api
-    from stages.runtime.client import GuardedClient
 
 T = TypeVar("T")
 
@@ -61,7 +59,7 @@ def members(
     Example: fictl members --dir .fi
     """
     with progress_bar("looking"):
-        report = run_async(_with_cluster(find_servers(directory, nats), _look))
+        report = run_async(with_api(find_servers(directory, nats), _look))
     if as_json:
         print_json({"complete": report.complete, **msgspec.structs.asdict(report)})
     else:
@@ -94,11 +92,11 @@ def scale(
 
         answer = await ask_scale(state.control, wanted, SCALE.s)
 
-        async def wait(client: GuardedClient, api: Api) -> MembersReport:
-            return await look_until(client, api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
+        async def wait(api: Api) -> MembersReport:
+            return await look_until(api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
 
         done = ", ".join(f"{stage}={answer.after[stage]}" for stage in wanted)
-        return answer.before, answer.after, await _seen(f"{done} is done", _with_cluster(Servers(state.urls), wait))
+        return answer.before, answer.after, await _seen(f"{done} is done", with_api(Servers(state.urls), wait))
 
     with progress_bar("scaling"):
         before, after, report = run_async(work())
@@ -138,11 +136,11 @@ def restart(
 
         answer = await ask_restart(state.control, chosen, RESTART.s)
 
-        async def wait(client: GuardedClient, api: Api) -> MembersReport:
-            return await look_until(client, api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
+        async def wait(api: Api) -> MembersReport:
+            return await look_until(api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
 
         done = ", ".join(f"{stage}: {count}" for stage, count in answer.replaced.items())
-        return answer, await _seen(f"processes were replaced ({done})", _with_cluster(Servers(state.urls), wait))
+        return answer, await _seen(f"processes were replaced ({done})", with_api(Servers(state.urls), wait))
 
     with progress_bar("restarting"):
         answer, report = run_async(work())
@@ -206,7 +204,7 @@ def drain(
     before: dict[Stage, int] = {}
     stopped: list[Stage] = []
 
-    async def work(client: GuardedClient, api: Api) -> DrainReport:
+    async def work(api: Api) -> DrainReport:
         from cluster.control import ask_scale
         from cluster.drain import drain as drain_stages
         from stages.runtime.facts import read_cluster
@@ -217,12 +215,12 @@ def drain(
             await ask_scale(state.control, {stage: 0}, SCALE.s)
 
         with progress_bar("draining") as tell:
-            facts = await read_cluster(client)
+            facts = await read_cluster(api.client)
             before.update((await ask_scale(state.control, {}, SCALE.s)).before)
             return await drain_stages(api, facts.partitions, stop, wait_s, lambda n: tell(n, len(STAGES)))
 
     try:
-        report = run_async(_with_cluster(Servers(state.urls), work))
+        report = run_async(with_api(Servers(state.urls), work))
     finally:
         _say_how_to_start(directory, before, stopped)
     if as_json:
@@ -255,7 +253,7 @@ def _say_how_to_start(directory: Path, before: dict[Stage, int], stopped: list[S
 def _tell(
     stage: Stage, directory: Path, nats: list[str] | None, wait_s: float, as_json: bool, *, pausing: bool
 ) -> None:
-    async def work(client: GuardedClient, api: Api) -> MembersReport:
+    async def work(api: Api) -> MembersReport:
         from cluster.members import look_until
         from cluster.members import pause as pause_stage
         from cluster.members import resume as resume_stage
@@ -267,13 +265,13 @@ def _tell(
         else:
             await resume_stage(api, stage)
         told = f"{stage} is told to {'pause' if pausing else 'go on'}"
-        return await _seen(told, look_until(client, api, obeyed, wait_s))
+        return await _seen(told, look_until(api, obeyed, wait_s))
 
     def obeyed(seen: MembersReport) -> bool:
         return (stage in seen.paused) == pausing and stage not in seen.moving
 
     with progress_bar("pausing" if pausing else "resuming"):
-        report = run_async(_with_cluster(find_servers(directory, nats), work))
+        report = run_async(with_api(find_servers(directory, nats), work))
     ours = [member for member in report.members if member.stage == stage]
     if as_json:
         print_json({"stage": stage, "paused": pausing, "settled": obeyed(report), "members": ours})
@@ -297,10 +295,10 @@ def _controlled(directory: Path) -> State:
     return state
 
 
-async def _look(client: GuardedClient, api: Api) -> MembersReport:
+async def _look(api: Api) -> MembersReport:
     from cluster.members import look_until
 
-    return await look_until(client, api, lambda _: True, 0)
+    return await look_until(api, lambda _: True, 0)
 
 
 async def _seen(done: str, looking: Awaitable[T]) -> T:
@@ -309,11 +307,6 @@ async def _seen(done: str, looking: Awaitable[T]) -> T:
         return await looking
     except ClusterUnavailableError as error:
         raise ClusterUnavailableError(f"{done}, but what came of it cannot be seen: {error}") from error
-
-
-async def _with_cluster(servers: Servers, work: Callable[[GuardedClient, Api], Awaitable[T]]) -> T:
-    async with connected(servers) as client:
-        return await work(client, command_api(client))
 
 
 def _show(report: MembersReport) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -16,8 +15,6 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     NotReadyError,
-    command_api,
-    connected,
     console,
     find_servers,
     finite,
@@ -26,6 +23,7 @@ from cluster.cli.common import (
     progress_bar,
     run_async,
     say,
+    with_api,
 )
 from contracts.budgets import POLICY_SPREAD
 from contracts.errors import DefiniteError, SettingsError
@@ -44,8 +42,6 @@ from contracts.wire import UNREADABLE
 if TYPE_CHECKING:
     from cluster.policies import Spread, Versions
     from stages.runtime.api import Api
-
-T = TypeVar("T")
 
 
 def show(
@@ -68,7 +64,7 @@ def show(
         policy = versions.in_force if version is None else await find_version(api, version)
         return policy, versions, await look_at_spread(api)
 
-    policy, versions, spread = run_async(_with_api(directory, nats, work))
+    policy, versions, spread = run_async(with_api(find_servers(directory, nats), work))
     _warn(versions)
     if as_json:
         print_json(
@@ -98,7 +94,7 @@ def history(
         with progress_bar("reading") as tell:
             return await read_versions(api, tell)
 
-    versions = run_async(_with_api(directory, nats, work))
+    versions = run_async(with_api(find_servers(directory, nats), work))
     _warn(versions)
     rules = {policy.version: policy.rules for policy in versions.policies}
     changes = {p.version: diff_rules(rules.get(p.follows, Rules()), p.rules) for p in versions.policies}
@@ -176,7 +172,7 @@ def set_(
         with progress_bar("waiting for segment") as tell:
             return policy, changes, await wait_for_spread(api, policy.version, limit_s, tell)
 
-    policy, changes, spread = run_async(_with_api(directory, nats, work))
+    policy, changes, spread = run_async(with_api(find_servers(directory, nats), work))
     behind = [] if spread is None else spread.behind(policy.version)
     if as_json:
         print_json(
@@ -233,8 +229,3 @@ def _change_words(change: Difference) -> str:
         "as usual" if value is None else msgspec.json.encode(value).decode() for value in (change.before, change.after)
     )
     return f"{change.rule}: {before} -> {after}"
-
-
-async def _with_api(directory: Path, nats: list[str] | None, work: Callable[[Api], Awaitable[T]]) -> T:
-    async with connected(find_servers(directory, nats)) as client:
-        return await work(command_api(client))
