@@ -8,7 +8,7 @@ stage before it is what waits between the two, whether in a stream or in a proce
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -137,20 +137,30 @@ async def _lags(api: Api, partition: int, cursors: dict[Stage, int | None], coun
 
 
 async def count_from(api: Api, partition: int, origin: int) -> int:
-    """How many messages `FI_EVENTS` holds for the partition from `origin` on: a consumer that reads nothing counts."""
-    name, pattern = f"count-{secrets.token_hex(6)}", raw_filter(partition)
+    """How many messages `FI_EVENTS` holds for the partition from `origin` on."""
+    return await count_messages(
+        api, EVENTS, raw_filter(partition), {"deliver_policy": "by_start_sequence", "opt_start_seq": origin}
+    )
+
+
+async def count_messages(api: Api, stream: str, pattern: str, start: Mapping[str, object]) -> int:
+    """How many messages a stream holds on `pattern` from `start` on: a consumer that reads nothing counts.
+
+    Args:
+        start: the fields of a consumer's configuration that say where it begins.
+    """
+    name = f"count-{secrets.token_hex(6)}"
     config = {
         "name": name,
-        "deliver_policy": "by_start_sequence",
-        "opt_start_seq": origin,
+        **start,
         "ack_policy": "none",
         "filter_subject": pattern,
         "num_replicas": 1,
         "mem_storage": True,
         "inactive_threshold": _NS,
     }
-    request = {"stream_name": EVENTS, "config": config, "action": "create"}
-    data = await api.request(EVENTS, f"$JS.API.CONSUMER.CREATE.{EVENTS}.{name}.{pattern}", msgspec.json.encode(request))
+    request = {"stream_name": stream, "config": config, "action": "create"}
+    data = await api.request(stream, f"$JS.API.CONSUMER.CREATE.{stream}.{name}.{pattern}", msgspec.json.encode(request))
     return msgspec.json.decode(data, type=_Counted).num_pending
 
 

@@ -5,11 +5,9 @@ Always true: what passes is accepted by the ingest stage as it is; a file read t
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 from uuid import UUID, uuid5
@@ -17,6 +15,7 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec import Raw
 
+from cluster.threads import in_daemon_thread
 from contracts.errors import InvalidEventError
 from contracts.events import BODY_BYTES_MAX, JSON_SPACE
 from contracts.wire import UNREADABLE
@@ -145,36 +144,10 @@ async def read_lines(descriptor: int, *, line_bytes_max: int = BODY_BYTES_MAX + 
         OSError: reading failed.
     """
     rest = b""
-    while chunk := await _read(descriptor):
+    while chunk := await in_daemon_thread(partial(os.read, descriptor, CHUNK_BYTES)):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line[:line_bytes_max]
         rest = rest[:line_bytes_max]
     if rest:
         yield rest
-
-
-async def _read(descriptor: int) -> bytes:
-    """One read in a daemon thread of its own: a terminal nobody types at must not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[bytes] = loop.create_future()
-
-    def settle(data: bytes, error: OSError | None) -> None:
-        if outcome.cancelled():
-            return
-        if error is None:
-            outcome.set_result(data)
-        else:
-            outcome.set_exception(error)
-
-    def work() -> None:
-        data, failure = b"", None
-        try:
-            data = os.read(descriptor, CHUNK_BYTES)
-        except OSError as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, data, failure)
-
-    threading.Thread(target=work, name="fi-read", daemon=True).start()
-    return await outcome

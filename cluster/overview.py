@@ -8,26 +8,24 @@ repeated while its streams did not change), and where something waits, a count a
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
 import shutil
-import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 from nats.errors import Error as NatsError
 
-from cluster.backlog import PartitionLook, look_at_partition
+from cluster.backlog import PartitionLook, count_messages, look_at_partition
 from cluster.health import ProcessHealth, get
 from cluster.health import look as look_at_health
 from cluster.members import MembersReport, read_buckets, report
 from cluster.scrape import Metered, parse_metrics
 from cluster.state import NotRunningError, read_state
 from cluster.status import ServerStatus, StreamStatus, look_at_servers, look_at_streams
+from cluster.threads import in_daemon_thread
 from contracts.budgets import STATUS_CONNECT, STATUS_LOOK
 from contracts.errors import ClusterUnavailableError, FiError
 from contracts.letters import read_letter
@@ -41,8 +39,6 @@ from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.tasks import end_tasks, side_by_side
-
-T = TypeVar("T")
 
 READS_AT_ONCE: Final = 16
 RECENT_S: Final = 60
@@ -148,7 +144,7 @@ class Looker:
         }
         if self._directory is not None:
             jobs["processes"] = self._processes(self._directory, limit_s * 0.8, unread)
-            jobs["disk"] = _in_thread(partial(_look_at_disk, self._directory))
+            jobs["disk"] = in_daemon_thread(partial(_look_at_disk, self._directory))
         found = await _in_time(jobs, limit_s, unread)
         processes = found.get("processes")
         return Overview(
@@ -230,7 +226,9 @@ class Looker:
 
     async def _letters(self, api: Api, key: object) -> Letters:
         by_stage = await self._unless_seen("letters", key, _count_letters, api)
-        recent = await _count_recent(api) if by_stage else 0
+        begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - RECENT_S))
+        since = {"deliver_policy": "by_start_time", "opt_start_time": begin}
+        recent = await count_messages(api, DLQ, "fi.dlq.*.*", since) if by_stage else 0
         return Letters(by_stage=by_stage, recent=recent)
 
     async def _processes(
@@ -282,32 +280,6 @@ async def _in_time(jobs: dict[str, Awaitable[Any]], limit_s: float, unread: list
     return found
 
 
-def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Runs `call` in a thread that nobody waits for: a disk may never answer, and the process must end all the same."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: Exception | None) -> None:
-        if not answer.done():
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(value)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: tuple[T | None, Exception | None]
-        try:
-            result = call(), None
-        except Exception as error:
-            result = None, error
-        with contextlib.suppress(RuntimeError):
-            # The loop may be closed by now.
-            loop.call_soon_threadsafe(settle, *result)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer
-
-
 def _summed(missing: list[str]) -> list[str]:
     """One line for all partitions that say the same."""
     reasons: dict[str, list[str]] = {}
@@ -345,27 +317,6 @@ async def _count_letters(api: Api) -> dict[str, int]:
             stage = subject.split(".")[2]
             counts[stage] = counts.get(stage, 0) + count
     return counts
-
-
-async def _count_recent(api: Api) -> int:
-    name = f"count-{secrets.token_hex(6)}"
-    begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - RECENT_S))
-    config = {
-        "name": name,
-        "deliver_policy": "by_start_time",
-        "opt_start_time": begin,
-        "ack_policy": "none",
-        "num_replicas": 1,
-        "mem_storage": True,
-        "inactive_threshold": 1_000_000_000,
-    }
-    request = msgspec.json.encode({"stream_name": DLQ, "config": config, "action": "create"})
-    data = await api.request(DLQ, f"$JS.API.CONSUMER.CREATE.{DLQ}.{name}", request)
-    return msgspec.json.decode(data, type=_Pending).num_pending
-
-
-class _Pending(msgspec.Struct):
-    num_pending: int
 
 
 class _State(msgspec.Struct):
