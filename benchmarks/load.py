@@ -99,16 +99,23 @@ class Pipeline(NamedTuple):
 @asynccontextmanager
 async def running_pipeline(directory: Path, settings: Settings) -> AsyncIterator[Pipeline]:
     """Three servers and four stages in `directory`, with load connections; all stopped at the end."""
-    async with Supervisor(directory, settings) as supervisor, AsyncExitStack() as stack:
+    async with Supervisor(directory, settings) as supervisor, connected(supervisor) as pipeline:
+        yield pipeline
+
+
+@asynccontextmanager
+async def connected(supervisor: Supervisor, connections: int = CONNECTIONS) -> AsyncIterator[Pipeline]:
+    """What a started supervisor runs, with so many load connections and an observer's, closed at the end."""
+    async with AsyncExitStack() as stack:
         clients = []
-        for number in range(CONNECTIONS + 1):
-            clients.append(await load_connection(supervisor.urls, number))
+        for number in range(connections + 1):
+            clients.append(await _connection(supervisor.urls, number))
             stack.push_async_callback(clients[-1].close)
         gateways = [Gateway(client, in_flight=IN_FLIGHT) for client in clients[1:]]
         yield Pipeline(supervisor, gateways, clients[0], await read_cluster(clients[0]))
 
 
-async def load_connection(urls: Sequence[str], number: int) -> GuardedClient:
+async def _connection(urls: Sequence[str], number: int) -> GuardedClient:
     """The observer's connection for 0; else a gateway's, as `fictl publish` has it."""
     name = f"bench-{number}"
     return await (connect_beside(urls, EVENTS, name) if number else connect(urls, name))

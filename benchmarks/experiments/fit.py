@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 _POINTS_MIN = 3
 """Through two points every line is exact: their error says nothing."""
+
+Points = Sequence[float] | npt.NDArray[np.float64]
 
 
 class Power(msgspec.Struct, frozen=True):
@@ -46,11 +49,7 @@ def fit_power(xs: Sequence[float], ys: Sequence[float]) -> Power | None:
     if len(points) < _POINTS_MIN or len({x for x, _ in points}) == 1:
         return None
     x, y = np.array(points).T
-    off = x - x.mean()
-    spread = float(off @ off)
-    exponent = float(off @ y) / spread
-    rest = y - y.mean() - exponent * off
-    error = math.sqrt(float(rest @ rest) / (len(points) - 2) / spread)
+    exponent, error = fit_slope(x, y)
     return Power(exponent, error, math.exp(float(y.mean()) - exponent * float(x.mean())), len(points))
 
 
@@ -76,11 +75,11 @@ def fit_line(events: Sequence[float], costs: Sequence[float]) -> Line:
     return Line(float(per_message), float(per_event))
 
 
-def _alone(column: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
+def _alone(column: npt.NDArray[np.float64]) -> float:
     return float(column.sum() / (column @ column))
 
 
-def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+def fit_slope(xs: Points, ys: Points) -> tuple[float, float]:
     """Slope of the straight line through the points, and its standard error.
 
     Raises:

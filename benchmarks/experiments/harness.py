@@ -6,17 +6,16 @@ import asyncio
 import itertools
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.experiments import launch
 from benchmarks.experiments.costs import per_event, spent
 from benchmarks.experiments.messages import sized_messages
-from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message, Pipeline, closed_loop, load_connection, open_loop
+from benchmarks.load import CONNECTIONS, Message, Pipeline, closed_loop, connected, open_loop
 from benchmarks.report import Say
 from cluster.cli.run import SHARDS
-from cluster.gateway import Gateway
 from cluster.nodes import EmbeddedCluster, Node, NodePorts
 from cluster.stageprocess import StageCommand
 from cluster.supervisor import Supervisor, run_command
@@ -24,7 +23,6 @@ from cluster.track import percentiles_ms
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
 from stages.persist.names import list_shards
-from stages.runtime.facts import read_cluster
 
 PARTITIONS = 1
 """As many lanes as two cores can use; the settings of a case choose others."""
@@ -150,13 +148,8 @@ async def running(directory: Path, setup: Setup, connections: int = CONNECTIONS)
     if setup.lazy:
         supervisor.cluster = _LazyCluster(supervisor.directory, setup.servers)
     try:
-        async with supervisor, AsyncExitStack() as stack:
-            clients = []
-            for number in range(connections + 1):
-                clients.append(await load_connection(supervisor.urls, number))
-                stack.push_async_callback(clients[-1].close)
-            gateways = [Gateway(client, in_flight=IN_FLIGHT) for client in clients[1:]]
-            yield Pipeline(supervisor, gateways, clients[0], await read_cluster(clients[0]))
+        async with supervisor, connected(supervisor, connections) as pipeline:
+            yield pipeline
     finally:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
