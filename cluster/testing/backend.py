@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,13 @@ class Plan:
     def stages(self) -> dict[str, Stage]:
         """Name of each stage process → its stage, in flow order."""
         return {f"{stage}-{index}": stage for stage, count in self.scale.items() for index in range(count)}
+
+    def command(self, python: str, stage: Stage, name: str, urls: Iterable[str]) -> list[str]:
+        """How a stage process is run that reaches the servers at `urls`."""
+        module = ["cluster.testing.stage", str(self.clock(name))] if self.clocks else ["cluster"]
+        servers = [part for url in urls for part in ("--nats", url)]
+        shards = ["--shards", str(self.shards)] if stage == "persist" else []
+        return [python, "-m", *module, "run", stage, *servers, "--name", name, *shards]
 
     def clock(self, name: str) -> Path:
         """The file that says how far off a stage process's wall clock is (`cluster.testing.clock`)."""

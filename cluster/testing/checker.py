@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+import msgspec
+
 from contracts.events import Event
+from contracts.wire import UNREADABLE
 
 FAULTS = ("lost", "duplicated", "reordered", "altered", "unexpected")
 """The findings that convict."""
@@ -24,6 +27,18 @@ def defined_hash(payload: bytes) -> bytes:
     """The audit hash of a payload given as JSON, as DESIGN defines it, 32 bytes. Raises `ValueError` if not JSON."""
     canonical = json.dumps(json.loads(payload), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).digest()
+
+
+class _Named(msgspec.Struct):
+    event_id: str
+
+
+def event_id_of(data: bytes) -> bytes:
+    """The id in an event's JSON, 16 bytes; empty when there is none. Dead letters hold whatever somebody sent."""
+    try:
+        return UUID(msgspec.json.decode(data, type=_Named).event_id).bytes
+    except (*UNREADABLE, ValueError):
+        return b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,13 +265,8 @@ class DockerBackend(Backend):
         self._keep(name, made)
 
     def _run_stage(self, image: str, name: str, stage: Stage) -> None:
-        module = ["cluster"]
-        if self.plan.clocks:
-            module = ["cluster.testing.stage", str(self.plan.clock(name))]
-        urls = [part for server in self._ports for part in ("--nats", f"nats://{server}:{_INSIDE.client}")]
-        shards = ["--shards", str(self.plan.shards)] if stage == "persist" else []
-        command = [PYTHON, "-m", *module, "run", stage, *urls, "--name", name, *shards]
-        made = self._container(image, name, entrypoint=command)
+        urls = [f"nats://{server}:{_INSIDE.client}" for server in self._ports]
+        made = self._container(image, name, entrypoint=self.plan.command(PYTHON, stage, name, urls))
         made.env |= settings_environment(self.plan.settings)
         self._keep(name, made)
 

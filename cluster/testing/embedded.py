@@ -118,12 +118,7 @@ class EmbeddedBackend(Backend):
         return tuple(f"nats://{LOOPBACK}:{self._links.aim(source, node.name, node.ports.client)}" for node in nodes)
 
     def _command(self, stage: Stage, name: str) -> list[str]:
-        module = ["cluster"]
-        if self.plan.clocks:
-            module = ["cluster.testing.stage", str(self.plan.clock(name))]
-        urls = [part for url in self._urls(name) for part in ("--nats", url)]
-        shards = ["--shards", str(self.plan.shards)] if stage == "persist" else []
-        return [sys.executable, "-m", *module, "run", stage, *urls, "--name", name, *shards]
+        return self.plan.command(sys.executable, stage, name, self._urls(name))
 
     def _wire(self, ports: Sequence[NodePorts]) -> list[Wiring]:
         """A link for each pair of servers; what servers learn from each other must not lead around it."""

@@ -6,18 +6,14 @@ Nothing is asked of the stage processes, which may be dead, frozen or wrong.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
-from uuid import UUID
 
-import msgspec
-
-from cluster.testing.checker import Verdict, check
+from cluster.testing.checker import Verdict, check, event_id_of
 from cluster.testing.load import Load
 from cluster.testing.waiting import SETTLED_LIMIT_S, until
+from cluster.track import Totals
 from contracts.events import Event
 from contracts.letters import Letter, read_letter
 from contracts.receipts import Receipt
@@ -31,14 +27,6 @@ from stages.runtime.client import GuardedClient
 from stages.runtime.messages import StoredMessage
 
 _VISIBLE_LIMIT_S = 30.0
-
-
-class Totals(NamedTuple):
-    """Running totals of the receipts, over all partitions."""
-
-    persisted: int
-    duplicates: int
-    dead_lettered: int
 
 
 class Reading(ABC):
@@ -151,7 +139,7 @@ class Reading(ABC):
         attempts = load.attempts
         ours = {attempt.consultation_id for attempt in attempts} | {attempt.event_id for attempt in attempts}
         if dead is None:
-            dead = [key for letter in await self.dead_letters() if (key := _event_id(letter.data)) in ours]
+            dead = [key for letter in await self.dead_letters() if (key := event_id_of(letter.data)) in ours]
         events = await self.events()
         return check(attempts, [e for e in events if not ours.isdisjoint((e.consultation_id, e.event_id))], dead)
 
@@ -176,14 +164,3 @@ class Reading(ABC):
         for receipt in await self.receipts():
             assert ends[receipt.partition].root == receipt.root, f"partition {receipt.partition}: another Merkle root"
         return totals
-
-
-class _Id(msgspec.Struct):
-    event_id: str = ""
-
-
-def _event_id(data: bytes) -> bytes:
-    """The event id of an event's JSON; empty when there is none. Letters hold whatever somebody sent."""
-    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
-        return UUID(msgspec.json.decode(data, type=_Id).event_id).bytes
-    return b""

@@ -22,8 +22,8 @@ from cluster.testing.disk import flip
 from cluster.testing.embedded import EmbeddedBackend
 from cluster.testing.ficluster import FiCluster, quick_settings
 from cluster.testing.load import Load, under_load, workload
-from cluster.testing.reading import Totals
 from cluster.testing.waiting import SETTLED_LIMIT_S, until
+from cluster.track import Totals
 from contracts.settings import Settings
 from contracts.subjects import Stage
 

@@ -9,14 +9,12 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
-from uuid import UUID
-
-import msgspec
 
 from cluster.dlq import DeadLetters, Selection
 from cluster.stageprocess import settings_environment
 from cluster.testing.chaos.edge import BATCH_MAX
 from cluster.testing.chaos.fleet import EdgeGateway
+from cluster.testing.checker import event_id_of
 from cluster.testing.ficluster import FiCluster
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import Settings
@@ -92,7 +90,9 @@ class Ground:
         """Ids of the events in the dead letters, one for each letter. What has no readable id gives an empty one."""
         letters = DeadLetters(self.cluster.api, "")
         span = await letters.span(Selection())
-        return [_event_id(letter.data) async for letter in letters.letters(Selection(), span, lambda done, total: None)]
+        return [
+            event_id_of(letter.data) async for letter in letters.letters(Selection(), span, lambda done, total: None)
+        ]
 
     async def problems(self, events_of: Mapping[int, int]) -> list[str]:
         """What does not add up: the store's own verification, its roots, and the accounting.
@@ -116,14 +116,3 @@ class Ground:
                 f"persisted + duplicates + dead-lettered = {settled}"
             )
         return found
-
-
-def _event_id(data: bytes) -> bytes:
-    try:
-        return UUID(msgspec.json.decode(data, type=_Named).event_id).bytes
-    except (msgspec.MsgspecError, ValueError):
-        return b""
-
-
-class _Named(msgspec.Struct):
-    event_id: str

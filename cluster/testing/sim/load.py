@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
 
-import msgspec
-
 from cluster.gateway import Gateway, batch_id
 from cluster.testing.checker import Attempt, defined_hash
 from contracts.errors import FiError
@@ -23,10 +21,6 @@ _FIRST_NS = 1_780_000_000_000_000_000
 _BAD_AT_INGEST, _BAD_AT_SEGMENT = 0.08, 0.08
 _COMMITS, _LATE_EVENTS_MAX = 0.4, 2
 _BATCH_MAX = 3
-
-
-class _Named(msgspec.Struct):
-    event_id: str
 
 
 @dataclass(slots=True)
@@ -157,11 +151,3 @@ async def _send_one(gateway: Callable[[], Gateway], site: str, message: list[Sen
             break
     for sent in message:
         sent.acknowledged = True
-
-
-def letter_id(data: bytes) -> bytes:
-    """The event id in a dead letter, 16 bytes; empty when it does not hold the original event."""
-    try:
-        return UUID(msgspec.json.decode(data, type=_Named).event_id).bytes
-    except msgspec.MsgspecError:
-        return b""

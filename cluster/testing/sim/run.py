@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cluster.testing.checker import check
+from cluster.testing.checker import check, event_id_of
 from cluster.testing.sim.faults import FAULTS, Fault, make_schedule
-from cluster.testing.sim.load import attempts, letter_id
+from cluster.testing.sim.load import attempts
 from cluster.testing.sim.loop import StuckError, VirtualLoop
 from cluster.testing.sim.world import World
 from contracts.events import decode_event
@@ -154,7 +154,7 @@ def judge(world: World, outcome: Outcome) -> None:
             )
     sent = [event for site in world.sites for lines in site.consultations for line in lines for event in line]
     outcome.events = len(sent)
-    dead = [letter_id(message.data) for message in world.letters]
+    dead = [event_id_of(message.data) for message in world.letters]
     if b"" in dead:
         outcome.problems.append("a dead letter does not hold the event that was refused")
     verdict = check(attempts(world.sites), stored, filter(None, dead))
