@@ -133,7 +133,7 @@ LEADER_ANSWER: Final = _limit(
 )
 SERVER_POLL: Final = _pause(0.05, "a supervisor: between two such questions", "it asks")
 DIRECTORY_LOCK: Final = _limit(
-    20.0, "a supervisor: another's hold on the directory to end", "it fails and names the holder"
+    20.0, "a supervisor: another's hold on the directory to end", "it fails and says how to stop that run"
 )
 LOCK_POLL: Final = _pause(0.05, "whoever waits for a lock: between two tries", "it tries")
 STAGE_READY: Final = _limit(
@@ -179,7 +179,7 @@ COMMAND_ANSWER: Final = _limit(
 COMMAND_READY: Final = _limit(5.0, "publish and dlq: streams to be there and have leaders", "they fail: not ready")
 PROGRESS: Final = _limit(2.0, "whoever looks at a command: its end", "a progress bar is shown")
 PROGRESS_REFRESH: Final = _pause(0.1, "a progress bar: between two of its states", "it is drawn again")
-UP_START: Final = _limit(180.0, "`fictl up --detach`: all to be ready", "it fails; what was started goes on")
+UP_START: Final = _limit(180.0, "`fictl up --detach`: all to be ready", "it fails, and what was started is stopped")
 UP_STOP: Final = _limit(180.0, "`fictl down`: all to have drained and ended", "it fails; the stop goes on")
 UP_POLL: Final = _pause(0.1, "both: between two looks", "they look")
 SCALE: Final = _limit(180.0, "`fictl scale` and `drain`: the supervisor to be done", "they fail; it goes on")
@@ -203,16 +203,12 @@ PAUSE_PUT: Final = _limit(
     "they fail; `fictl members` shows whether",
 )
 REBUILD: Final = _limit(120.0, "`fictl rebuild`, `partitions move`: what they wait for (--wait)", "they fail")
-REWIND_LOCK: Final = _limit(5.0, "a rebuild: the partition's lock", "it fails and names the holder")
+REWIND_LOCK: Final = _limit(5.0, "a rebuild: the partition's lock", "it fails: a persister has it")
 REWIND_LOCK_POLL: Final = _pause(0.1, "a rebuild: between two tries of that lock", "it tries")
 REWIND_POLL: Final = _pause(0.2, "a rebuild: between two looks at the pipeline", "it looks")
 LETTERS: Final = _limit(30.0, "`fictl dlq`: one read or one change of letters", "it fails: not ready")
-SHARD_CHECK: Final = _limit(
-    120.0, "`fictl verify`, `audit`: one shard's check (--shard-timeout)", "the shard counts as corrupt"
-)
-SHARD_READER: Final = _pause(
-    1.5, "`fictl verify`, `audit`: one process to have read all shards", "a second one is started"
-)
+SHARD_CHECK: Final = _limit(120.0, "`fictl verify`: one shard's check (--shard-timeout)", "the shard counts as corrupt")
+SHARD_READER: Final = _pause(1.5, "`fictl verify`: one process to have read all shards", "a second one is started")
 DEMO_SILENT: Final = _limit(60.0, "`fictl demo`: any event to become durable", "it fails and says how many are missing")
 
 
