@@ -131,6 +131,7 @@ async def _publish(
     from contracts.subjects import EVENTS
     from stages.runtime.facts import read_cluster
     from stages.runtime.observing import observing
+    from stages.runtime.tasks import end_tasks
 
     async with (
         observing(settings, "fi-gateway", "publish", os.environ) as telemetry,
@@ -143,7 +144,7 @@ async def _publish(
             try:
                 return await publisher.run(_lines(descriptor))
             finally:
-                showing.cancel()
+                await end_tasks(showing)
                 refresh(publisher.report)
 
 
