@@ -109,15 +109,21 @@ class DemoRun:
     """One publishing run against a started pipeline."""
 
     def __init__(
-        self, gateway: Gateway, tracker: Tracker, partition: Callable[[Line], int], rate_per_s: float | None
+        self,
+        gateway: Gateway,
+        tracker: Tracker,
+        partition: Callable[[Line], int],
+        rate_per_s: float | None,
+        total: int | None,
+        on_step: OnStep,
     ) -> None:
         self._tracker = tracker
         self._partition = partition
         self._publisher = LinePublisher(gateway, rate_per_s=rate_per_s, on_accepted=self._accepted)
         self._ids: set[bytes] = set()
         self._settled = False
-        self._on_step: OnStep
-        self._total: int | None = None
+        self._total = total
+        self._on_step = on_step
 
     @classmethod
     async def open(
@@ -141,9 +147,7 @@ class DemoRun:
         def partition(line: Line) -> int:
             return partition_of(line.site, line.consultation, facts.partitions, facts.partition_by)
 
-        run = cls(Gateway(publisher), tracker, partition, rate_per_s)
-        run._on_step, run._total = on_step, total
-        return run
+        return cls(Gateway(publisher), tracker, partition, rate_per_s, total, on_step)
 
     def _accepted(self, accepted: Accepted, lines: Sequence[Line]) -> None:
         for line in lines:
