@@ -25,6 +25,7 @@ from benchmarks.judging import judge
 from benchmarks.load import Pipeline, fill, make_messages, running_pipeline, settle
 from benchmarks.report import RESULTS, environment_of, markdown_table
 from cluster.capacity import EVENTS_PER_SESSION
+from cluster.state import SHARDS
 from contracts.settings import load_settings
 from contracts.subjects import STAGES, Stage
 
@@ -104,7 +105,7 @@ async def _one(pipeline: Pipeline, seed: int, events: int, stopped: tuple[Stage,
         started_s = time.monotonic() - begun_s
         await settle(tracker)
         drained_s = time.monotonic() - begun_s
-    checked = await asyncio.to_thread(judge, messages, supervisor.directory / "shards")
+    checked = await asyncio.to_thread(judge, messages, supervisor.directory / SHARDS)
     return {
         "events": events,
         "stopped": list(stopped),

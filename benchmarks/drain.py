@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.judging import judge
 from benchmarks.load import Pipeline, fill, make_messages, settle
 from cluster.members import look_until, pause, resume
+from cluster.state import SHARDS
 from contracts.frames import decode_frame_head
 from contracts.membership import Pause
 from contracts.subjects import PERSIST, Stage, input_filter
@@ -50,7 +51,7 @@ async def measure_drain(pipeline: Pipeline, seed: int, events: int = EVENTS) -> 
         await resume(api, PAUSED)
         await settle(tracker)
         drained_s = time.monotonic() - begun_s
-    checked = await asyncio.to_thread(judge, messages, pipeline.supervisor.directory / "shards")
+    checked = await asyncio.to_thread(judge, messages, pipeline.supervisor.directory / SHARDS)
     count = len(messages) * BATCH
     return {
         "events": count,

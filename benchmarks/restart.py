@@ -23,6 +23,7 @@ import uvloop
 from benchmarks.judging import judge
 from benchmarks.load import Message, Pipeline, make_messages, open_loop, running_pipeline
 from benchmarks.report import RESULTS, environment_of, markdown_table, spread
+from cluster.state import SHARDS
 from cluster.track import percentiles_ms
 from contracts.settings import load_settings
 from contracts.subjects import STAGES
@@ -75,7 +76,7 @@ async def _measure(scratch: Path, seconds: int, rounds: int, rate: int) -> dict[
                 row = await _one(pipeline, messages, rate, seconds, variant)
                 sent += messages[: row["events"]]
                 rows.append({"variant": variant, "round": number, **row, "load_1_min": round(os.getloadavg()[0], 2)})
-        checked = await asyncio.to_thread(judge, sent, scratch / "run" / "shards")
+        checked = await asyncio.to_thread(judge, sent, scratch / "run" / SHARDS)
     p99 = {
         variant: statistics.median(row["durable_ms"]["p99"] for row in rows if row["variant"] == variant)
         for variant in (ALONE, REPLACED, IN_PLACE)

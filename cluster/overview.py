@@ -23,7 +23,7 @@ from cluster.health import ProcessHealth, get
 from cluster.health import look as look_at_health
 from cluster.members import MembersReport, read_buckets, report
 from cluster.scrape import Metered, parse_metrics
-from cluster.state import NotRunningError, read_state
+from cluster.state import SHARDS, NotRunningError, read_state
 from cluster.status import ServerStatus, StreamStatus, look_at_servers, look_at_streams
 from cluster.threads import in_daemon_thread
 from contracts.budgets import STATUS_CONNECT, STATUS_LOOK
@@ -42,7 +42,6 @@ from stages.runtime.tasks import end_tasks, side_by_side
 
 READS_AT_ONCE: Final = 16
 RECENT_S: Final = 60
-_SHARDS = "shards"
 
 
 class Letters(msgspec.Struct, frozen=True, kw_only=True):
@@ -329,7 +328,7 @@ class _Counted(msgspec.Struct):
 
 def _look_at_disk(directory: Path) -> DiskLook | None:
     """The store of the run in `directory`; None while it has none, or when nothing runs there."""
-    shards = directory / _SHARDS
+    shards = directory / SHARDS
     try:
         floor_bytes = read_state(directory).settings.disk_floor_bytes
         found = list_shards(shards)

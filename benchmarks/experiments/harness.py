@@ -15,9 +15,9 @@ from benchmarks.experiments.costs import per_event, spent
 from benchmarks.experiments.messages import sized_messages
 from benchmarks.load import CONNECTIONS, Message, Pipeline, closed_loop, connected, open_loop
 from benchmarks.report import Say
-from cluster.cli.run import SHARDS
 from cluster.nodes import EmbeddedCluster, Node, NodePorts
 from cluster.stageprocess import StageCommand
+from cluster.state import SHARDS
 from cluster.supervisor import Supervisor, run_command
 from cluster.track import percentiles_ms
 from contracts.settings import Settings, load_settings

@@ -31,6 +31,7 @@ from contracts.errors import (
     ShardCorruptError,
 )
 from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_credentials, resolve_settings
+from contracts.subjects import STAGES, Stage
 from stages.runtime.access import Servers, access_of
 
 if TYPE_CHECKING:
@@ -164,6 +165,14 @@ def find_settings(directory: Path, nats: list[str] | None, chosen: list[str] | N
     """
     defaults = None if nats else read_state(directory).settings
     return given_settings(chosen, defaults=defaults).settings
+
+
+def named_stage(text: str) -> Stage:
+    """The stage of that name. Raises `SettingsError`: there is none."""
+    for stage in STAGES:
+        if stage == text:
+            return stage
+    raise SettingsError(f"no stage is called {text!r}; use one of {', '.join(STAGES)}")
 
 
 def check_partitions(option: str, chosen: Iterable[int], partitions: int) -> None:

@@ -32,9 +32,8 @@ from cluster.cli.common import (
     run_async,
     say,
 )
-from cluster.cli.run import SHARDS
 from cluster.config import DEFAULT_FILE
-from cluster.state import NotRunningError
+from cluster.state import SHARDS, NotRunningError
 from contracts.budgets import TOPOLOGY_PLAN
 from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
 from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value

@@ -24,8 +24,8 @@ from cluster.cli.common import (
     print_json,
     run_async,
 )
-from cluster.cli.run import SHARDS
 from cluster.cli.up import unless_interrupted
+from cluster.state import SHARDS
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
 from contracts.wire import plain

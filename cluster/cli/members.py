@@ -23,6 +23,7 @@ from cluster.cli.common import (
     finite,
     login_place,
     make_table,
+    named_stage,
     print_json,
     progress_bar,
     run_async,
@@ -127,7 +128,7 @@ def restart(
 
     Example: fictl restart persist --dir .fi
     """
-    chosen = tuple(dict.fromkeys(map(_stage, stages or STAGES)))
+    chosen = tuple(dict.fromkeys(map(named_stage, stages or STAGES)))
     state = _controlled(directory)
 
     async def work() -> tuple[RestartAnswer, MembersReport]:
@@ -172,7 +173,7 @@ def pause(
 
     Example: fictl pause persist --dir .fi
     """
-    chosen = _stage(stage)
+    chosen = named_stage(stage)
     _tell(chosen, directory, nats, wait_s, as_json, pausing=True)
 
 
@@ -187,7 +188,7 @@ def resume(
 
     Example: fictl resume persist --dir .fi
     """
-    _tell(_stage(stage), directory, nats, wait_s, as_json, pausing=False)
+    _tell(named_stage(stage), directory, nats, wait_s, as_json, pausing=False)
 
 
 def drain(
@@ -279,13 +280,6 @@ def _tell(
         say(f"{stage} is {'paused' if pausing else 'at work'}: {len(ours)} processes")
     if not obeyed(report):
         raise NotReadyError(f"not every process of {stage} obeyed within {wait_s:g} s; see `fictl members`")
-
-
-def _stage(text: str) -> Stage:
-    for stage in STAGES:
-        if stage == text:
-            return stage
-    raise SettingsError(f"no stage is called {text!r}; use one of {', '.join(STAGES)}")
 
 
 def _controlled(directory: Path) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
@@ -29,6 +30,7 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from cluster.state import SHARDS
 from contracts.budgets import COMMAND_CONNECT, REBUILD
 from contracts.errors import ClusterUnavailableError, FiError, NotOursError, SettingsError
 
@@ -101,11 +103,8 @@ def rebuild(
     Example: fictl rebuild 3 --dir .fi --dry-run
     """
 
-    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
-        return await rewinder.rebuild(partition, dry_run=dry_run)
-
     _take_back(
-        work,
+        lambda rewinder, partition: rewinder.rebuild(partition, dry_run=dry_run),
         partitions,
         directory,
         shards,
@@ -140,11 +139,8 @@ def move(
     Example: fictl partitions move 3 4 --shards /var/lib/fi/shards --nats nats://n2:4222
     """
 
-    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
-        return await rewinder.move(partition, dry_run=dry_run)
-
     _take_back(
-        work,
+        lambda rewinder, partition: rewinder.move(partition, dry_run=dry_run),
         partitions,
         directory,
         shards,
@@ -187,11 +183,8 @@ def restore(
     if begin_anew and not partitions:
         raise typer.BadParameter("name the partitions that no store has", param_hint="--begin-anew")
 
-    async def work(rewinder: Rewinder, partition: int) -> Rewind | None:
-        return await rewinder.restore(partition, begin_anew=begin_anew, dry_run=dry_run)
-
     _take_back(
-        work,
+        lambda rewinder, partition: rewinder.restore(partition, begin_anew=begin_anew, dry_run=dry_run),
         partitions,
         directory,
         shards,
@@ -272,8 +265,6 @@ def _take_back(
     late: list[ClusterUnavailableError] = []
 
     async def run() -> tuple[list[Rewind], list[str], list[int], int]:
-        import time
-
         from cluster.rewind import Rewinder, wait_caught_up
         from stages.persist.keys import load_key
         from stages.persist.storedir import existing_store, open_store, planned_store
@@ -288,7 +279,7 @@ def _take_back(
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
             api = command_api(client, settings)
-            place = shards or directory / "shards"
+            place = shards or directory / SHARDS
             if store_is == "made":
                 store = open_store(place, facts.cluster_id, now_ns=time.time_ns())
             else:

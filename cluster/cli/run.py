@@ -19,14 +19,15 @@ from cluster.cli.common import (
     check_directory,
     find_servers,
     given_settings,
+    named_stage,
     run_async,
 )
+from cluster.state import SHARDS
 from contracts.budgets import SWITCH_INTERVAL
 from contracts.errors import SettingsError
 from contracts.settings import PARTITIONS_MAX
-from contracts.subjects import STAGES, Stage, is_token
+from contracts.subjects import STAGES, is_token
 
-SHARDS = "shards"
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
@@ -57,9 +58,7 @@ def run(
 
     Example: fictl run segment --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222 --name segment-a
     """
-    if stage not in STAGES:
-        raise SettingsError(f"no stage is called {stage!r}; use one of {', '.join(STAGES)}")
-    chosen: Stage = stage
+    chosen = named_stage(stage)
     own_name = f"{stage}-{os.getpid()}" if name is None else name
     if not is_token(own_name):
         raise SettingsError(f"--name {own_name}: a name is 1 to 64 of A-Z a-z 0-9 _ -, e.g. {stage}-a")

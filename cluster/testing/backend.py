@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.state import SHARDS
 from contracts.settings import Settings
 from contracts.subjects import Stage
 
@@ -34,7 +35,7 @@ class Plan:
     @property
     def shards(self) -> Path:
         """The store's directory."""
-        return self.directory / "shards"
+        return self.directory / SHARDS
 
     def servers(self) -> tuple[str, ...]:
         """Names of the servers."""
