@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from contracts.errors import WireFormatError
-from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
+from contracts.receipts import Receipt, SealRecord, StoreEnd
 from contracts.subjects import (
     EVENTS,
     OUTPUT_STREAM,
@@ -22,11 +22,9 @@ from contracts.subjects import (
     Stage,
     output_subject,
     raw_filter,
-    receipt_subject,
-    seal_subject,
 )
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import checkpoint_from, last_seal, told_before
+from stages.runtime.checkpoint import checkpoint_from, last_receipt, last_seal, told_before
 
 _NS = 1_000_000_000
 
@@ -79,7 +77,8 @@ async def look_at_partition(api: Api, partition: int, unreadable: Collection[str
         # Every cursor may stand on the receipt.
         return _unknown(partition, "")
     try:
-        receipt, seal = await _read_receipts(api, partition)
+        receipt, _ = await last_receipt(api, partition)
+        seal = await sealed_end(api, receipt)
         cursors: dict[Stage, int | None] = {"persist": 0 if receipt is None else receipt.origin}
         for stage in reversed(STAGES[:-1]):
             stream = OUTPUT_STREAM[stage]
@@ -99,21 +98,20 @@ def _unknown(partition: int, problem: str) -> PartitionLook:
     )
 
 
-async def _read_receipts(api: Api, partition: int) -> tuple[Receipt | None, SealRecord | None]:
-    last = await api.last_message(RECEIPTS, receipt_subject(partition))
-    if last is None:
-        return None, None
-    receipt = decode_receipt(last.data)
-    sealed = await api.last_message(RECEIPTS, seal_subject(partition))
-    if sealed is None:
-        return receipt, None
-    record = decode_seal(sealed.data)
-    holds = told_before(record.shard + 1, receipt)
-    if record.tree_size > receipt.persisted or not holds(record):
-        # The partition went back behind it, or to another store.
-        end = receipt.ends.get(receipt.store)
-        return receipt, None if end is None else (await last_seal(api, partition, told_before(end.shard, receipt)))[0]
-    return receipt, record
+async def sealed_end(api: Api, receipt: Receipt | None) -> SealRecord | None:
+    """The record of the last sealed shard of a partition with this last receipt; None before the first.
+
+    Those that were given up when it went back, or to another store, do not count; one that ends with everything there
+    is does, though the receipt still names its shard as the live one. Raises as `last_seal`.
+    """
+    if receipt is None:
+        return None
+    live = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).shard
+    record, _ = await last_seal(api, receipt.partition, told_before(live + 1, receipt))
+    whole = (receipt.persisted, receipt.origin)
+    if record is not None and record.shard == live and (record.tree_size, record.last_origin) != whole:
+        record, _ = await last_seal(api, receipt.partition, told_before(live, receipt))
+    return record
 
 
 async def _lags(api: Api, partition: int, cursors: dict[Stage, int | None], countable: bool) -> dict[Stage, StageLag]:

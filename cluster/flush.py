@@ -14,13 +14,13 @@ from typing import TypeVar
 
 import msgspec
 
-from cluster.backlog import count_from
+from cluster.backlog import count_from, sealed_end
 from cluster.drain import output_reaches
 from cluster.members import MembersReport, look
 from contracts.budgets import FLUSH_EXPLAIN, FLUSH_POLL
 from contracts.errors import FiError, WireFormatError
 from contracts.flush import Flush, decode_flush, encode_flush
-from contracts.receipts import Receipt, SealRecord, StoreEnd, decode_seal
+from contracts.receipts import Receipt, decode_seal
 from contracts.subjects import (
     CONTROL,
     EVENTS,
@@ -33,7 +33,7 @@ from contracts.subjects import (
     seal_subject,
 )
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import last_receipt, last_seal, told_before
+from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks, side_by_side
@@ -127,7 +127,7 @@ class _Partition:
             report.waiting = await count_from(api, report.partition, origin + 1)
         seals = await api.last_message(RECEIPTS, seal_subject(report.partition))
         self._seal_seq = 0 if seals is None else seals.seq
-        record = await self._last_seal(receipt)
+        record = await sealed_end(self._api, receipt)
         self._sealed_before = 0 if record is None else record.tree_size
         report.unsealed = 0 if receipt is None else receipt.persisted - self._sealed_before
 
@@ -140,21 +140,10 @@ class _Partition:
         """Is everything up to the target committed and sealed?"""
         await self.look_at_commits()
         receipt = self._receipt
-        record = await self._last_seal(receipt)
+        record = await sealed_end(self._api, receipt)
         size, reached = (0, 0) if record is None else (record.tree_size, record.last_origin)
         nothing_left = receipt is None or size >= receipt.persisted
         self.report.done = self.report.committed and (reached >= self.report.target or nothing_left)
-
-    async def _last_seal(self, receipt: Receipt | None) -> SealRecord | None:
-        """The record of the last sealed shard, those left out that were given up when the partition went back."""
-        if receipt is None:
-            return None
-        live = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).shard
-        record, _ = await last_seal(self._api, receipt.partition, told_before(live + 1, receipt))
-        whole = (receipt.persisted, receipt.origin)
-        if record is not None and record.shard == live and (record.tree_size, record.last_origin) != whole:
-            record, _ = await last_seal(self._api, receipt.partition, told_before(live, receipt))
-        return record
 
     @property
     def share(self) -> float:

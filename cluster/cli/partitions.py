@@ -207,7 +207,8 @@ def list_partitions(
     servers = find_servers(directory, nats)
 
     async def read() -> list[dict[str, Any]]:
-        from stages.runtime.checkpoint import last_receipt, last_seal, told_before
+        from cluster.backlog import sealed_end
+        from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
 
         rows = []
@@ -218,8 +219,7 @@ def list_partitions(
                 receipt, _ = await last_receipt(api, partition)
                 row: dict[str, Any] = {"partition": partition, "store": None, "node": None}
                 if receipt is not None:
-                    end = receipt.ends.get(receipt.store)
-                    seal, _ = await last_seal(api, partition, told_before(end.shard if end is not None else 1, receipt))
+                    seal = await sealed_end(api, receipt)
                     row |= {
                         "store": receipt.store,
                         "node": receipt.node,

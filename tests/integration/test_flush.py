@@ -77,6 +77,8 @@ async def test_everything_accepted_before_it_is_sealed_and_counted_and_a_second_
     files = [shard for shards in list_shards(pipeline.shards).values() for shard in shards if shard.sealed]
     assert total(answer, "shards") == len(files)
     assert total(answer, "bytes") == sum(shard.path.stat().st_size for shard in files)
+    code, listed, err = await fictl(pipeline, "partitions", "ls")
+    assert [row["sealed_events"] for row in listed] == [row["events"] for row in listed], err
     told = await pipeline.api.last_message(CONTROL, FLUSH_SUBJECT)
     code, answer, err = await fictl(pipeline, "flush")
     assert (code, answer["done"], total(answer, "shards"), total(answer, "events")) == (0, True, 0, 0), err
