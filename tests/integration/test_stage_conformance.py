@@ -14,9 +14,22 @@ import pytest
 import pytest_asyncio
 from pipeline import Load, Pipeline, extra_stage, running, settings, under_load, until, workload
 
+from cluster.drain import output_reaches
 from contracts.frames import decode_frame_head
-from contracts.subjects import HOPS, OUTPUT_STREAM, READER, STAGES, WRITER, Stage, input_filter, output_subject
+from contracts.subjects import (
+    EVENTS,
+    HOPS,
+    OUTPUT_STREAM,
+    READER,
+    STAGES,
+    WRITER,
+    Stage,
+    input_filter,
+    output_subject,
+    raw_filter,
+)
 from stages.runtime.checkpoint import last_receipt
+from stages.runtime.messages import StoredMessage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -104,18 +117,38 @@ async def test_told_to_end_a_stage_finishes_what_it_has_in_hand_and_its_successo
     await pipeline.assert_whole(load)
 
 
-async def test_every_frame_that_is_there_joins_on_to_the_one_before_it_and_is_bounded(pipeline: Pipeline) -> None:
+async def test_every_frame_joins_on_to_the_one_before_it_and_is_bounded(pipeline: Pipeline) -> None:
+    # While persist is down nothing is trimmed.
+    await pipeline.supervisor.stop_stage("persist")
     load = Load(workload(seed=70, events=1500))
     await load.publish(pipeline.client)
-    await pipeline.assert_whole(load)
     limits = pipeline.supervisor.settings
     for stage in STAGES[:-1]:
         for partition in range(PARTITIONS):
-            subject, stream = output_subject(stage, partition), OUTPUT_STREAM[stage]
-            reached, seq = None, 1
-            while (message := await pipeline.api.first_message(stream, subject, from_seq=seq)) is not None:
-                head = decode_frame_head(message.data)
-                assert head.prev < head.first <= head.last
-                assert reached is None or head.prev == reached
-                assert len(message.data) < 4 * limits.frame_bytes_max
-                reached, seq = head.last, message.seq + 1
+            frames = await frames_of_all(pipeline, stage, partition)
+            heads = [decode_frame_head(frame.data) for frame in frames]
+            assert len(heads) > 1
+            assert all(head.prev < head.first <= head.last for head in heads)
+            assert [head.prev for head in heads[1:]] == [head.last for head in heads[:-1]]
+            assert max(len(frame.data) for frame in frames) < 4 * limits.frame_bytes_max
+    await pipeline.supervisor.start_stage("persist")
+    await pipeline.assert_whole(load)
+
+
+async def frames_of_all(pipeline: Pipeline, stage: Stage, partition: int) -> list[StoredMessage]:
+    """What a stage's output holds of a partition, once it covers all that was accepted."""
+    api = pipeline.api
+    last = await api.last_message(EVENTS, raw_filter(partition))
+    assert last is not None
+
+    async def covered() -> bool:
+        return await output_reaches(api, stage, partition) >= last.seq
+
+    await until(covered, f"{stage} has made frames of all of partition {partition}")
+    frames: list[StoredMessage] = []
+    seq = 0
+    stream, subject = OUTPUT_STREAM[stage], output_subject(stage, partition)
+    while (message := await api.first_message(stream, subject, from_seq=seq + 1)) is not None:
+        frames.append(message)
+        seq = message.seq
+    return frames
