@@ -120,19 +120,20 @@ async def test_told_to_end_a_stage_finishes_what_it_has_in_hand_and_its_successo
 async def test_every_frame_joins_on_to_the_one_before_it_and_is_bounded(pipeline: Pipeline) -> None:
     # While persist is down nothing is trimmed.
     await pipeline.supervisor.stop_stage("persist")
-    load = Load(workload(seed=70, events=1500))
-    await load.publish(pipeline.client)
-    limits = pipeline.supervisor.settings
-    for stage in STAGES[:-1]:
-        for partition in range(PARTITIONS):
-            frames = await frames_of_all(pipeline, stage, partition)
-            heads = [decode_frame_head(frame.data) for frame in frames]
-            assert len(heads) > 1
-            assert all(head.prev < head.first <= head.last for head in heads)
-            assert [head.prev for head in heads[1:]] == [head.last for head in heads[:-1]]
-            assert max(len(frame.data) for frame in frames) < 4 * limits.frame_bytes_max
+    lanes = [(stage, partition) for stage in STAGES[:-1] for partition in range(PARTITIONS)]
+    loads = [Load(workload(seed=seed, events=750)) for seed in (70, 71)]
+    for load in loads:
+        await load.publish(pipeline.client)
+        made = {lane: await frames_of_all(pipeline, *lane) for lane in lanes}
+    for frames in made.values():
+        heads = [decode_frame_head(frame.data) for frame in frames]
+        assert len(heads) > 1
+        assert all(head.prev < head.first <= head.last for head in heads)
+        assert [head.prev for head in heads[1:]] == [head.last for head in heads[:-1]]
+        assert max(len(frame.data) for frame in frames) < 4 * pipeline.supervisor.settings.frame_bytes_max
     await pipeline.supervisor.start_stage("persist")
-    await pipeline.assert_whole(load)
+    for load in loads:
+        await pipeline.assert_whole(load)
 
 
 async def frames_of_all(pipeline: Pipeline, stage: Stage, partition: int) -> list[StoredMessage]:
