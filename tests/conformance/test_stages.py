@@ -280,6 +280,25 @@ def test_an_event_out_of_its_place_in_a_frame_is_a_stray(stage: Stage, origins: 
         work(stage, [carrying(stage, Frame(PARTITION, 10, 11, 13, (), "w", NOW_NS, b"", (), events))], 10)
 
 
+@every_reader_of_frames
+@pytest.mark.parametrize(
+    ("prev", "first", "last"), [(10, 10, 12), (11, 11, 12), (10, 13, 12), (12, 11, 12)], ids=lambda origin: str(origin)
+)
+def test_a_frame_whose_ends_contradict_each_other_is_a_stray(stage: Stage, prev: int, first: int, last: int) -> None:
+    """It would settle what is not in it, or take the cursor back."""
+    with pytest.raises(StrayFrameError, match="it says that it covers"):
+        work(stage, [carrying(stage, Frame(PARTITION, prev, first, last, (), "w", NOW_NS, b"", (), ()))], 12)
+
+
+@every_reader_of_frames
+@pytest.mark.parametrize("origin", [10, 13])
+def test_a_frame_that_counts_dead_letters_of_what_it_does_not_cover_is_a_stray(stage: Stage, origin: int) -> None:
+    """They would be counted twice, and the books not close any more."""
+    frame = Frame(PARTITION, 10, 11, 12, (), "w", NOW_NS, b"", (Dead(origin, 1),), ())
+    with pytest.raises(StrayFrameError, match="dead letters of origins that it does not cover"):
+        work(stage, [carrying(stage, frame)], 10)
+
+
 @pytest.mark.parametrize(
     ("record", "why"),
     [
