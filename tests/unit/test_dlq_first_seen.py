@@ -52,7 +52,19 @@ def test_what_the_gateway_gave_itself_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1", "1/2", "1/2/3/4", "a/b/c", "-1/2/3", "1/2/3 ", "9223372036854775808/1/1", "٣/2/3"]
+    "text",
+    [
+        "",
+        "1",
+        "1/2",
+        "1/2/3/4",
+        "a/b/c",
+        "-1/2/3",
+        "1/2/3 ",
+        "9223372036854775808/1/1",
+        "1/9223372036854775808/1",
+        "٣/2/3",
+    ],
 )
 def test_anything_else_in_the_header_counts_for_nothing(text: str) -> None:
     (event,) = ingested([BARE], text)

@@ -190,6 +190,23 @@ def test_a_smaller_payload_limit_refuses_what_is_larger() -> None:
     assert step.letters[0].error.reason == "payload.too_large"
 
 
+def test_an_event_of_a_type_that_only_a_later_build_knows_waits_for_that_build() -> None:
+    with pytest.raises(WireFormatError, match="'OF_A_LATER_BUILD' is not known to this build; run a later one"):
+        judge(SegmentCore(), event(1, "OF_A_LATER_BUILD"))
+
+
+@pytest.mark.parametrize("payload", [b"[]", b"{", b'{"\xff":1}'])
+def test_a_payload_that_should_never_have_passed_ingest_is_refused_alone(payload: bytes) -> None:
+    step = judge(SegmentCore(), event(1, "MESSAGE_RECEIVED", payload=payload), event(2, "CORE_STATE_CHANGED"))
+    assert [letter.error.reason for letter in step.letters] == ["payload.malformed"]
+    assert [one.origin for one in step.events] == [2]
+
+
+def test_what_is_no_memory_of_commits_is_refused_as_something_that_cannot_be_read() -> None:
+    with pytest.raises(WireFormatError, match="25 bytes are no rows of 24"):
+        SegmentCore().open(bytes(25))
+
+
 def test_thousands_of_refused_events_of_one_message_are_few_letters() -> None:
     core = SegmentCore(lambda: policy(2, refused_types=("MESSAGE_UPDATED",)))
     step = judge(core, *(msgspec.structs.replace(event(1, "MESSAGE_UPDATED"), index=index) for index in range(3000)))
