@@ -48,6 +48,11 @@ async def test_an_endless_line_is_cut_and_the_next_is_whole(tmp_path: Path) -> N
     assert await read_all(path, line_bytes_max=100) == [b"a", b"x" * 100, b"b"]
 
 
+async def test_what_cannot_be_read_to_its_end_is_no_shorter_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        await read_all(tmp_path)
+
+
 async def test_lines_of_a_pipe_come_before_it_ends() -> None:
     read_end, write_end = os.pipe()
     try:

@@ -113,10 +113,11 @@ async def test_a_call_that_is_cancelled_together_with_the_answer_before_it_is_no
         assert not lane.gateway._lanes
 
 
-async def test_all_calls_cancelled_at_once_leave_a_free_lane() -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["first to last", "last to first"])
+async def test_all_calls_cancelled_at_once_leave_a_free_lane(order: tuple[int, ...]) -> None:
     lane = Lane()
     calls = await lane.publish(1, 2, 3)
-    for call in reversed(calls):
+    for call in (calls[place] for place in order):
         call.cancel()
     await asyncio.wait(calls)
     assert all(call.cancelled() for call in calls)
