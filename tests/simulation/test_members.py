@@ -7,11 +7,14 @@ nothing moves for no reason.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+import pytest
 from virtual import Ground, in_virtual_time
 
 from cluster.testing.waiting import until
-from contracts.membership import Member, decode_member
+from contracts.errors import ClusterUnavailableError
+from contracts.membership import Member, decode_member, encode_member
 from contracts.subjects import MEMBERS, member_subject
 from stages.runtime.lanes import LaneSet
 from stages.runtime.membership import Membership
@@ -45,6 +48,7 @@ class Process:
     """One process of hash: its membership, and lanes that do nothing.
 
     Attributes:
+        me: as it announces itself at first.
         begun: every partition it began with, in order.
         clashes: those that another process ran at that moment.
     """
@@ -56,8 +60,9 @@ class Process:
         self.clashes: list[int] = []
         self._others = others
         others.append(self)
-        me = Member(stage="hash", node="n", name=name, nonce=f"{name}.{started_ns}", pid=1, started_ns=started_ns)
-        self.membership = Membership(self.api, me, PARTITIONS, self.lanes, lambda: None, lambda said: said)
+        nonce = f"{name}.{started_ns}"
+        self.me = Member(stage="hash", node="n", name=name, nonce=nonce, pid=1, started_ns=started_ns)
+        self.membership = Membership(self.api, self.me, PARTITIONS, self.lanes, lambda: None, lambda said: said)
         self._running = asyncio.create_task(self.membership.run())
 
     def _make(self, partition: int, on_open: object) -> Lane:
@@ -173,6 +178,10 @@ def test_of_two_with_one_name_the_later_works_and_the_other_ends_without_a_trace
         await later.holds(8, 2 * TTL_S)
         await earlier.holds(0, 1)
         await quiet(4 * TTL_S, *processes)
+        # A renewal of the earlier one's arrives late.
+        await ground.publish(member_subject("hash", "n", "a"), encode_member(earlier.me))
+        await quiet(4 * TTL_S, later)
+        assert earlier.lanes.held == ()
         await earlier.end()
         told = ground.broker.streams[MEMBERS].last_by_subject(member_subject("hash", "n", "a"))
         assert told is not None
@@ -202,5 +211,21 @@ def test_an_announcement_that_nobody_can_read_holds_nobody_up() -> None:
         await ground.publish(member_subject("hash", "n", "z"), b"\xff not an announcement")
         process = Process(ground, "a", [])
         await process.holds(8, 2)
+
+    in_virtual_time(job, **FAST)
+
+
+def test_who_has_not_seen_the_others_yet_is_not_ready() -> None:
+    async def unseen(stream: str, patterns: Sequence[str]) -> dict[str, StoredMessage]:
+        raise ClusterUnavailableError(f"{stream} cannot be read now")
+
+    async def job(ground: Ground) -> None:
+        process = Process(ground, "a", [])
+        with pytest.MonkeyPatch.context() as servers:
+            servers.setattr(process.api, "last_messages", unseen)
+            await asyncio.sleep(4 * TTL_S)
+            assert (process.membership.planned, process.lanes.held) == (False, ())
+        await process.holds(8, 2 * TTL_S)
+        assert process.membership.planned
 
     in_virtual_time(job, **FAST)
