@@ -1,0 +1,174 @@
+"""One reader on simulated servers: what it holds is bounded, its end is told, and where it may begin is checked."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from virtual import Ground, in_virtual_time
+
+from cluster.testing.waiting import until
+from contracts.errors import ClusterUnavailableError, CountsAnewError, TopologyError
+from contracts.subjects import EVENTS, SEGMENT, publish_subject
+from stages.ingest.actor import IngestCore
+from stages.runtime.checkpoint import Cursor, locate
+from stages.runtime.lane import Lane
+from stages.runtime.parser import Sink
+from stages.runtime.reader import OrderedReader
+
+SUBJECT = "fi.segment.0"
+KIB = 1024
+
+
+def reader_of(ground: Ground, batch: int = 256) -> OrderedReader:
+    async def from_the_first() -> int:
+        return 1
+
+    reader = OrderedReader(ground.api, SEGMENT, SUBJECT, batch=batch, locate=from_the_first, nonce="n")
+    reader.start()
+    return reader
+
+
+def test_what_waits_in_a_reader_is_bounded_however_often_some_of_it_is_put_back() -> None:
+    async def job(ground: Ground) -> None:
+        for number in range(200):
+            await ground.publish(SUBJECT, b"%d " % number + bytes(10 * KIB))
+        reader = reader_of(ground)
+        limit = 2 * ground.settings.pull_bytes_max // (10 * KIB)
+        await until(lambda: reader.buffered > 10, "it reads")
+        for _ in range(301):
+            reader.put_back(reader.take(8, 1000 * KIB))
+            await asyncio.sleep(0.01)
+            assert reader.buffered <= limit
+        numbers: list[int] = []
+        # Much less than if it asked for more only when its heart beats.
+        async with asyncio.timeout(1):
+            while len(numbers) < 200:
+                await reader.wait()
+                numbers += [int(message.data.partition(b" ")[0]) for message in reader.take(8, 1000 * KIB)]
+        assert (numbers, reader.opened) == (list(range(200)), 1)
+        await reader.close()
+
+    in_virtual_time(job, pull_bytes_max=128 * KIB)
+
+
+def test_deliveries_of_a_cluster_with_a_domain_are_read() -> None:
+    """Their reply subjects have two tokens more in front, and one behind."""
+
+    async def job(ground: Ground) -> None:
+        client: Any = ground.api.client
+        subscribe_sink = client.subscribe_sink
+
+        async def with_domain(subject: str, sink: Sink) -> object:
+            def take(subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
+                sink(
+                    subject, reply.replace(b"$JS.ACK.", b"$JS.ACK.hub.AbCdEfGh.") + b".x7" * bool(reply), block, payload
+                )
+
+            return await subscribe_sink(subject, take)
+
+        client.subscribe_sink = with_domain
+        for number in range(20):
+            await ground.publish(SUBJECT, b"%d" % number)
+        reader = reader_of(ground, batch=8)
+        numbers: list[int] = []
+        while len(numbers) < 20:
+            async with asyncio.timeout(5):
+                await reader.wait()
+            numbers += [int(message.data) for message in reader.take(3, KIB)]
+        assert (numbers, reader.opened) == (list(range(20)), 1)
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+@pytest.mark.parametrize("ends", ["the stream", "the connection"])
+def test_a_lane_whose_input_ends_for_good_ends_too(ends: str) -> None:
+    async def job(ground: Ground) -> None:
+        opened: list[int] = []
+        lane = Lane(ground.api, IngestCore(), 0, "nonce", opened.append)
+        running = asyncio.create_task(lane.run())
+        await until(lambda: opened, "it has found its place")
+        await asyncio.sleep(1)
+        if ends == "the stream":
+            del ground.broker.streams[EVENTS]
+            lane.nudge()
+        else:
+            await ground.api.client.close()
+        done, _ = await asyncio.wait((running,), timeout=60)
+        assert done
+        with pytest.raises((TopologyError, ClusterUnavailableError), match=r"is gone|does not exist|was closed"):
+            running.result()
+
+    in_virtual_time(job)
+
+
+async def counting(ground: Ground) -> list[int]:
+    """Three messages in `FI_EVENTS`, the second one of another partition; gives when each was stored."""
+    stored = ground.broker.streams[EVENTS]
+    for partition in (0, 1, 0):
+        stored.config.subject_transform = None
+        await ground.publish(publish_subject("clinic-1", "c"), b"x")
+        stored.messages[stored.last_seq].subject = f"fi.raw.{partition}.clinic-1.c"
+    return [0, *(message.time_ns for message in stored.messages.values())]
+
+
+@pytest.mark.parametrize(
+    ("origin", "stored", "purged", "words"),
+    [
+        (0, None, False, ""),
+        (1, 1, False, ""),
+        (3, None, False, ""),
+        (3, 3, False, ""),
+        (3, 3, True, ""),
+        (1, 1, True, ""),
+        (3, 1, False, "that message is one of"),
+        (2, None, False, "that message is of another partition now"),
+        (4, None, False, "it has not come so far"),
+        (4, 3, True, "it has not come so far"),
+    ],
+)
+def test_ingest_goes_on_only_where_the_stream_goes_on_counting(
+    origin: int, stored: int | None, purged: bool, words: str
+) -> None:
+    async def job(ground: Ground) -> None:
+        times = await counting(ground)
+        cursor = Cursor(origin, origin, b"", 0 if stored is None else times[stored])
+        if purged:
+            await ground.api.purge(EVENTS, ">")
+        if words:
+            with pytest.raises(CountsAnewError, match=words):
+                await locate(ground.api, "ingest", 0, cursor)
+        else:
+            assert await locate(ground.api, "ingest", 0, cursor) == origin + 1
+
+    in_virtual_time(job, partitions=2)
+
+
+def test_a_refused_last_message_is_no_sign_of_a_stream_that_counts_anew() -> None:
+    """When its frame's last event was stored says nothing of the message that the frame ends with."""
+
+    async def job(ground: Ground) -> None:
+        consultation = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"
+        good = (
+            f'{{"consultation_id":"{consultation}","event_type":"CONTEXT_UPDATED","payload":{{}},'
+            '"metadata":{"user_id":"u","session_id":"s"}}'
+        ).encode()
+        subject = publish_subject("clinic-1", consultation)
+        for nonce in ("first", "second", "third"):
+            for body in (good, b"not JSON"):
+                await ground.publish(subject, body)
+            reached = ground.broker.streams[EVENTS].last_seq
+            lane = Lane(ground.api, IngestCore(), 0, nonce, lambda _: None)
+            running = asyncio.create_task(lane.run())
+            await until(lambda reached=reached: len(ground.buried()) == reached // 2, "all is judged")  # type: ignore[misc]
+            await until(lambda reached=reached: len(ground.events(SEGMENT)) == reached // 2, "all is passed on")  # type: ignore[misc]
+            await asyncio.sleep(1)
+            lane.stop()
+            await running
+            if nonce == "second":
+                # All of it was sealed, and nothing is left to look at.
+                await ground.api.purge(EVENTS, ">")
+
+    in_virtual_time(job, frame_gap_s=0.05)
