@@ -54,8 +54,8 @@ async def count(api: Api, stream: str = SEGMENT) -> int:
     return info.state.messages
 
 
-def frame(prev: int, last: int, trail: tuple[int, ...] = (), closed: bytes = b"") -> bytes:
-    return encode_frame(Frame(0, prev, prev + 1, last, trail, "w", 0, closed, (), ()))
+def frame(prev: int, last: int, trail: tuple[int, ...] = (), closed: bytes = b"", partition: int = 0) -> bytes:
+    return encode_frame(Frame(partition, prev, prev + 1, last, trail, "w", 0, closed, (), ()))
 
 
 def receipt(origin: int, trail: tuple[int, ...]) -> bytes:
@@ -389,11 +389,13 @@ async def test_a_remembered_sequence_is_used_only_if_the_frame_there_is_the_one_
     jetstream = client.jetstream(timeout=30)
     for prev, last in ((0, 10), (10, 20), (20, 30)):
         await jetstream.publish("fi.persist.0", frame(prev, last, (1, 1)))
-    await jetstream.publish("fi.persist.1", frame(0, 20, (1, 1)))
+    await jetstream.publish("fi.persist.1", frame(0, 20, (1, 1), partition=1))
+    await jetstream.publish("fi.persist.0", b"no frame")
     assert await locate(api, "persist", 0, Cursor(20, 2)) == 3
     assert await locate(api, "persist", 0, Cursor(30, 3)) == 4
     assert await locate(api, "persist", 0, Cursor(25, 2)) == 1, "another frame is there now"
     assert await locate(api, "persist", 0, Cursor(20, 4)) == 1, "another lane's frame is there now"
+    assert await locate(api, "persist", 0, Cursor(30, 5)) == 1, "no frame is there now"
     assert await locate(api, "persist", 0, Cursor(20, 9)) == 1, "beyond the end: a consumer there would wait for ever"
     assert await locate(api, "persist", 0, Cursor(20, 0)) == 1
     assert await locate(api, "ingest", 0, Cursor()) == 1

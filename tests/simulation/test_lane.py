@@ -18,7 +18,7 @@ from contracts.errors import InvalidEventError
 from contracts.events import Event
 from contracts.frames import Frame, encode_frame
 from contracts.rules import DEFAULT_POLICY, Policy, Rules
-from contracts.subjects import CONTROL, FLUSH_SUBJECT, HASH, SEGMENT, publish_subject
+from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, SEGMENT, publish_subject
 from stages.ingest import core
 from stages.ingest.actor import IngestCore
 from stages.runtime.breaker import Breaker
@@ -188,5 +188,38 @@ def test_of_two_that_replace_a_value_at_once_the_second_sees_what_the_first_made
         last = await ground.api.last_message(CONTROL, FLUSH_SUBJECT)
         assert last is not None
         assert last.data in (b"abcd", b"abdc")
+
+    in_virtual_time(job)
+
+
+def test_a_letter_never_holds_another_event_than_its_own() -> None:
+    """Not even where its own was deleted by hand."""
+
+    async def job(ground: Ground) -> None:
+        for body in (b"first", b"second\nthird"):
+            await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), body)
+        await ground.api.delete(EVENTS, 1, erase=False)
+        letters = [
+            DeadLetter(*place, InvalidEventError("reason", "field", "detail"), None) for place in ((1, 0), (2, 1))
+        ]
+        await Graveyard(ground.api, "segment", 0, "nonce").bury(letters)
+        assert [message.data for message in ground.broker.streams[DLQ].messages.values()] == [b"", b"third"]
+
+    in_virtual_time(job)
+
+
+def test_what_is_awaited_before_a_session_holds_for_its_first_frame() -> None:
+    """A process that takes a partition over judges by a policy that the one before it may have gone by."""
+    in_force = [a_policy(2)]
+
+    async def look_now() -> None:
+        in_force[0] = a_policy(3)
+
+    async def job(ground: Ground) -> None:
+        await ground.publish("fi.segment.0", a_frame(an_event(1, "CORE_STATE_CHANGED")))
+        core = SegmentCore(lambda: in_force[0])
+        async with working(Lane(ground.api, core, 0, "nonce", lambda _: None, before_session=look_now)):
+            await until(lambda: ground.events(HASH), "it is passed on")
+        assert [event.policy_version for event in ground.events(HASH)] == [3]
 
     in_virtual_time(job)

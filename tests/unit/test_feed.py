@@ -129,6 +129,25 @@ def test_a_line_may_be_as_large_as_what_a_gateway_publishes_with_its_id_and_not_
     assert refused.value.reason == "message.too_large"
 
 
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b'{"consultation_id":"\xff"}', "json.utf8"),
+        (b'{"consultation_id":"c","metadata":{"site_id":' + b"[" * 100_000, "metadata.depth"),
+        (b'{"consultation_id":7}', "field.missing"),
+        (b"[]", "json.not_object"),
+        (b"\x00", "json.malformed"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_line_of_which_not_even_the_subject_can_be_read_is_refused_as_any_other(raw: bytes, reason: str) -> None:
+    checker = LineChecker("clinic-1")
+    with pytest.raises(InvalidEventError) as refused:
+        checker.check(1, raw)
+    assert refused.value.reason == reason
+    assert checker.check(2, an_event())
+
+
 def test_a_site_is_taken_from_the_event_before_the_option() -> None:
     metadata = {"user_id": "u", "session_id": "s"}
     without = an_event(metadata=metadata)

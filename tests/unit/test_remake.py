@@ -30,24 +30,32 @@ class Script:
         self.settings = Settings()
         self.client = self
         self.asked: list[str] = []
+        self.created: list[Any] = []
         self._answers = list(answers)
 
     async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
         self.asked.append(subject.split(".")[3])
+        if subject.startswith("$JS.API.STREAM.CREATE"):
+            self.created.append(msgspec.json.decode(body))
         answer = self._answers.pop(0) if subject.startswith("$JS.API.STREAM.INFO") else {}
         if answer is None:
             raise NatsTimeoutError
         return Answer(msgspec.json.encode(answer))
 
 
-async def looked(*answers: tuple[float, dict[str, Any] | None]) -> list[str]:
-    """What was asked when (seconds, answer to INFO) come one after the other, without the INFOs."""
+async def script(*answers: tuple[float, dict[str, Any] | None]) -> Script:
+    """What (seconds, answer to INFO) did, one after the other."""
     api = Script([answer for _, answer in answers])
     now_s = [0.0]
     remaker = Remaker(api, (SEGMENT,), lambda: now_s[0])  # type: ignore[arg-type]
     for now_s[0], _ in answers:
         await remaker.look(SEGMENT)
-    return [verb for verb in api.asked if verb != "INFO"]
+    return api
+
+
+async def looked(*answers: tuple[float, dict[str, Any] | None]) -> list[str]:
+    """What was asked then, without the INFOs."""
+    return [verb for verb in (await script(*answers)).asked if verb != "INFO"]
 
 
 LATE = LEADER_GONE.s + 1
@@ -60,8 +68,8 @@ async def test_a_stream_in_memory_without_a_leader_is_made_again() -> None:
 
 @pytest.mark.parametrize(
     "between",
-    [LED, None, HEADLESS | {"created": "t2"}, {"error": {"code": 503, "err_code": 10008}}],
-    ids=["led again", "nobody answers", "another stream of the name", "the cluster has no leader"],
+    [LED, None, {"config": 5}, HEADLESS | {"created": "t2"}, {"error": {"code": 503, "err_code": 10008}}],
+    ids=["led again", "nobody answers", "not understood", "another stream of the name", "the cluster has no leader"],
 )
 async def test_its_time_begins_anew_when(between: dict[str, Any] | None) -> None:
     last = between if between and between.get("created") == "t2" else HEADLESS
@@ -100,3 +108,11 @@ async def test_two_looks_are_one_after_the_other(between: dict[str, Any] | None)
 )
 async def test_one_is_not_created_that_was(before: list[dict[str, Any]]) -> None:
     assert await looked(*[(0, info) for info in before], (1, GONE), (2, GONE), (3, GONE)) == []
+
+
+async def test_it_is_made_as_it_was_last_without_what_servers_put_there_themselves() -> None:
+    before, after = ({"name": SEGMENT, "storage": "memory", "max_bytes": number} for number in (1, 2))
+    words = {"fi.layout": "1", "_nats.ver": "2.15.1", "_nats.level": "1"}
+    seen = [LED | {"config": config | {"metadata": words}} for config in (before, after)]
+    api = await script((0, seen[0]), (1, seen[1]), (2, GONE), (3, GONE))
+    assert api.created == [after | {"metadata": {"fi.layout": "1"}}]
