@@ -114,7 +114,8 @@ def list_shards(directory: Path) -> dict[int, list[ShardFile]]:
 def list_leftovers(directory: Path, partition: int) -> list[Path]:
     """Files of one partition that a stopped process left: unfinished ones, prepared shards, live forms of sealed ones.
 
-    All may be removed by the partition's owner (who holds its lock), in any order. Raises as `list_shards`.
+    All may be removed by the partition's owner (who holds its lock), in any order; live forms once the sealed ones are
+    known to hold what was committed. Raises as `list_shards`.
     """
     shown = {shard.path for shard in list_shards(directory).get(partition, ())}
     leftovers = []

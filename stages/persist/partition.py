@@ -98,9 +98,10 @@ class PartitionFiles:
         found = {file.shard: file for file in list_shards(self._store.directory).get(self._partition, ())}
         self._prefer_whole_forms(found)
         kept = {file.path for file in found.values()}
-        for leftover in list_leftovers(self._store.directory, self._partition):
-            if leftover not in kept:
-                remove_file(leftover)
+        spare = [path for path in list_leftovers(self._store.directory, self._partition) if path not in kept]
+        for unfinished in [path for path in spare if parse_name(path) is None]:
+            remove_file(unfinished)
+            spare.remove(unfinished)
         end = receipt.ends.get(self._store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
         self._first_shard = end.first
         self._take_earlier([found.pop(number) for number in sorted(found) if number < end.first])
@@ -118,8 +119,9 @@ class PartitionFiles:
                 f"{self.frontier.root().hex()[:16]}…, its last receipt says {receipt.persisted} with "
                 f"{receipt.root[:16]}…; run `fictl verify {self._store.directory}`; rebuild or restore what is damaged"
             )
-        for damaged in self._damaged.values():
-            remove_file(damaged)
+        # Not before: the other form of a shard may be the true one of the two.
+        for path in (*spare, *self._damaged.values()):
+            remove_file(path)
 
     def _prefer_whole_forms(self, found: dict[int, ShardFile]) -> None:
         """Where both forms are there, a damaged sealed one gives way to the live one and is sealed again."""

@@ -30,7 +30,7 @@ from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
 from stages.persist.rewind import Damage, last_good_place
 from stages.persist.rows import ROW_BYTES, encode_row, pack_blob, row_crc32, split_blob
-from stages.persist.seal import sealed_info
+from stages.persist.seal import events_of_sealed, seal, sealed_info
 from stages.persist.storedir import Store
 
 PARTITION = 3
@@ -115,8 +115,38 @@ def test_a_forged_sealed_form_beside_the_live_one_gives_way_to_it(store: Store, 
     forge_sealed(true.path)
     receipt = receipt_of(store, files)
     files.close()
-    with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as again:
-        assert again.seal(*again.to_seal) == sealed_info(true.path) == true
+    with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS + 1)) as again:
+        # With the time that is in its record, it is the recorded file to the last byte.
+        assert again.seal(*again.to_seal, true.header.sealed_ns) == sealed_info(true.path) == true
+
+
+def test_the_live_form_stays_until_the_sealed_one_is_known_to_be_what_was_committed(
+    store: Store, files: PartitionFiles
+) -> None:
+    """One that agrees with itself in everything, its root too, is whole: only the receipt tells the two apart."""
+    files.roll()
+    (job,) = files.to_seal
+    true = job.path.read_bytes()
+    forge_live(job.path)
+    seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=NOW_NS)
+    job.path.write_bytes(true)
+    receipt = receipt_of(store, files)
+    files.close()
+    with pytest.raises(ShardCorruptError, match="its last receipt says"):
+        PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS)
+    assert job.path.read_bytes() == true
+    _, damage = last_good_place(store, PARTITION, [receipt], [])
+    assert damage is not None
+    assert "are not those that were committed" in damage.why
+
+
+def test_a_root_that_is_not_that_of_the_events_gets_no_record(store: Store, files: PartitionFiles) -> None:
+    files.roll()
+    info = files.seal(files.to_seal[0])
+    with info.path.open("r+b") as file:
+        file.write(encode_header(msgspec.structs.replace(info.header, root="11" * 32)))
+    with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
+        events_of_sealed(info.path)
 
 
 def test_a_sealed_shard_that_was_changed_before_it_got_its_record_gets_none(
