@@ -106,7 +106,7 @@ class Trimmer:
         self._news.set()
 
     async def run(self) -> None:
-        """Trims every `trim_s` while there is news, and looks for room, until cancelled."""
+        """Trims every `trim_s` while there is news, or what was refused, and looks for room, until cancelled."""
         settings = self._api.settings
         while True:
             with contextlib.suppress(TimeoutError):
@@ -117,11 +117,13 @@ class Trimmer:
                     await asyncio.sleep(settings.trim_s)
                     self._news.clear()
                     await self._trim()
-                await self._room.look()
-                if not self._room.spare:
-                    self._look_again()
             except (RequestRefusedError, CountsAnewError) as error:
                 log.warning("partition %d is not trimmed now: %s", self._partition, error)
+                # A stream that is full of what should have left lets nothing in that would be news.
+                self._news.set()
+            await self._room.look()
+            if not self._room.spare:
+                self._look_again()
 
     async def _trim(self) -> None:
         receipt, origin = self._committed, self._claimed_origin

@@ -94,6 +94,53 @@ async def test_a_large_last_frame_leaves_too(client: Client) -> None:
         await until(left, "the large frame has left")
 
 
+async def test_what_is_told_while_it_trims_is_trimmed_next(client: Client) -> None:
+    api = await ready(client)
+    for data in (frame(0, 1), frame(1, 2), frame(2, 3)):
+        await send(client, INPUT, data)
+
+    class Telling(Api):
+        told = False
+
+        async def purge(self, stream: str, subject: str, **limits: int | None) -> None:
+            await super().purge(stream, subject, **limits)
+            if stream == SEGMENT and not self.told:
+                self.told = True
+                trimmer.committed(committed(3, 3))
+
+    async def left() -> bool:
+        return await kept(api, SEGMENT, INPUT) == [3]
+
+    async with trimming(Telling(client, api.settings)) as trimmer:
+        trimmer.committed(committed(2, 2))
+        await until(left, "what was told meanwhile has been trimmed")
+
+
+async def test_what_may_not_be_trimmed_yet_is_as_soon_as_it_may_though_nothing_new_is_told(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full stream lets nothing in, so there will be no commit that would bring it up again."""
+    api = await ready(client, partitions=1)
+    subject = "fi.events.clinic-1.00000000-0000-4000-8000-000000000001"
+    for _ in range(2):
+        await send(client, subject, b"{}")
+
+    def refused() -> bool:
+        return "partition 0 is not trimmed now" in caplog.text
+
+    async def left() -> bool:
+        return await kept(api, EVENTS, "fi.raw.0.>") == [3, 4]
+
+    async with trimming(api) as trimmer:
+        trimmer.committed(committed(4, 9))
+        trimmer.sealed(3)
+        trimmer.claimed(3)
+        await until(refused, "who answers has not come so far")
+        for _ in range(2):
+            await send(client, subject, b"{}")
+        await until(left, "it has, and what is before the sealed origin has left")
+
+
 @pytest.mark.parametrize("there", ["not-committed", "another-lanes", "no-frame", "nothing"])
 async def test_a_remembered_sequence_proves_nothing_where_another_message_is(client: Client, there: str) -> None:
     """Streams in memory begin at 1 again: what lies there now is perhaps not committed, and nowhere else."""
