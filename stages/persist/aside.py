@@ -174,7 +174,6 @@ def _write_kept(store: Store, path: Path, kept: Path, commits: int) -> None:
                 )
             if new.commits < commits:
                 raise ShardCorruptError(f"{path}: only {new.commits} of {commits} committed rows are whole")
-            new.sync()
             new.set_watermark(commits)
             new.sync()
 

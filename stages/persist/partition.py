@@ -60,7 +60,6 @@ class PartitionFiles:
         self._live: LiveShard
         self._frontier_before = MerkleFrontier()
         self._first_ns: int | None = None
-        self._begins_after: int | None = None
         self._dropped_bytes = 0
         """Of duplicates that came while the live shard was, as far as this object saw them."""
         self._first_shard = FIRST_SHARD
@@ -232,9 +231,7 @@ class PartitionFiles:
         self._frontier_before = self.frontier.copy()
         self._replay(live)
         live.set_watermark(live.commits)
-        first = next(iter(live.read_rows(0, 1)), None) if live.commits else None
-        self._first_ns = None if first is None else first.committed_ns
-        self._begins_after = None if first is None else first.prev_origin
+        self._first_ns = live.read_rows(0, 1)[0].committed_ns if live.commits else None
 
     def _discard_unaccepted(self, file: ShardFile) -> None:
         """A shard after the current one holds nothing that was accepted (its first receipt never was)."""
@@ -266,11 +263,11 @@ class PartitionFiles:
         self._live = open_live(path)
         self._check_belongs(path, self._live.header, number)
         self._check_shown(self._live, 0)
-        if used or self._live.commits or self._live.torn:
-            # Reads all of the file; one that was made ready and never appended to is zero.
+        if used:
+            # Reads all of the file; one that was just made is zero.
             self._live.cut(0)
         self._frontier_before = self.frontier.copy()
-        self._first_ns = self._begins_after = None
+        self._first_ns = None
         self._dropped_bytes = 0
         self._next_ready = False
 
@@ -302,7 +299,8 @@ class PartitionFiles:
 
     def is_flushed(self, target: int) -> bool:
         """True when nothing that settles origins up to `target` is in the live shard, or no event at all."""
-        return self._begins_after is None or self._begins_after >= target or not self.holds_events()
+        after = self._live.prev_origin
+        return after is None or after >= target or not self.holds_events()
 
     def commit(self, group: Group) -> int:
         """Appends the group and makes it durable: one fdatasync. Committed only when its receipt is accepted.
@@ -328,7 +326,7 @@ class PartitionFiles:
         self.seen.add(self._live.header.shard, group.ids)
         now_ns = self._clock_ns()
         if self._first_ns is None:
-            self._first_ns, self._begins_after = now_ns, group.prev_origin
+            self._first_ns = now_ns
         return now_ns
 
     def accepted(self) -> None:

@@ -79,6 +79,21 @@ def test_a_commit_without_its_receipt_is_cut_and_stored_again(stand: Stand) -> N
     healed(stand)
 
 
+@pytest.mark.parametrize("messages", [0, 5])
+def test_a_shard_begun_after_a_sealed_one_is_gone_on_with_and_what_was_not_accepted_in_it_is_cut(
+    stand: Stand, messages: int
+) -> None:
+    """No receipt speaks of it yet."""
+    lane = stand.lane()
+    lane.open()
+    lane.roll()
+    lane.seal_all()
+    if messages:
+        lane.append(messages)
+    lane.close()
+    healed(stand)
+
+
 @pytest.mark.parametrize("part", ["row", "blob"])
 def test_a_torn_tail_is_cut(stand: Stand, part: str) -> None:
     path = append_unaccepted(stand)
