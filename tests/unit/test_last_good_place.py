@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from shard_maker import NOW_NS
+from shard_maker import NOW_NS, make_event, new_store
 from witnessed import PLAN, Witnessed, events_of
 
 from cluster.testing.disk import flip
+from contracts.events import encode_event
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
@@ -21,6 +22,7 @@ from contracts.settings import MIB, Settings
 from stages.persist import seal
 from stages.persist.aside import ASIDE, given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
+from stages.persist.core import Group
 from stages.persist.header import HEADER_BYTES, read_live_header
 from stages.persist.live import open_live
 from stages.persist.names import list_shards, live_name
@@ -33,6 +35,7 @@ from stages.persist.storedir import Store
 from stages.persist.verify import verify_store
 
 PARTITION = 3
+SETTINGS = Settings(shard_bytes=MIB)
 EVENTS = [sum(shard) for shard in PLAN]
 
 
@@ -113,6 +116,24 @@ def test_a_commit_that_was_replaced_with_care_is_not_trusted(maker: Witnessed) -
     assert place.origin == maker.receipts[-2].origin
 
 
+def test_a_sealed_shard_that_is_not_the_recorded_one_ends_what_is_good_though_it_is_whole(maker: Witnessed) -> None:
+    """Its receipts may be gone long since: the cluster keeps the last of them, and every seal record."""
+    other = msgspec.structs.replace(maker.seals[1], sha256="11" * 32)
+    place, damage = last_good_place(maker.store, PARTITION, maker.receipts[-1:], [maker.seals[0], other])
+    assert damage is not None
+    assert damage.file == path_of(maker, 2)
+    assert (place.shard, place.commits, place.origin) == (2, 0, maker.seals[0].last_origin)
+
+
+def test_of_a_shard_without_a_receipt_in_it_all_is_given_up_and_the_records_tell_the_totals(maker: Witnessed) -> None:
+    damage_row(maker)
+    place, damage = last_good_place(maker.store, PARTITION, maker.receipts[-1:], maker.seals)
+    assert damage is not None
+    assert (place.shard, place.commits, place.tree.size) == (3, 0, EVENTS[0] + EVENTS[1])
+    # One in each commit.
+    assert (place.origin, place.duplicates) == (maker.seals[1].last_origin, len(PLAN[0]) + len(PLAN[1]))
+
+
 def rewound(maker: Witnessed, place: Place, store: Store, first: int = 1) -> Receipt:
     """The takeover with which `store` goes back to `place`."""
     end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
@@ -160,10 +181,12 @@ def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: 
     settings = Settings(shard_bytes=MIB)
     receipt = rewound(maker, place, heir.store, first=place.shard)
     begin_at(heir.store, PARTITION, place, settings, lambda: NOW_NS)
+    before = {2: (maker.seals[1].tree_size, maker.seals[1].root)}
     for _ in range(2):
         files = PartitionFiles.open(heir.store, PARTITION, receipt, settings, lambda: NOW_NS)
         assert files.frontier.size == place.tree.size
         assert files.end == receipt.ends[heir.store.store_id]
+        assert files.trees == before, "by which it knows the record of the shard before its own as in force"
         files.close()
     with open_live(heir.store.directory / "p003-00000003.live.h5") as live:
         assert live.header.begins
@@ -171,6 +194,39 @@ def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: 
     assert report.ok, report.problems
     with EventStore(heir.store.directory) as store:
         assert store.ends()[0].root == place.tree.root().hex()
+
+
+def test_the_shard_that_another_store_begins_with_says_so_when_it_is_sealed_too(
+    maker: Witnessed, tmp_path: Path
+) -> None:
+    place = place_after_seals(maker.receipts[-1], maker.seals)
+    heir = new_store(tmp_path / "heir")
+    receipt = rewound(maker, place, heir, first=place.shard)
+    begin_at(heir, PARTITION, place, SETTINGS, lambda: NOW_NS)
+    for _ in range(2):
+        with closing(PartitionFiles.open(heir, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as files:
+            if not files.sealed:
+                origin = place.origin + 1
+                event = make_event(maker.rng, origin)
+                files.commit(Group(place.origin, origin, [encode_event(event)], [event.event_id], 0, 0, (), b""))
+                files.roll()
+                (job,) = files.to_seal
+                files.finish_seal(job, files.seal(job))
+                receipt = msgspec.structs.replace(
+                    receipt, ends={heir.store_id: files.end}, origin=origin, persisted=files.frontier.size,
+                    root=files.frontier.root().hex(),
+                )  # fmt: skip
+    assert list(files.sealed) == [place.shard]
+
+
+def test_another_store_whose_first_shard_is_gone_is_good_to_where_it_began(maker: Witnessed, tmp_path: Path) -> None:
+    """Though nothing was committed to it yet: without it nobody can go on there."""
+    place = place_after_seals(maker.receipts[-1], maker.seals)
+    heir = new_store(tmp_path / "heir")
+    receipt = rewound(maker, place, heir, first=place.shard)
+    found, damage = last_good_place(heir, PARTITION, [receipt], maker.seals)
+    assert damage is not None
+    assert (damage.shard, found.shard, found.commits, found.origin) == (3, 3, 0, place.origin)
 
 
 def test_a_store_that_has_the_partition_again_still_knows_the_ids_of_its_former_time(maker: Witnessed) -> None:

@@ -1,14 +1,16 @@
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from shard_maker import CLUSTER, NOW_NS, new_store
 
 from contracts.errors import NotOursError, ShardCorruptError, ShardError
-from stages.persist import files
+from stages.persist import files, storedir
 from stages.persist.hdf5 import _Disk
 from stages.persist.names import (
     list_leftovers,
@@ -211,6 +213,35 @@ def test_the_directory_around_a_store_is_not_taken_for_one(tmp_path: Path, opene
     # One that was made there by an earlier build stays one.
     (tmp_path / STORE_FILE).write_bytes((tmp_path / "shards" / STORE_FILE).read_bytes())
     assert opened(tmp_path, CLUSTER, **more).directory == tmp_path
+
+
+def test_all_who_open_a_new_store_at_once_find_the_same_one(tmp_path: Path) -> None:
+    """Several persisters of a node start together on an empty disk."""
+    at_once = threading.Barrier(8)
+
+    def opened(_: int) -> Store:
+        at_once.wait(60)
+        return new_store(tmp_path / "store")
+
+    with ThreadPoolExecutor(8) as pool:
+        (store,) = set(pool.map(opened, range(8)))
+    assert existing_store(tmp_path / "store", CLUSTER) == store
+
+
+def test_a_store_has_its_identity_only_once_its_place_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut could take a store away that receipts speak of."""
+    synced: set[Path] = set()
+
+    def sync_dir(path: Path) -> None:
+        assert not (tmp_path / "a" / "b" / STORE_FILE).exists()
+        synced.add(path)
+        files.sync_dir(path)
+
+    monkeypatch.setattr(storedir, "sync_dir", sync_dir)
+    new_store(tmp_path / "a" / "b")
+    assert synced == {tmp_path, tmp_path / "a"}
 
 
 def test_a_partition_is_locked_once(tmp_path: Path) -> None:
