@@ -34,7 +34,9 @@ async def test_what_an_owner_left_that_died_after_a_seal_record_is_made_good(
             raise RuntimeError("killed")
 
     async with cluster.upstream():
-        dying = asyncio.create_task(cluster.persist(store, LOCAL._replace(open=Killed.open), shard_events_max=5).run())
+        # What ends in the background ends the lane, though it has no other reason to look for an hour.
+        lane = cluster.persist(store, LOCAL._replace(open=Killed.open), shard_events_max=5, probe_s=3600.0)
+        dying = asyncio.create_task(lane.run())
         await cluster.publish(5)
         await cluster.send(uuid4())
         with pytest.raises(RuntimeError, match="killed"):

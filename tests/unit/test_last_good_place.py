@@ -174,6 +174,13 @@ def test_what_is_given_up_is_moved_aside_and_the_rest_opens(
     assert verify_store(maker.store.directory).ok
 
 
+def test_a_damaged_sealed_form_beside_its_live_one_takes_nothing_from_what_is_good(maker: Witnessed) -> None:
+    info = seal.seal(path_of(maker, 3), commits=3, frontier=maker.frontier, sealed_ns=NOW_NS)
+    flip(info.path, info.bytes - 100)
+    place, why = place_of(maker)
+    assert (why, place.shard, place.commits) == ("", 3, 3)
+
+
 def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: Path) -> None:
     place = place_after_seals(maker.receipts[-1], maker.seals)
     assert (place.shard, place.tree.size) == (3, EVENTS[0] + EVENTS[1])
