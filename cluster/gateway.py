@@ -116,7 +116,7 @@ class Gateway:
         Args:
             client: connected (`stages.runtime.connection.connect`); stays the caller's to close.
             in_flight: at least 1.
-            timeout_s: how long one try waits for the answer before its outcome counts as unknown.
+            timeout_s: how long one try waits for the answer, once it has left, before its outcome counts as unknown.
             jitter: gives a number in [0, 1).
             telemetry: to record with.
         """
@@ -166,7 +166,8 @@ class Gateway:
             event_id: what makes it this message and no other; for several events see `batch_id`.
             traceparent: W3C trace context to send along.
             first_seen: of a replay: where the events first came in (`contracts.letters`).
-            deadline_s: give up this long after the first try, once the try then under way is over; None: never.
+            deadline_s: give up this long after the first try, once the try then under way is over, which is waited for
+                `timeout_s` at most; None: never.
 
         Raises:
             RefusedError: it can never be stored, e.g. it is too large.
@@ -219,7 +220,7 @@ class Gateway:
         times_full = 0
         try:
             while True:
-                answer = await self._attempt(subject, body, headers)
+                answer = await self._attempt(subject, body, headers, give_up_s)
                 if isinstance(answer, PubAnswer):
                     elapsed_ns = time.perf_counter_ns() - start_ns
                     self._accepted.record(elapsed_ns / 1e9)
@@ -239,11 +240,16 @@ class Gateway:
             if times_full:
                 self._release()
 
-    async def _attempt(self, subject: str, body: bytes, headers: dict[str, str]) -> PubAnswer | _Failure:
+    async def _attempt(
+        self, subject: str, body: bytes, headers: dict[str, str], give_up_s: float
+    ) -> PubAnswer | _Failure:
         """One try. Raises when no further one can help."""
         begun_s = time.perf_counter()
+        # The client does not count the time that a body takes over a slow link; whoever set a deadline does.
+        limit_s = None if give_up_s == math.inf else give_up_s - time.monotonic() + self._timeout_s
         try:
-            reply = await self.client.request(subject, body, timeout=self._timeout_s, headers=dict(headers))
+            async with asyncio.timeout(limit_s):
+                reply = await self.client.request(subject, body, timeout=self._timeout_s, headers=dict(headers))
         except ConnectionClosedError as error:
             raise ClusterUnavailableError("the connection was closed; publish again to be sure") from error
         except MaxPayloadError as error:
@@ -253,7 +259,7 @@ class Gateway:
         except NoRespondersError as error:
             self._probe.sent(begun_s, type(error).__name__)
             return _Failure.NOT_STORED
-        except NatsError as error:
+        except (NatsError, TimeoutError) as error:
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: to be published again: %r", subject, error)
             return _Failure.UNKNOWN

@@ -45,7 +45,9 @@ FIRST_CONNECTION: Final = _limit(10.0, "a process: its first server to answer", 
 CONNECT_ATTEMPT: Final = _limit(1.0, "a client: one server to take its connection", "it tries the next server")
 RECONNECT_PAUSE: Final = _pause(0.1, "a client: between two attempts to connect", "it tries again, for ever")
 PING_INTERVAL: Final = _pause(
-    1.0, "a client: between two pings of its server", "pings again; the third in vain counts as a lost connection"
+    1.0,
+    "a client: between two pings of its server",
+    "pings again; the third in vain, while nothing moves, counts as a lost connection",
 )
 CONNECTION_END: Final = _limit(
     1.0, "a client that ends: its server to take what was sent, and to say farewell", "it cuts the connection"
@@ -147,7 +149,9 @@ STATE_PAUSE: Final = _pause(1.0, "a supervisor: before it saves again what its f
 CONTROL_REQUEST: Final = _limit(5.0, "a supervisor: a request on its socket to be sent", "it is refused")
 
 # Gateways and streams.
-ACCEPT: Final = _limit(2.0, "a gateway: one try's acknowledgement by FI_EVENTS", "it sends the same message again")
+ACCEPT: Final = _limit(
+    2.0, "a gateway: acknowledgement by FI_EVENTS of a try that has left", "it sends the same message again"
+)
 ACCEPT_PAUSE_MIN: Final = _pause(0.05, "a gateway: before the next try, at least", "it sends again")
 ACCEPT_PAUSE_MAX: Final = _pause(0.2, "the same, at most; longer after each try in vain", "it sends again")
 TOPOLOGY_APPLY: Final = _limit(60.0, "whoever applies the topology: a stream's leader", "it fails; run it again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
@@ -73,26 +73,35 @@ def unavailable(what: str, met: object) -> ClusterUnavailableError:
     return kind(f"{what}{why}; {step_after(met) or 'see `fictl cluster status`'}")
 
 
+class _Awaited(NamedTuple):
+    due: float
+    answer: asyncio.Future[Msg]
+    subject: str
+    timeout: float
+    end: int
+
+
 class Answers:
     """By a token: the future of each answer, and when it fails for want of one. All on one event loop."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[float, asyncio.Future[Msg], str]] = {}
+        self._waiting: dict[str, _Awaited] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def expect(self, token: str, timeout: float, subject: str = "") -> asyncio.Future[Msg]:
+    def expect(self, token: str, timeout: float, subject: str = "", end: int = 0) -> asyncio.Future[Msg]:
         """What the answer is awaited with; it fails with `nats.errors.TimeoutError` after `timeout` seconds.
 
-        `subject` is what `deny` knows it by.
+        `subject` is what `deny` knows it by, `end` where the request ends among the bytes that were given to the
+        connection, for `put_off`.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Msg] = loop.create_future()
         due = loop.time() + timeout
-        self._waiting[token] = due, answer, subject
+        self._waiting[token] = _Awaited(due, answer, subject, timeout, end)
         if due < self._timer_due:
             self._arm(loop, due)
         return answer
@@ -104,13 +113,24 @@ class Answers:
     def awaited(self, token: str) -> asyncio.Future[Msg] | None:
         """What an answer with that token is to be given to; None when it is too late, or was never asked for."""
         found = self._waiting.get(token)
-        return None if found is None or found[1].done() else found[1]
+        return None if found is None or found.answer.done() else found.answer
 
     def deny(self, words: str, subject: str | None) -> None:
         """Those asked on `subject`, in lower case, fail with `DeniedError`; None: all."""
-        for _, answer, asked in self._waiting.values():
-            if not answer.done() and subject in (None, asked.lower()):
-                answer.set_exception(DeniedError(words))
+        for awaited in self._waiting.values():
+            if not awaited.answer.done() and subject in (None, awaited.subject.lower()):
+                awaited.answer.set_exception(DeniedError(words))
+
+    def place(self, token: str, end: int) -> None:
+        """The request ends there, not where `expect` said."""
+        self._waiting[token] = self._waiting[token]._replace(end=end)
+
+    def put_off(self, reached: int) -> None:
+        """So many bytes have come to the server: the time of each request that ends behind them begins anew."""
+        now = asyncio.get_running_loop().time()
+        for token, awaited in self._waiting.items():
+            if awaited.end > reached:
+                self._waiting[token] = awaited._replace(due=now + awaited.timeout)
 
     def _arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         if self._timer is not None:
@@ -122,7 +142,7 @@ class Answers:
         self._timer, self._timer_due = None, math.inf
         now = loop.time() + _ROUNDING
         next_due = math.inf
-        for due, answer, _ in self._waiting.values():
+        for due, answer, *_ in self._waiting.values():
             if answer.done():
                 continue
             if due <= now:

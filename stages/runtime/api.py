@@ -30,7 +30,8 @@ from contracts.subjects import HOPS, MEMBERS
 from contracts.telemetry import CIRCUIT_TRIPS
 from stages.runtime.answers import DeniedError, unavailable, why_silent
 from stages.runtime.circuit import Circuit, Gate
-from stages.runtime.client import GuardedClient, parse_headers
+from stages.runtime.client import GuardedClient
+from stages.runtime.headers import parse_headers
 from stages.runtime.messages import StoredMessage
 from stages.runtime.telemetry import OFF, Telemetry
 

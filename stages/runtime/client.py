@@ -22,24 +22,24 @@ from typing import Any, Final
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError
+from nats.errors import ConnectionDrainingError, MaxPayloadError, NoRespondersError, StaleConnectionError
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CONNECTION_END, TROUBLE_COUNTS
 from contracts.errors import SettingsError
 from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import Answers, DeniedError
+from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.parser import Sink, SinkParser
-from stages.runtime.sockets import cut, tell_of_tls, unwritten_bytes
+from stages.runtime.pulse import NOTHING, Pulse
+from stages.runtime.sockets import cut, tell_of_tls, unsent_bytes, unwritten_bytes
 from stages.runtime.tasks import end_tasks, run_blocking
 
 log = logging.getLogger(__name__)
 
 _CRLF: Final = b"\r\n"
-_SPACE: Final = " \t\n\r\v\f"
 _QUOTED: Final = "' \r\n"
 _FEW: Final = 4
-_STATUS_AT: Final = len(b"NATS/1.0 ")
 _NO_RESPONDERS: Final = "503"
 _DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
 _REFUSES: Final = "a server refuses: "
@@ -50,29 +50,6 @@ TOLD_MAX: Final = 8
 """Troubles in a row that are told: their words may hold names that are new each time."""
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
-
-
-def parse_headers(block: bytes) -> dict[str, str]:
-    """A NATS header block → its headers; what is not UTF-8 is replaced, later lines win."""
-    headers: dict[str, str] = {}
-    for line in block.decode(errors="replace").split("\r\n")[1:]:
-        name, colon, value = line.partition(":")
-        if colon:
-            headers[name.strip(_SPACE)] = value.strip(_SPACE)
-    return headers
-
-
-def read_headers(block: bytes) -> dict[str, str]:
-    """A header block as it was delivered → its headers; of a status message also ``Status`` and ``Description``."""
-    if not block:
-        return {}
-    headers = parse_headers(block)
-    if block[_STATUS_AT - 1 : _STATUS_AT] == b" ":
-        status, _, description = block[_STATUS_AT : block.find(_CRLF)].decode(errors="replace").partition(" ")
-        headers["Status"] = status
-        if description:
-            headers["Description"] = description
-    return headers
 
 
 def words_of(text: str) -> str:
@@ -99,6 +76,8 @@ class GuardedClient(Client):
         self._answers = Answers()
         self._will_depart = False
         self._flushed: asyncio.Future[None] | None = None
+        self._given = 0
+        """Bytes that were given to be written, over all connections."""
         self._trouble = ""
         self._trouble_s = -math.inf
         self._told: set[str] = set()
@@ -190,11 +169,12 @@ class GuardedClient(Client):
         # Unique among this connection's requests; the inbox before it is unique among connections.
         token = str(next(self._tokens))
         reply = self._request_inbox + token
-        answer = self._answers.expect(token, timeout, subject)
+        answer = self._answers.expect(token, timeout, subject, self._given + len(payload))
         try:
             if not self._send_soon(subject, payload, reply, headers):
-                await self._wait_room(answer)
-                await super().publish(subject, payload, reply, headers)
+                await self._wait_room(token, answer, len(payload))
+                if not answer.done():
+                    await super().publish(subject, payload, reply, headers)
             message = await answer
         finally:
             self._answers.forget(token)
@@ -202,13 +182,44 @@ class GuardedClient(Client):
             raise NoRespondersError
         return message
 
-    async def _wait_room(self, answer: asyncio.Future[Msg]) -> None:
+    async def _wait_room(self, token: str, answer: asyncio.Future[Msg], size: int) -> None:
         """While more is pending than may be, waits for the flusher; no longer than for the answer."""
         while self.is_connected and self._pending_data_size > self._max_pending_size and not answer.done():
             if self._flushed is None or self._flushed.done():
                 self._flushed = asyncio.get_running_loop().create_future()
                 await self._flush_queue.put(self._flushed)  # type: ignore[union-attr]
             await asyncio.wait((self._flushed, answer), return_when=asyncio.FIRST_COMPLETED)
+            self._answers.place(token, self._given + size)
+
+    async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
+        self._given += len(cmd)
+        await super()._send_command(cmd, priority)
+
+    async def _ping_interval(self) -> None:
+        """As nats-py's, but a server is not lost while something is read from it, or what it is sent leaves (`Pulse`).
+
+        Nor does a request count as unanswered while it is still on its way.
+        """
+        pulse = Pulse(self.options["max_outstanding_pings"], self._left)
+        while True:
+            await asyncio.sleep(self.options["ping_interval"])
+            if not self.is_connected:
+                continue
+            heard, self._ps.heard = self._ps.heard, False
+            if not pulse.beat(self._left, heard=heard):
+                await self._process_op_err(StaleConnectionError())
+                return
+            if pulse.reached != NOTHING:
+                self._answers.put_off(pulse.reached)
+            try:
+                await self._send_ping(pulse.ping(self._given))
+            except (RuntimeError, AttributeError):
+                return  # The connection was lost, which the read loop finds.
+
+    @property
+    def _left(self) -> int:
+        """Of the bytes given, those that wait neither here nor in the kernel."""
+        return self._given - self._pending_data_size - unsent_bytes(self._transport)
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         # Forced, nats-py would wait without end for a server to take it all, and swallow a cancellation.
@@ -248,6 +259,7 @@ class GuardedClient(Client):
             command = b"".join((sizes, head, payload, _CRLF))
         else:
             command = b"".join((f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload, _CRLF))
+        self._given += len(command)
         if not self._pending and len(self._answers) <= _FEW and unwritten_bytes(self._transport) == 0:
             self._transport.write(command)  # type: ignore[union-attr]
             return True

@@ -42,6 +42,8 @@ class SinkParser(parser.Parser):
         self._words: list[bytes] = []
         self._resets = 0
         self._tapped: asyncio.StreamReader | None = None
+        self.heard = False
+        """Something was read since somebody said that nothing was."""
         self._behind = 0
         """Bytes that the tapped stream holds or `parse` works on: what is read meanwhile must not overtake them."""
         super().__init__(client)
@@ -58,6 +60,7 @@ class SinkParser(parser.Parser):
         feed = stream.feed_data
 
         def intercept(data: bytes) -> None:
+            self.heard = True
             if self._tapped is stream:
                 if not self._behind:
                     data = self._rest_of(data)
@@ -91,6 +94,7 @@ class SinkParser(parser.Parser):
             ProtocolError: these bytes are not of the protocol.
         """
         read, resets = len(data), self._resets
+        self.heard = True
         try:
             if self._refused:
                 raise ProtocolError

@@ -22,7 +22,7 @@ from nats.errors import Error as NatsError
 from contracts.budgets import CONSUMER_INACTIVE
 from contracts.errors import CountsAnewError, FiError, TopologyError
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
-from stages.runtime.client import parse_headers, read_headers
+from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import fcntl
+import struct
+import termios
+from typing import Any, Final
+
+_INT: Final = struct.Struct("i")
 
 
 def unwritten_bytes(transport: Any) -> int:
@@ -14,7 +19,21 @@ def unwritten_bytes(transport: Any) -> int:
     if writer is None or writer.transport.is_closing():
         return 1
     unwritten: int = writer.transport.get_write_buffer_size()
-    return unwritten
+    bare = getattr(transport, "_bare_io_writer", writer)
+    # TLS hands what it has encrypted to a transport of its own.
+    return unwritten if bare is writer else unwritten + bare.transport.get_write_buffer_size()
+
+
+def unsent_bytes(transport: Any) -> int:
+    """Bytes that the other end's kernel has not taken yet, as far as can be known; 0 of a connection that was lost."""
+    writer = getattr(transport, "_io_writer", None)
+    if writer is None or writer.transport.is_closing():
+        return 0
+    try:
+        held = fcntl.ioctl(writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+    except OSError:
+        held = bytes(_INT.size)
+    return unwritten_bytes(transport) + int(_INT.unpack(held)[0])
 
 
 def cut(transport: Any) -> None:

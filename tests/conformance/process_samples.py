@@ -24,7 +24,7 @@ from contracts.wire import UNREADABLE
 from stages.persist.header import HEADER_BYTES, Area, LiveHeader, SealedHeader, decode_header, encode_header
 from stages.persist.rows import CommitRow, decode_rows, encode_row
 from stages.persist.storedir import STORE_FILE, Store, read_store
-from stages.runtime.api import parse_headers
+from stages.runtime.headers import parse_headers
 from stages.runtime.health import Check, Report
 from stages.runtime.watch import HealthFile
 

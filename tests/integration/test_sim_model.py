@@ -19,8 +19,8 @@ from cluster.testing.sim.network import Network
 from cluster.testing.waiting import until
 from cluster.topology import streams
 from contracts.settings import Settings
-from stages.runtime.client import parse_headers
 from stages.runtime.facts import read_cluster
+from stages.runtime.headers import parse_headers
 
 pytestmark = pytest.mark.cluster
 

@@ -84,3 +84,28 @@ async def test_the_next_request_after_all_were_answered_fails_in_time_too() -> N
     async with asyncio.timeout(30):
         with pytest.raises(NatsTimeoutError):
             await late
+
+
+def test_the_time_of_what_is_still_on_its_way_begins_anew() -> None:
+    async def run() -> list[float]:
+        answers, loop = Answers(), asyncio.get_running_loop()
+        began = loop.time()
+        ends: list[float] = []
+
+        async def one(end: int) -> None:
+            with contextlib.suppress(NatsTimeoutError):
+                await answers.expect(str(end), 2.0, end=end)
+            ends.append(loop.time() - began)
+
+        async with asyncio.TaskGroup() as tasks:
+            for end in (10, 20, 30):
+                tasks.create_task(one(end))
+            await asyncio.sleep(1.0)
+            answers.place("30", 40)
+            answers.put_off(10)
+            await asyncio.sleep(1.5)
+            answers.put_off(30)
+        return ends
+
+    with contextlib.closing(VirtualLoop(lambda: 0.0)) as loop:
+        assert loop.run_until_complete(run()) == pytest.approx([2.0, 3.0, 4.5], abs=0.01)

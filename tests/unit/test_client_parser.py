@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nats.errors import ProtocolError, UnexpectedEOF
 from turns import turns
 
-from stages.runtime.client import GuardedClient, read_headers
+from stages.runtime.client import GuardedClient
+from stages.runtime.headers import read_headers
 
 SINK, QUEUE = 7, 8
 Taken = tuple[bytes, bytes, bytes, bytes]

@@ -28,8 +28,8 @@ from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.persist.core import plan_group
 from stages.persist.header import decode_header
-from stages.runtime.api import parse_headers
 from stages.runtime.checkpoint import cursor_from_receipt, read_frame
+from stages.runtime.headers import parse_headers
 from stages.runtime.messages import StoredMessage
 from stages.segment.core import SegmentCore
 
