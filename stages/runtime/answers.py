@@ -17,11 +17,17 @@ from nats.js.errors import APIError, ServiceUnavailableError
 
 from contracts.errors import AccessDeniedError, ClusterUnavailableError
 
+_QUOTED: Final = "' \r\n"
 _ROUNDING: Final = 0.001
 """Seconds by which a timer may be early: uvloop counts milliseconds."""
 _NO_JETSTREAM: Final = frozenset({10039, 10076})
 NO_PEERS: Final = 10005
 """Error code of a server: a stream cannot have as many copies as it shall, now."""
+
+
+def words_of(text: str) -> str:
+    """What a server said by itself, without the marks around it. Whoever asked for what it refuses gets no answer."""
+    return text.removeprefix("nats: ").strip(_QUOTED)
 
 
 class DeniedError(NatsTimeoutError):

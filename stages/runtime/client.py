@@ -28,9 +28,10 @@ from nats.errors import Error as NatsError
 from contracts.budgets import CONNECTION_END, TROUBLE_COUNTS
 from contracts.errors import SettingsError
 from stages.runtime.access import OPEN, Access
-from stages.runtime.answers import Answers, DeniedError
+from stages.runtime.answers import Answers, DeniedError, words_of
 from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.parser import Sink, SinkParser
+from stages.runtime.pool import decode_user, discover
 from stages.runtime.pulse import NOTHING, Pulse
 from stages.runtime.sockets import cut, tell_of_tls, unsent_bytes, unwritten_bytes
 from stages.runtime.tasks import end_tasks, run_blocking
@@ -38,7 +39,6 @@ from stages.runtime.tasks import end_tasks, run_blocking
 log = logging.getLogger(__name__)
 
 _CRLF: Final = b"\r\n"
-_QUOTED: Final = "' \r\n"
 _FEW: Final = 4
 _NO_RESPONDERS: Final = "503"
 _DENIED: Final = re.compile('permissions violation for (publish|subscription) to "([^"]*)"').search
@@ -50,11 +50,6 @@ TOLD_MAX: Final = 8
 """Troubles in a row that are told: their words may hold names that are new each time."""
 BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
-
-
-def words_of(text: str) -> str:
-    """What a server said by itself, without the marks around it. Whoever asked for what it refuses gets no answer."""
-    return text.removeprefix("nats: ").strip(_QUOTED)
 
 
 class GuardedClient(Client):
@@ -201,7 +196,7 @@ class GuardedClient(Client):
         Nor does a request count as unanswered while it is still on its way.
         """
         pulse = Pulse(self.options["max_outstanding_pings"], self._left)
-        while True:
+        while self._ping_interval_task is asyncio.current_task():
             await asyncio.sleep(self.options["ping_interval"])
             if not self.is_connected:
                 continue
@@ -362,13 +357,22 @@ class GuardedClient(Client):
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """As nats-py's, but where TLS was asked for, nothing is sent in plain text, nor a password."""
-        scheme = self._current_server.uri.scheme if self._current_server is not None else ""
+        current = self._current_server
+        scheme = current.uri.scheme if current is not None else ""
         if initial_connection and not info.get("tls_required") and scheme != "wss":
             if scheme == "tls":
                 raise NatsError("the URL says tls://, and this server does not speak TLS")
             if self._access.encrypted:
                 raise NatsError("nats_ca_file or nats_cert_file is set, and this server does not speak TLS")
+        self._max_payload = info.get("max_payload", self._max_payload)
+        if current is not None and (addresses := info.pop("connect_urls", None)):
+            discover(self._server_pool, current, addresses)
         await super()._process_info(info, initial_connection)
+
+    def _setup_server_pool(self, connect_url: list[str]) -> None:
+        super()._setup_server_pool(connect_url)
+        for server in self._server_pool:
+            decode_user(server)
 
     async def read_papers(self) -> None:
         """Reads the files that show servers who we are, and us who they are. Raises `SettingsError`."""
@@ -399,8 +403,13 @@ class GuardedClient(Client):
             await super()._process_connect_init()
             tell_of_tls(self._transport)
             self._stop_if_ended()
+            if not self.is_connected:
+                raise NatsError("the server answered the first ping with something else")
         except BaseException as error:
             cut(transport)
+            for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
+                if task is not None:
+                    task.cancel()
             if isinstance(error, Exception) and not isinstance(error, (NatsError, OSError)):
                 # After anything else nats-py would end reconnecting for good, and nobody would see it.
                 raise NatsError(f"{type(error).__name__}: {error}") from error

@@ -15,7 +15,8 @@ from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import hide_credentials
 from stages.runtime.access import OPEN, Access
-from stages.runtime.client import GuardedClient, words_of
+from stages.runtime.answers import words_of
+from stages.runtime.client import GuardedClient
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)

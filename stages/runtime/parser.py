@@ -186,6 +186,8 @@ def _head(words: list[bytes]) -> tuple[bytes, bytes, bytes, int]:
 
 
 def _number(word: bytes) -> int:
+    if not word.isdigit():
+        raise ProtocolError
     try:
         return int(word)
     except ValueError:

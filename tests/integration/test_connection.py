@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
@@ -82,6 +83,51 @@ async def test_a_server_that_refuses_the_user_is_not_called_absent(tmp_path: Pat
     finally:
         server.kill()
         await server.wait()
+
+
+async def test_a_server_that_was_not_named_is_connected_to_with_the_same_password(tmp_path: Path) -> None:
+    """Once all that were named are gone; those that its servers name no more are forgotten."""
+    password = "/a@b:c#%"
+    servers: dict[str, asyncio.subprocess.Process] = {}
+    with HeldPorts() as held:
+        ports = held.take(6)
+
+    async def start(number: int) -> None:
+        config = tmp_path / f"{number}.conf"
+        config.write_text(
+            f'host: 127.0.0.1\nport: {ports[number]}\nserver_name: "{number}"\n'
+            f'authorization {{ user: a, password: "{password}" }}\n'
+            f'cluster {{ name: c, listen: "127.0.0.1:{ports[number + 3]}", routes: ["nats://127.0.0.1:{ports[4]}"] }}\n'
+        )
+        servers[str(number)] = await asyncio.create_subprocess_exec(
+            find_nats_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL
+        )
+
+    async def kill(name: str) -> None:
+        servers[name].kill()
+        await servers[name].wait()
+
+    def known() -> set[int | None]:
+        return {server.uri.port for server in client._server_pool}
+
+    try:
+        for number in range(3):
+            await start(number)
+        client = await connect([f"nats://a:{quote(password, safe='')}@127.0.0.1:{ports[0]}"], "test", wait_s=30)
+        await until(lambda: known() == set(ports[:3]), "it has heard of all")
+        await kill("0")
+        await until(lambda: client.is_connected and server_of(client) != "0", "it is connected to another one")
+        for other in {"1", "2"} - {server_of(client)}:
+            await kill(other)
+        await until(lambda: len(known()) == 2, "the one that is gone is forgotten, the one that was named is not")
+        assert ports[0] in known()
+        assert len(client._server_pool) == 2
+        await client.close()
+    finally:
+        for process in servers.values():
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 @pytest.mark.parametrize("which", range(3))

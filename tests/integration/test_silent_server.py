@@ -107,6 +107,24 @@ async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting
         server.close()
 
 
+async def test_a_server_that_answers_the_first_ping_with_something_else_is_tried_again() -> None:
+    answers = [b"PING\r\nPONG\r\n", b"PONG\r\n"]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING)
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        with contextlib.suppress(OSError):
+            while line := await reader.readline():
+                if line.startswith(b"PING"):
+                    writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        client = await connect([f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"], "test")
+        assert client.is_connected
+        await client.close()
+
+
 async def test_a_client_closed_at_any_moment_of_its_reconnecting_leaves_no_task() -> None:
     for turns in range(40):
         writers: list[asyncio.StreamWriter] = []

@@ -188,7 +188,18 @@ async def test_what_is_not_of_the_protocol_ends_the_connection_from_wherever_it_
 
 
 @pytest.mark.parametrize(
-    "line", [b"MSG\r\n", b"MSG a b c\r\n", b"MSG a 7 x 1 2\r\n", b"HMSG a 7 1\r\n", b"HMSG a 7 9 x\r\n", b"HUH\r\n"]
+    "line",
+    [
+        b"MSG\r\n",
+        b"MSG a b c\r\n",
+        b"MSG a 7 x 1 2\r\n",
+        b"HMSG a 7 1\r\n",
+        b"HMSG a 7 9 x\r\n",
+        b"HUH\r\n",
+        b"MSG a 7 -11\r\n",
+        b"HMSG a 7 -9 3\r\n",
+        b"MSG a 7 1_0\r\n",
+    ],
 )
 def test_what_is_not_of_the_protocol_is_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError):
