@@ -49,7 +49,7 @@ def why_silent(met: object) -> str:
     """In words, what a request met that got no answer to go on with: an exception, or the error part of an answer."""
     code, words = getattr(met, "err_code", None), getattr(met, "description", None)
     if code is not None and words:
-        return f"{words} ({code})"
+        return f"{words} ({code})" if code else str(words)
     if isinstance(met, DeniedError):
         return str(met)
     if isinstance(met, (NoRespondersError, APIError)):

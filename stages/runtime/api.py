@@ -28,6 +28,7 @@ from contracts.events import parse_rfc3339
 from contracts.settings import Settings
 from contracts.subjects import HOPS, MEMBERS
 from contracts.telemetry import CIRCUIT_TRIPS
+from contracts.wire import UNREADABLE
 from stages.runtime.answers import DeniedError, unavailable, why_silent
 from stages.runtime.circuit import Circuit, Gate
 from stages.runtime.client import GuardedClient
@@ -59,7 +60,7 @@ class ApiError(msgspec.Struct, frozen=True):
     description: str = ""
 
     def __str__(self) -> str:
-        return f"{self.description} ({self.err_code})"
+        return f"{self.description} ({self.err_code})" if self.err_code else self.description
 
 
 class RequestRefusedError(DefiniteError):
@@ -87,6 +88,9 @@ class _Answer(msgspec.Struct):
     message: _RawMessage | None = None
 
 
+_FOREIGN: Final = ApiError(
+    503, description="Something else than JetStream answers there: end what subscribes to $JS.API"
+)
 _answer_decoder = msgspec.json.Decoder(_Answer)
 
 
@@ -195,7 +199,10 @@ class Api:
             self._met[stream] = error
             self.end_if_denied(stream, error)
             return None, None
-        error_part = _answer_decoder.decode(answer.data).error
+        try:
+            error_part = _answer_decoder.decode(answer.data).error
+        except UNREADABLE:
+            error_part = _FOREIGN
         if error_part is not None and error_part.code in NOT_NOW:
             gate.failed(begun_s, f"{subject}: {error_part}")
             self._met[stream] = error_part
@@ -214,7 +221,7 @@ class Api:
             raise
         raw = _answer_decoder.decode(data).message
         if raw is None:
-            raise DefiniteError(f"{stream}: the server answered a read without a message")
+            raise DefiniteError(f"{stream}: a read was answered without a message. {_FOREIGN.description}")
         return StoredMessage(raw.subject, raw.seq, parse_rfc3339(raw.time), raw.data, parse_headers(raw.hdrs))
 
     async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
@@ -289,6 +296,8 @@ class Api:
                         found[message.subject] = message
             finally:
                 await subscription.unsubscribe()
+        except (KeyError, ValueError):
+            raise unavailable(stream, _FOREIGN) from None
         except (builtins.TimeoutError, NatsError) as error:
             raise unavailable(stream, self.client.denial(subject) or error) from error
         if headers[_STATUS] not in (_END_OF_ANSWERS, _NOTHING_FOUND):

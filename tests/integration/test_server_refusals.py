@@ -22,7 +22,7 @@ from cluster.nodes import EmbeddedCluster, find_nats_server
 from cluster.ports import HeldPorts
 from contracts.errors import ClusterUnavailableError, DefiniteError
 from contracts.settings import Settings
-from stages.runtime.api import NO_STREAM, Api
+from stages.runtime.api import NO_MESSAGE, NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.control import Control
@@ -210,6 +210,29 @@ async def test_a_server_whose_jetstream_still_starts_is_waited_for(plain_server:
 
         await answering.subscribe("$JS.API.STREAM.INFO.*", cb=answer)
         assert {change.action for change in (await planning).changes} == {"create"}
+    finally:
+        await client.close()
+        await answering.close()
+
+
+async def test_what_something_else_than_jetstream_answers_is_no_answer(plain_server: str) -> None:
+    client = await connect([plain_server], "asks")
+    answering = await connect([plain_server], "answers")
+    garbage = [b"", b"+OK", b'{"error": 1}', b"\xff", b'{"message": {"subject": 1}}']
+    try:
+        none = {"code": 404, "err_code": NO_MESSAGE, "description": "no message found"}
+
+        async def answer(message: Msg) -> None:
+            await message.respond(garbage.pop() if garbage else json.dumps({"error": none}).encode())
+
+        await answering.subscribe("$JS.API.STREAM.MSG.GET.*", cb=answer)
+        await answering.subscribe("$JS.API.DIRECT.GET.*", cb=answer)
+        await answering.flush()
+        api = Api(client, Settings(), give_up_s=LIMIT_S)
+        assert await api.last_message("ANY", "any") is None
+        assert garbage == []
+        with pytest.raises(ClusterUnavailableError, match="Something else than JetStream answers there"):
+            await Api(client, Settings()).last_messages("ANY", ["any"])
     finally:
         await client.close()
         await answering.close()

@@ -196,7 +196,7 @@ async def test_what_is_not_of_the_protocol_ends_the_connection_from_wherever_it_
         b"HMSG a 7 1\r\n",
         b"HMSG a 7 9 x\r\n",
         b"HUH\r\n",
-        b"MSG a 7 -11\r\n",
+        b"MSG a 7 -15\r\n",
         b"HMSG a 7 -9 3\r\n",
         b"MSG a 7 1_0\r\n",
     ],
