@@ -31,7 +31,7 @@ from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import Answers, DeniedError, words_of
 from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.parser import Sink, SinkParser
-from stages.runtime.pool import decode_user, discover
+from stages.runtime.pool import PooledClient
 from stages.runtime.pulse import NOTHING, Pulse
 from stages.runtime.sockets import cut, tell_of_tls, unsent_bytes, unwritten_bytes
 from stages.runtime.tasks import end_tasks, run_blocking
@@ -52,7 +52,7 @@ BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Above this what is to be written waits for the socket."""
 
 
-class GuardedClient(Client):
+class GuardedClient(PooledClient):
     """A client whose read loop survives any message the server delivers, and that ends when it is closed.
 
     Attributes:
@@ -318,6 +318,7 @@ class GuardedClient(Client):
         self._send_last()
         if self._ended:
             await self._end_reconnecting()
+            await self._names.close()
         # Who is frozen takes nothing, and nats-py would wait for it.
         cutting = asyncio.get_running_loop().call_later(CONNECTION_END.s, cut, self._transport)
         try:
@@ -357,22 +358,13 @@ class GuardedClient(Client):
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """As nats-py's, but where TLS was asked for, nothing is sent in plain text, nor a password."""
-        current = self._current_server
-        scheme = current.uri.scheme if current is not None else ""
+        scheme = self._current_server.uri.scheme if self._current_server is not None else ""
         if initial_connection and not info.get("tls_required") and scheme != "wss":
             if scheme == "tls":
                 raise NatsError("the URL says tls://, and this server does not speak TLS")
             if self._access.encrypted:
                 raise NatsError("nats_ca_file or nats_cert_file is set, and this server does not speak TLS")
-        self._max_payload = info.get("max_payload", self._max_payload)
-        if current is not None and (addresses := info.pop("connect_urls", None)):
-            discover(self._server_pool, current, addresses)
         await super()._process_info(info, initial_connection)
-
-    def _setup_server_pool(self, connect_url: list[str]) -> None:
-        super()._setup_server_pool(connect_url)
-        for server in self._server_pool:
-            decode_user(server)
 
     async def read_papers(self) -> None:
         """Reads the files that show servers who we are, and us who they are. Raises `SettingsError`."""

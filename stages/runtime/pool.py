@@ -4,12 +4,59 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from ipaddress import ip_address
+from time import monotonic
+from typing import Any
 from urllib.parse import ParseResult, unquote, urlsplit
 
-from nats.aio.client import Srv
+from nats.aio.client import Client, Srv
+
+from stages.runtime.names import Names, is_ip
 
 log = logging.getLogger(__name__)
+
+_WEB = frozenset({"ws", "wss"})
+"""Schemes of those who need the name itself to connect."""
+
+
+class PooledClient(Client):
+    """nats-py's client, with a pool that is kept up to date, and names that are looked up however long that takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names = Names()
+
+    def _setup_server_pool(self, connect_url: list[str]) -> None:
+        super()._setup_server_pool(connect_url)
+        for server in self._server_pool:
+            decode_user(server)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        self._max_payload = info.get("max_payload", self._max_payload)
+        if self._current_server is not None and (addresses := info.pop("connect_urls", None)):
+            discover(self._server_pool, self._current_server, addresses)
+        await super()._process_info(info, initial_connection)
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        """Tries each address of the server's name in turn, and gives each the whole time."""
+        if s.uri.hostname is None or s.uri.scheme in _WEB:
+            await super()._connect_to_server(s)
+            return
+        s.last_attempt = monotonic()
+        *others, last = await self._names.addresses(s.uri.hostname)
+        for address in others:
+            try:
+                await super()._connect_to_server(_at(s, address))
+            except (OSError, TimeoutError) as error:
+                log.debug("%s at %s: %r", s.uri.hostname, address, error)
+            else:
+                return
+        await super()._connect_to_server(_at(s, last))
+
+
+def _at(server: Srv, address: str) -> Srv:
+    """As `nats://address:port`: only for the connection's socket."""
+    host = f"[{address}]" if ":" in address else address
+    return Srv(server.uri._replace(netloc=f"{host}:{server.uri.port}"))
 
 
 def discover(pool: list[Srv], current: Srv, addresses: Iterable[str]) -> None:
@@ -24,7 +71,7 @@ def discover(pool: list[Srv], current: Srv, addresses: Iterable[str]) -> None:
         if place in known:
             continue
         found = Srv(current.uri._replace(netloc=f"{_userinfo(current.uri)}{address}"), discovered=True)
-        if _is_ip(place[0]):
+        if is_ip(place[0]):
             found.tls_name = current.tls_name or current.uri.hostname
         pool.append(found)
 
@@ -53,11 +100,3 @@ def _place(address: str) -> tuple[str, int] | None:
 
 def _place_of(server: Srv) -> tuple[str | None, int | None]:
     return server.uri.hostname, server.uri.port
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from commands import stop_stage_once_it_says
@@ -11,6 +12,7 @@ from commands import stop_stage_once_it_says
 from cluster.ports import HeldPorts
 from contracts.errors import ClusterUnavailableError
 from stages.runtime.connection import connect
+from stages.runtime.names import Names
 
 GREETING = b'INFO {"server_id":"S","version":"2.15.1","max_payload":1048576,"headers":true}\r\n'
 TRIES = 4
@@ -105,6 +107,40 @@ async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting
     finally:
         await client.close()
         server.close()
+
+
+async def test_of_several_addresses_each_is_tried_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody answers at, as of a network that is cut off, does not take the time of those behind it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING)
+        with contextlib.suppress(OSError):
+            while line := await reader.readline():
+                if line.startswith(b"PING"):
+                    writer.write(b"PONG\r\n")
+        writer.close()
+
+    full = socket.socket()
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    waiting = [socket.socket() for _ in range(4)]
+    try:
+        port = full.getsockname()[1]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+
+        async def addresses(self: Names, host: str) -> list[str]:
+            return ["127.0.0.1", "127.0.0.2"]
+
+        monkeypatch.setattr(Names, "addresses", addresses)
+        async with await asyncio.start_server(serve, "127.0.0.2", port):
+            client = await connect([f"nats://nats.hospital:{port}"], "test")
+            assert client.is_connected
+            await client.close()
+    finally:
+        for one in (full, *waiting):
+            one.close()
 
 
 async def test_a_server_that_answers_the_first_ping_with_something_else_is_tried_again() -> None:
