@@ -84,12 +84,17 @@ class GuardedClient(PooledClient):
         is_recent = asyncio.get_running_loop().time() < self._trouble_s + TROUBLE_COUNTS.s
         return self._trouble if is_recent else ""
 
+    @property
+    def reconnects(self) -> bool:
+        """True when it was connected, and lost that: also while it is at one of the steps of connecting."""
+        return self._reconnection_task is not None and not self.is_connected
+
     def note_trouble(self, text: str) -> None:
         """Something is wrong that no request is told of. The log says so once, but for a connection that never was."""
         if not self.trouble:
             self._told.clear()
         is_news = text not in self._told and len(self._told) < TOLD_MAX
-        if is_news and (self.is_connected or self.is_reconnecting):
+        if is_news and (self.is_connected or self.reconnects):
             log.warning("%s", text)
             self._told.add(text)
         self._trouble, self._trouble_s = text, asyncio.get_running_loop().time()

@@ -60,7 +60,7 @@ async def connect(
         if type(error) is NatsError:
             refused = words_of(str(error))
             client.note_trouble(f"a server refuses: {refused}")
-        elif client.is_reconnecting:
+        elif client.reconnects:
             client.note_trouble(f"no connection: {met}")
         log.debug("connection error: %s", met)
 

@@ -10,6 +10,7 @@ import pytest
 from commands import stop_stage_once_it_says
 
 from cluster.ports import HeldPorts
+from cluster.testing.waiting import until
 from contracts.errors import ClusterUnavailableError
 from stages.runtime.connection import connect
 from stages.runtime.names import Names
@@ -68,12 +69,15 @@ async def test_a_server_that_says_nothing_is_given_up_when_the_time_is_over() ->
         b"INFO []\r\n",
         b"INFO\r\n",
         b"x" * 70_000,
+        b"",
         b'INFO {"connect_urls":["[::1"]}\r\n',
         GREETING + b"-ERR\r\n",
     ],
     ids=lambda greeting: repr(greeting[:24]),
 )
-async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting: bytes) -> None:
+async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(
+    greeting: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     greetings = [GREETING]
     came, back = asyncio.Event(), asyncio.Event()
     hang_up: list[asyncio.StreamWriter] = []
@@ -102,8 +106,11 @@ async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(greeting
         hang_up[0].close()
         async with asyncio.timeout(60):
             await came.wait()
+            await until(lambda: bool(client.trouble), "it says why it is not connected")
+            assert any(client.trouble == message for message in caplog.messages)
             greetings[0] = GREETING
             await back.wait()
+            assert client.trouble == ""
     finally:
         await client.close()
         server.close()
