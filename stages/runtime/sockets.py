@@ -31,7 +31,7 @@ def unsent_bytes(transport: Any) -> int:
         return 0
     try:
         held = fcntl.ioctl(writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(_INT.size))
-    except OSError:
+    except (OSError, ValueError):  # Of a socket that was closed just now.
         held = bytes(_INT.size)
     return unwritten_bytes(transport) + int(_INT.unpack(held)[0])
 
