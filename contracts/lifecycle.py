@@ -56,7 +56,7 @@ class ClosedConsultations:
         at_ns = event.timestamp_ns
         if event.event_type == "CONSULTATION_RESET":
             since_ns = reset_ns if committed_ns is None else committed_ns
-            if since_ns is None or at_ns < since_ns:
+            if since_ns is not None and at_ns < since_ns:
                 return
             self._closed.pop(closed, None)
             self._closed[opened] = at_ns
