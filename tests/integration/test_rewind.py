@@ -24,7 +24,8 @@ from contracts.budgets import REWIND_LOCK
 from contracts.errors import NotOursError
 from contracts.events import Event
 from contracts.receipts import decode_seal, encode_receipt
-from contracts.subjects import EVENTS, raw_filter
+from contracts.subjects import EVENTS, HOPS, raw_filter
+from contracts.telemetry import EVENT_WORKER_STARTED
 from stages.persist.aside import ASIDE
 from stages.persist.header import read_live_header
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, lock_name
@@ -90,6 +91,33 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         (aside,) = (pipeline.shards / ASIDE).glob("*.h5.*")
         assert aside.name.startswith(damaged.name)
         assert (await fictl(pipeline, "prove", str(event_id)))[0] == 0
+
+
+async def test_what_was_taken_back_is_made_again_though_no_hop_held_a_frame_and_nothing_new_comes(
+    tmp_path: Path,
+) -> None:
+    """Then no stage is refused: that the partition went back, its receipts alone tell."""
+    async with running(tmp_path, settings(partitions=1, seal_on_drain=False)) as pipeline:
+        load = await published(pipeline, seed=34)
+        await pipeline.supervisor.hold_down("persist-0")
+        path = pipeline.shards / live_name(0, FIRST_SHARD)
+        flip(path, read_live_header(path).index.offset + 9)
+        logs = [pipeline.supervisor.directory / "logs" / f"{stage}-0.log" for stage in ("ingest", "segment", "hash")]
+        begun = [log.read_text().count(EVENT_WORKER_STARTED) for log in logs]
+        for hop in HOPS:
+            await pipeline.client.jetstream(timeout=10).purge_stream(hop)
+        for log, before in zip(logs, begun, strict=True):
+            await until(
+                lambda log=log, before=before: log.read_text().count(EVENT_WORKER_STARTED) > before,
+                f"{log.stem} goes on from the receipt",
+                60,
+            )
+        facts = await read_cluster(pipeline.client, wait_s=10)
+        told = await Rewinder(pipeline.api, existing_store(pipeline.shards, facts.cluster_id)).rebuild(0)
+        assert told is not None
+        assert (told.origin, told.again) == (0, told.committed_events)
+        await pipeline.supervisor.bring_back("persist-0")
+        await pipeline.assert_whole(load)
 
 
 async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_called_well(
