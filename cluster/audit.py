@@ -187,7 +187,8 @@ async def read_partition(api: Api, partition: int, from_seq: int = 1) -> tuple[l
     """A partition's receipts from a stream sequence on, and all its seal records, in stream order.
 
     Returns:
-        the records, and the sequence of the last receipt (`from_seq` - 1 without any).
+        the records, and the sequence of the last receipt, also of a `place_kept`, which is not among them
+        (`from_seq` - 1 without any).
     """
     rows: list[tuple[int, Receipt | SealRecord]] = [
         (message.seq, decode_receipt(message.data))
@@ -195,7 +196,7 @@ async def read_partition(api: Api, partition: int, from_seq: int = 1) -> tuple[l
     ]
     last_seq = rows[-1][0] if rows else from_seq - 1
     rows += [(message.seq, decode_seal(message.data)) async for message in _messages(api, seal_subject(partition), 1)]
-    return [record for _, record in sorted(rows, key=lambda row: row[0])], last_seq
+    return [record for _, record in sorted(rows, key=lambda row: row[0]) if record.store], last_seq
 
 
 async def _messages(api: Api, subject: str, from_seq: int) -> AsyncIterator[StoredMessage]:

@@ -67,7 +67,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
         cluster: id of the cluster the origins count in.
         writer: nonce of the persister process.
         node: its host name, for people.
-        store: id of the store (shards directory) that owns the partition.
+        store: id of the store (shards directory) that owns the partition; empty in a `place_kept`.
         ends: for every store that ever owned it, how far its files are committed.
         origin: all events up to this origin are settled.
         trail: sequences in `FI_SEGMENT`, `FI_HASH`, `FI_PERSIST` of the last frame this commit covers.
@@ -152,6 +152,14 @@ def first_receipt(partition: int, cluster: str, store: str, writer: str) -> Rece
         closed=b"",
         committed_ns=0,
     )
+
+
+def place_kept(partition: int, cluster: str, writer: str) -> Receipt:
+    """What stands where a partition's receipts will be, of a new cluster: that nobody owned it yet.
+
+    So one without anything there is not new: its receipts were lost. Arguments as `Receipt`.
+    """
+    return msgspec.structs.replace(first_receipt(partition, cluster, "", writer), takeover=True)
 
 
 _encoder = msgspec.json.Encoder()

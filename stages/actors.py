@@ -139,6 +139,7 @@ class PersistActor:
         """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store`."""
         from stages.persist.flush import Flushes
         from stages.persist.keys import load_key
+        from stages.persist.lost import keep_places
         from stages.persist.moved import let_go_of_moved
         from stages.persist.room import EventsRoom
         from stages.persist.storedir import open_store
@@ -152,6 +153,7 @@ class PersistActor:
         self._flushes = Flushes(facts.cluster_id)
         self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
+        await keep_places(api, facts.partitions, facts.cluster_id, nonce)
         await let_go_of_moved(api, self._store, facts.partitions, nonce, self._signer, time.time_ns)
         return self._store.store_id
 

@@ -233,7 +233,7 @@ class PersistLane(LaneBase):
             )
         if last is not None and last.cluster != store.cluster_id:
             raise NotOursError(f"the receipts of partition {self._partition} are of another cluster, {last.cluster}")
-        base = last or await begin(self._api, self._partition, store, nonce, self._disk.state)
+        base = last or await begin(self._api, self._partition, store, nonce, self._disk.state, kept=seq > 0)
         await self._claim(msgspec.structs.replace(base, writer=nonce, node=self._node))
 
     async def _claim(self, receipt: Receipt) -> None:

@@ -1,25 +1,26 @@
 """Receipts that the cluster lost: what a store can still say, and why nobody begins anew meanwhile.
 
-`fictl cluster apply` makes a lost `FI_RECEIPTS` again, empty, and marks it. In a stream with the mark a partition
-without receipts is not a new one: it waits until `fictl partitions restore` has written where its store goes on.
+Partitions begin while nothing has left `FI_RECEIPTS` or `FI_EVENTS` yet: the first persister then keeps the place of
+all of them. Whatever has no receipt and no such place later has lost its receipts: it waits until `fictl partitions
+restore` has written where its store goes on. So it is in a stream that `fictl cluster apply` made again, and marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError
 from contracts.events import decode_event
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
-from contracts.receipts import Receipt, ResumePoint, first_receipt
+from contracts.receipts import Receipt, ResumePoint, encode_receipt, first_receipt, place_kept
 from contracts.rules import CLOSED_REMEMBERED_MAX
-from contracts.subjects import RECEIPTS
+from contracts.subjects import EVENTS, RECEIPTS, receipt_subject
 from stages.persist.header import read_live_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import FIRST_SHARD, ShardFile
@@ -29,16 +30,24 @@ from stages.persist.rewind import Damage, Place
 from stages.persist.seal import events_of_sealed
 from stages.persist.storedir import Store
 from stages.runtime.api import Api
+from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import META_RECEIPTS_LOST
 from stages.runtime.tasks import run_blocking
+from stages.runtime.writer import FencedWriter
 
 
 class _Config(msgspec.Struct):
     metadata: dict[str, str] = {}
 
 
+class _State(msgspec.Struct, frozen=True):
+    messages: int = 0
+    last_seq: int = 0
+
+
 class _Info(msgspec.Struct):
     config: _Config
+    state: _State = _State()
 
 
 async def receipts_lost(api: Api) -> str:
@@ -48,15 +57,51 @@ async def receipts_lost(api: Api) -> str:
         RequestRefusedError: there is none.
         ClusterUnavailableError: as `Api.request`.
     """
-    answer = await api.request(RECEIPTS, f"$JS.API.STREAM.INFO.{RECEIPTS}", b"")
-    return msgspec.json.decode(answer, type=_Info).config.metadata.get(META_RECEIPTS_LOST, "")
+    return (await _info(api, RECEIPTS)).config.metadata.get(META_RECEIPTS_LOST, "")
 
 
-async def begin(api: Api, partition: int, store: Store, nonce: str, files: Callable[[Path, int], object]) -> Receipt:
+async def _info(api: Api, stream: str) -> _Info:
+    return msgspec.json.decode(await api.request(stream, f"$JS.API.STREAM.INFO.{stream}", b""), type=_Info)
+
+
+async def _why_not_new(api: Api) -> str:
+    """By what the cluster shows that partitions without receipts may have had some; empty where it cannot be."""
+    receipts, events = await _info(api, RECEIPTS), await _info(api, EVENTS)
+    if since := receipts.config.metadata.get(META_RECEIPTS_LOST, ""):
+        return f"{RECEIPTS} was made again {since}"
+    gone = [
+        name for name, info in ((RECEIPTS, receipts), (EVENTS, events)) if info.state.messages < info.state.last_seq
+    ]
+    return f"it has none, and messages are gone from {' and '.join(gone)}" if gone else ""
+
+
+async def keep_places(api: Api, partitions: int, cluster: str, nonce: str) -> None:
+    """For a persister that starts: in a new cluster, keeps the place of every partition that nobody owns yet.
+
+    Args:
+        partitions: how many there are.
+        cluster: its id.
+        nonce: of this session.
+    Raises as `receipts_lost`.
+    """
+    if await _why_not_new(api):
+        return
+    for partition in range(partitions):
+        _, seq = await last_receipt(api, partition)
+        if not seq:
+            writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
+            with suppress(FencedError):
+                await writer.publish(encode_receipt(place_kept(partition, cluster, nonce)), "place")
+
+
+async def begin(
+    api: Api, partition: int, store: Store, nonce: str, files: Callable[[Path, int], object], *, kept: bool
+) -> Receipt:
     """What a partition begins with that has no receipt.
 
     Args:
         files: gives something of the partition's files in a directory, if there are any; blocking.
+        kept: its place was kept.
 
     Raises:
         NotOursError: it may have had some.
@@ -68,10 +113,10 @@ async def begin(api: Api, partition: int, store: Store, nonce: str, files: Calla
             f"the receipts of partition {partition} were lost: {store.directory} has shards of it, and {RECEIPTS} has "
             f"no receipt; run `fictl partitions restore {partition}` there"
         )
-    if since := await receipts_lost(api):
+    if not kept and (why := await _why_not_new(api)):
         raise NotOursError(
-            f"the receipts of partition {partition} were lost ({RECEIPTS} was made again {since}); run `fictl "
-            f"partitions restore {partition}` on the node whose store has its shards"
+            f"the receipts of partition {partition} were lost ({why}); run `fictl partitions restore {partition}` on "
+            "the node whose store has its shards"
         )
     return first_receipt(partition, store.cluster_id, store.store_id, nonce)
 

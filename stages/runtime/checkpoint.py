@@ -69,14 +69,19 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 async def last_receipt(api: Api, partition: int) -> tuple[Receipt | None, int]:
-    """The partition's last receipt and its stream sequence; (None, 0) when there never was one.
+    """The partition's last receipt and its stream sequence; without a sequence (0) when there is nothing at all.
+
+    (None, sequence) of a partition that nobody owned yet: see `contracts.receipts.place_kept`.
 
     Raises:
         WireFormatError: it cannot be read by this build.
         TopologyError: the stream does not exist.
     """
     message = await api.last_message(RECEIPTS, receipt_subject(partition))
-    return (None, 0) if message is None else (_read_record(message, decode_receipt), message.seq)
+    if message is None:
+        return None, 0
+    receipt = _read_record(message, decode_receipt)
+    return receipt if receipt.store else None, message.seq
 
 
 def _read_record(message: StoredMessage, decode: Callable[[bytes], R]) -> R:

@@ -217,3 +217,42 @@ async def test_receipts_that_somebody_purges_are_told_again_without_making_the_s
             assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
         for load in loads:
             await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])
+async def test_a_store_without_shards_begins_nothing_where_receipts_were_purged(tmp_path: Path, purged: str) -> None:
+    lost = range(PARTITIONS) if purged == ">" else [0]
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        load = await published(pipeline, seed=61)
+        await pipeline.supervisor.hold_down("persist-0")
+        await pipeline.client.jetstream(timeout=10).purge_stream(RECEIPTS, subject=purged)
+        async with extra_stage(pipeline, "persist", "persist-there", shards=tmp_path / "there") as other:
+            await other.start()
+            for partition in lost:
+                await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
+        assert [await receipt(pipeline, partition) for partition in lost] == [None] * len(lost)
+        code, out, err = await fictl(pipeline, "partitions", "restore")
+        assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
+        await pipeline.supervisor.bring_back("persist-0")
+        await pipeline.assert_whole(load)
+
+
+async def test_a_partition_that_is_owned_late_is_no_lost_one(tmp_path: Path) -> None:
+    """Its place was kept, so that what left the streams meanwhile says nothing of it."""
+    async with running(tmp_path, settings(partitions=PARTITIONS, receipts_kept=1), {"persist": 0}) as pipeline:
+        load = Load(workload(seed=62, events=200))
+        await load.publish(pipeline.client)
+        async with extra_stage(pipeline, "persist", "persist-early", partitions="0") as early:
+            await early.start()
+            stream = pipeline.client.jetstream(timeout=10)
+
+            async def trimmed() -> bool:
+                state = (await stream.stream_info(RECEIPTS)).state
+                return state.messages < state.last_seq
+
+            await until(trimmed, "receipts leave the stream", 60)
+            assert await last_receipt(pipeline.api, 1) != (None, 0)
+            assert await receipt(pipeline, 1) is None
+            async with extra_stage(pipeline, "persist", "persist-late", partitions="1") as late:
+                await late.start()
+                await pipeline.assert_whole(load)

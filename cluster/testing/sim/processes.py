@@ -19,6 +19,7 @@ from contracts.subjects import FLUSH_SUBJECT, Stage
 from stages.actors import actor
 from stages.persist.actor import PersistLane
 from stages.persist.flush import Flushes
+from stages.persist.lost import keep_places
 from stages.persist.room import EventsRoom
 from stages.runtime.access import Access, Servers
 from stages.runtime.api import Api
@@ -209,6 +210,7 @@ class SimPersistActor:
         """See `Actor.arrive`."""
         self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
+        await keep_places(api, facts.partitions, facts.cluster_id, nonce)
         return self._process.disk.store.store_id
 
     def make_lane(
