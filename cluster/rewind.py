@@ -17,22 +17,23 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from cluster.audit import read_partition
 from contracts.budgets import REWIND_LOCK, REWIND_LOCK_POLL, REWIND_POLL
 from contracts.errors import ClusterUnavailableError, FencedError, NotOursError, ShardError
+from contracts.events import split_body
 from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
-from stages.persist.aside import given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
-from stages.persist.backup import forget_copies
-from stages.persist.lost import last_place
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, lock_name
-from stages.persist.rewind import Damage, Place, begin_at, last_good_place, place_after_seals
-from stages.persist.storedir import Store, disk_of, lock_partition
+from stages.persist.disk import LOCAL_STORE, StoreFiles
+from stages.persist.names import FIRST_SHARD, ShardFile, lock_name
+from stages.persist.rewind import Damage, Place, place_after_seals
+from stages.persist.storedir import Store, disk_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
+from stages.runtime.messages import StoredMessage
 from stages.runtime.writer import FencedWriter
 
 log = logging.getLogger(__name__)
@@ -89,15 +90,28 @@ class Rewinder:
         store: that owns them or is to own them.
         signer: signs the receipts; None: nobody.
         clock_ns: the wall clock.
+        files: the store's.
+        token: gives what nobody else has.
+        node: the host's name.
     """
 
     def __init__(
-        self, api: Api, store: Store, signer: Signer | None = None, clock_ns: Callable[[], int] = time.time_ns
+        self,
+        api: Api,
+        store: Store,
+        signer: Signer | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        files: StoreFiles = LOCAL_STORE,
+        token: Callable[[], str] = lambda: secrets.token_hex(6),
+        node: str = "",
     ) -> None:
         self._api = api
         self._store = store
         self._signer = signer
         self._clock_ns = clock_ns
+        self._files = files
+        self._token = token
+        self._node = node or socket.gethostname()
 
     async def rebuild(self, partition: int, *, dry_run: bool = False) -> Rewind | None:
         """Takes a partition of this store back to before its first damaged shard, if there is one.
@@ -124,13 +138,13 @@ class Rewinder:
                 )
             with disk_of(self._store):
                 place, damage = await asyncio.to_thread(
-                    last_good_place, self._store, partition, records.receipts, records.seals
+                    self._files.last_good_place, self._store, partition, records.receipts, records.seals
                 )
             first = last.ends.get(self._store.store_id, _NOTHING).first
             end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
                 aside = await asyncio.to_thread(
-                    given_up, self._store, partition, end, records.seals, unseen=damage is not None
+                    self._files.given_up, self._store, partition, end, records.seals, unseen=damage is not None
                 )
             if damage is None and not aside:
                 return None
@@ -179,14 +193,14 @@ class Rewinder:
                     f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
                 )
             store = self._store
-            files = await asyncio.to_thread(lambda: list_shards(store.directory).get(partition, []))
+            files = (await asyncio.to_thread(self._files.shards, store.directory)).get(partition, [])
             if not (files or begin_anew):
                 raise ShardError(
                     f"{store.directory} has no shard of partition {partition}: restore it on the node whose store has, "
                     "or with --begin-anew if none has"
                 )
             with disk_of(store):
-                place, damage = await asyncio.to_thread(last_place, files)
+                place, damage = await asyncio.to_thread(self._files.last_place, files)
             if damage is not None and not place.origin and (len(files) > 1 or files[0].sealed):
                 raise ShardError(
                     f"partition {partition} cannot begin again from {EVENTS}, which no longer has what was sealed: put "
@@ -194,7 +208,7 @@ class Rewinder:
                 )
             end = StoreEnd(shard=place.shard, commits=place.commits)
             with disk_of(store):
-                aside = await asyncio.to_thread(given_up, store, partition, end, unseen=True)
+                aside = await asyncio.to_thread(self._files.given_up, store, partition, end, unseen=True)
             await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
             if not dry_run:
@@ -214,7 +228,7 @@ class Rewinder:
         place = place_after_seals(last, records.seals)
         end = StoreEnd(shard=place.shard, commits=place.commits, first=place.shard)
         with disk_of(self._store):
-            aside = await asyncio.to_thread(given_up, self._store, partition, end, records.seals)
+            aside = await asyncio.to_thread(self._files.given_up, self._store, partition, end, records.seals)
         await self._check_retained(partition, place, records, None)
         if not dry_run:
             await self._go_back(last, records.last_seq, place, end, aside)
@@ -256,7 +270,7 @@ class Rewinder:
             held = message is not None and message.subject.startswith(raw_filter(partition).removesuffix(">"))
         elif records.all_seals:
             first = await self._api.first_message(EVENTS, raw_filter(partition))
-            held = first is not None and first.seq < records.all_seals[0].last_origin
+            held = first is not None and _begins_with(records.all_seals[0], first)
         else:
             held = True
         if not held:
@@ -276,18 +290,18 @@ class Rewinder:
         """
         store = self._store
         with disk_of(store):
-            await asyncio.to_thread(prepare_aside, store, aside, end)
-            await asyncio.to_thread(forget_copies, store.directory, last.partition, end.shard)
+            await asyncio.to_thread(self._files.prepare_aside, store, aside, end)
+            await asyncio.to_thread(self._files.forget_copies, store.directory, last.partition, end.shard)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
             owner = last.ends.get(last.store, _NOTHING)
             if (owner.shard, owner.commits) > (place.shard, 0):
                 ends[last.store] = msgspec.structs.replace(owner, shard=place.shard, commits=0)
-        nonce = f"rewind-{secrets.token_hex(6)}"
+        nonce = f"rewind-{self._token()}"
         receipt = msgspec.structs.replace(
             last,
             writer=nonce,
-            node=socket.gethostname(),
+            node=self._node,
             store=store.store_id,
             ends=ends,
             origin=place.origin,
@@ -299,7 +313,7 @@ class Rewinder:
             closed=place.closed,
             committed_ns=self._clock_ns(),
             takeover=True,
-            signature=msgspec.UNSET,
+            signature=UNSET,
         )
         if self._signer is not None:
             receipt = self._signer.sign(receipt)
@@ -313,9 +327,9 @@ class Rewinder:
                 await self._api.purge(INPUT_STREAM[stage], input_filter(stage, last.partition))
 
     def _take_files_back(self, partition: int, place: Place, end: StoreEnd, aside: Sequence[ShardFile]) -> None:
-        set_aside(self._store, aside, end, self._clock_ns())
+        self._files.set_aside(self._store, aside, end, self._clock_ns())
         if end.shard == end.first != FIRST_SHARD and not end.commits:
-            begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
+            self._files.begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
 
     @asynccontextmanager
     async def _locked(self, partition: int, dry_run: bool) -> AsyncIterator[None]:
@@ -326,13 +340,14 @@ class Rewinder:
         if dry_run and not (self._store.directory / lock_name(partition)).exists():
             yield
             return
-        deadline = time.monotonic() + (0.0 if dry_run else REWIND_LOCK.s)
+        now_s = asyncio.get_running_loop().time
+        deadline = now_s() + (0.0 if dry_run else REWIND_LOCK.s)
         while True:
             try:
-                lock = await asyncio.to_thread(lock_partition, self._store, partition)
+                lock = await asyncio.to_thread(self._files.lock, self._store, partition)
                 break
             except NotOursError as error:
-                if time.monotonic() > deadline:
+                if now_s() > deadline:
                     raise NotOursError(
                         f"{error}. A persister works on partition {partition}: stop it first if its files are damaged"
                     ) from error
@@ -341,6 +356,17 @@ class Rewinder:
             yield
         finally:
             lock.close()
+
+
+def _begins_with(seal: SealRecord, message: StoredMessage) -> bool:
+    """Whether the first message that `FI_EVENTS` has of a partition is the first of its first shard too.
+
+    The last one of the shard stays there, whatever is trimmed. It is the first if it holds all that the shard settled.
+    """
+    if message.seq != seal.last_origin or seal.resume is UNSET:
+        return message.seq < seal.last_origin
+    settled = seal.events + seal.resume.duplicates + seal.resume.dead_lettered
+    return seal.shard == FIRST_SHARD and len(split_body(message.data)) == settled
 
 
 _NOTHING: Final = StoreEnd(shard=FIRST_SHARD, commits=0)

@@ -1,4 +1,4 @@
-"""What a persist lane asks of the disk, so that the same lane runs on real files and on simulated ones."""
+"""What persist asks of the disk, so that the same code runs on real files and on simulated ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Final, NamedTuple, Protocol
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
-from stages.persist.backup import copied_shard
+from stages.persist.aside import given_up, prepare_aside, set_aside
+from stages.persist.backup import copied_shard, forget_copies
 from stages.persist.core import Group
-from stages.persist.names import partition_state
+from stages.persist.lost import last_place
+from stages.persist.names import ShardFile, list_shards, partition_state
 from stages.persist.partition import PartitionFiles
+from stages.persist.rewind import Damage, Place, begin_at, last_good_place
 from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store, lock_partition, probe_disk
 
@@ -153,4 +156,40 @@ class Disk(NamedTuple):
 
 
 LOCAL: Final = Disk(lock_partition, PartitionFiles.open, probe_disk, partition_state, copied_shard)
+"""Real files."""
+
+
+class StoreFiles(NamedTuple):
+    """What taking partitions back asks of a store's files. All of it blocks.
+
+    Attributes:
+        lock: as `lock_partition`.
+        shards: as `list_shards`.
+        last_place, last_good_place, begin_at: as those of `stages.persist`.
+        given_up, prepare_aside, set_aside: as those of `stages.persist.aside`.
+        forget_copies: as that of `stages.persist.backup`.
+    """
+
+    lock: Callable[[Store, int], Lock]
+    shards: Callable[[Path], dict[int, list[ShardFile]]]
+    last_place: Callable[[Sequence[ShardFile]], tuple[Place, Damage | None]]
+    last_good_place: Callable[..., tuple[Place, Damage | None]]
+    begin_at: Callable[..., None]
+    given_up: Callable[..., list[ShardFile]]
+    prepare_aside: Callable[[Store, Sequence[ShardFile], StoreEnd], None]
+    set_aside: Callable[[Store, Sequence[ShardFile], StoreEnd, int], list[Path]]
+    forget_copies: Callable[[Path, int, int], None]
+
+
+LOCAL_STORE: Final = StoreFiles(
+    lock_partition,
+    list_shards,
+    last_place,
+    last_good_place,
+    begin_at,
+    given_up,
+    prepare_aside,
+    set_aside,
+    forget_copies,
+)
 """Real files."""

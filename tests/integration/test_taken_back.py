@@ -13,13 +13,13 @@ from nats.aio.client import Client
 from pipeline import until
 from test_persist_lane import Cluster, new_store, ready
 
-from cluster import rewind
 from cluster.audit import audit_store, read_partition
 from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
 from contracts.receipts import Receipt
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist.aside import ASIDE
+from stages.persist.disk import LOCAL_STORE
 from stages.persist.header import read_live_header
 from stages.persist.moved import let_go_of_moved
 from stages.persist.names import list_shards, live_name
@@ -83,7 +83,7 @@ def killed(*_: Any) -> None:
 
 
 async def test_a_way_back_that_was_interrupted_leaves_nothing_of_what_was_given_up_either(
-    client: Client, cluster_urls: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: Client, cluster_urls: tuple[str, ...], tmp_path: Path
 ) -> None:
     cluster = await ready(client)
     first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
@@ -93,10 +93,8 @@ async def test_a_way_back_that_was_interrupted_leaves_nothing_of_what_was_given_
         await Rewinder(cluster.api, second).move(0)
         async with going(cluster.persist(second)):
             await until(cluster.is_committed, "made again", 60)
-        with monkeypatch.context() as patch:
-            patch.setattr(rewind, "set_aside", killed)
-            with pytest.raises(KilledError):
-                await Rewinder(cluster.api, first).move(0)
+        with pytest.raises(KilledError):
+            await Rewinder(cluster.api, first, files=LOCAL_STORE._replace(set_aside=killed)).move(0)
         told = await Rewinder(cluster.api, first).rebuild(0)
         assert told is not None
         assert (told.aside, told.again) == ((live_name(0, 1),), 0)
@@ -110,7 +108,6 @@ async def test_a_rebuild_that_was_interrupted_is_taken_up_again(
     client: Client,
     cluster_urls: tuple[str, ...],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     cluster = await ready(client)
@@ -121,10 +118,8 @@ async def test_a_rebuild_that_was_interrupted_is_taken_up_again(
                 await cluster.publish(1)
         path = store.directory / live_name(0, 1)
         flip(path, read_live_header(path).index.offset + 2 * ROW_BYTES + 8)
-        with monkeypatch.context() as patch:
-            patch.setattr(rewind, "set_aside", killed)
-            with pytest.raises(KilledError):
-                await Rewinder(cluster.api, store).rebuild(0)
+        with pytest.raises(KilledError):
+            await Rewinder(cluster.api, store, files=LOCAL_STORE._replace(set_aside=killed)).rebuild(0)
         before = path.read_bytes()
         async with going(cluster.persist(store, seal_on_drain=False)):
 

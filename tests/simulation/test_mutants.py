@@ -44,14 +44,17 @@ VERDICTS = (
 """What the checker and the books say of events. A mutant that merely crashes is not convicted by them."""
 
 MUTANTS = {
+    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 1500),
     "duplicates-forgotten": Mutant("rule 4: ids seen before", 60, quick=True),
     "fenced-writer-goes-on": Mutant("rule 2: who is refused reads the checkpoint again", 1500),
     "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 60, quick=True),
+    "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 1500),
     "holes-are-never-purged": Mutant("rule 1: the last resort, purging the input", 120),
     "holes-are-not-seen": Mutant("rule 1: prev at most the cursor", 120),
     "letter-from-one-read": Mutant("a letter's original is looked for again", 900),
     "letters-after-the-frame": Mutant("letters are buried before their frame", 600),
     "letters-without-a-checkpoint": Mutant("letters that are there are not buried again", 60, quick=True),
+    "lost-receipts-begin-anew": Mutant("receipts that were lost are restored", 1500),
     "memory-is-forgotten": Mutant("segment's memory rides in the frame", 300),
     "message-id-of-origins-only": Mutant("rule 2: a nonce in the message id", 120, quick=True),
     "no-fence": Mutant("rule 2: the fence", 60, quick=True),

@@ -138,7 +138,7 @@ class Broker:
 
     def _commit(self, stream: Stream, waiting: _Waiting) -> None:
         log = self._log[stream.name]
-        if log and log[0] is waiting:
+        if log and log[0] is waiting and stream is self.streams.get(stream.name):
             log.popleft()
             message = self._apply(stream, waiting.proposal)
             self._answer(waiting.peer, waiting.reply, {"stream": stream.name, "seq": message.seq})
@@ -182,7 +182,9 @@ class Broker:
 
     def step_down(self, name: str, headless_s: float) -> None:
         """The stream's leader goes. Of what it had proposed, the others have a first part, and nobody is told."""
-        stream, log = self.streams[name], self._log[name]
+        stream, log = self.streams.get(name), self._log[name]
+        if stream is None:
+            return
         kept = self.rng.randint(0, len(log))
         for place, waiting in enumerate(list(log)):
             if place < kept:
@@ -194,8 +196,8 @@ class Broker:
 
     def go_stale(self, name: str, seconds: float) -> None:
         """A leader was frozen, another one took its place, and when it thaws it answers reads for a while."""
-        view = self.streams[name].copy()
-        self._stale[name] = (view, self.loop.time() + seconds)
+        if (stream := self.streams.get(name)) is not None:
+            self._stale[name] = (stream.copy(), self.loop.time() + seconds)
 
     def lose_consumers(self, share: float, *, told: bool) -> None:
         """Consumers are gone: deleted (who pulls is told), or with the server they were on (nobody is)."""
@@ -212,6 +214,19 @@ class Broker:
             self.step_down(name, headless_s * self.rng.uniform(0.5, 1.0))
             if stream.in_memory:
                 stream.wipe()
+
+    def delete(self, name: str) -> Stream:
+        """The stream is deleted: what was on its way to it is lost, and nobody is told. Gives what it was."""
+        stream = self.streams.pop(name)
+        self._log[name].clear()
+        self._stale.pop(name, None)
+        for key in [key for key in self.consumers if key[0] == name]:
+            self.consumers.pop(key).end("Consumer Deleted")
+        return stream
+
+    def create(self, stream: Stream) -> None:
+        """A stream is made, or put back."""
+        self.streams[stream.name] = stream
 
     def heal(self) -> None:
         """Leaders everywhere, none of them stale, and room."""

@@ -57,23 +57,25 @@ class MemoryDisk:
 
     Attributes:
         failing: it refuses writes, as a full or broken disk does.
-        copied: the newest sealed shard of each partition that is on another disk too; None: there are no backups.
+        backed_up: sealed shards are copied to another disk now and then.
+        copied: partition → its newest sealed shard that was copied by the last run; None: the store has no such mark.
         kill_in_commit: called between a commit's append and its fdatasync; gives True when it killed the process.
     """
 
     def __init__(self, store: Store, rng: random.Random) -> None:
         self.store = store
         self.failing = False
-        self.copied: int | None = rng.choice((None, 0, 3))
+        self.backed_up = rng.random() < 0.5
+        self.copied: dict[int, int] | None = {} if self.backed_up else None
         self.kill_in_commit: Callable[[Host], bool] = lambda host: False
         self._rng = rng
         self._shards: dict[int, dict[int, Shard]] = {}
+        self._copies: dict[int, dict[int, Shard]] = {}
         self._locks: dict[int, _Lock] = {}
-        self._changes = 0
 
     def as_disk(self) -> Disk:
         """What a persist lane is handed."""
-        return Disk(self._lock, self._open, self._probe, self._state, self._copied)
+        return Disk(self.lock, self._open, self._probe, self._state, self._copied)
 
     def shards(self, partition: int) -> dict[int, Shard]:
         """The partition's shards by number."""
@@ -92,7 +94,36 @@ class MemoryDisk:
                 del shard.groups[kept:]
                 shard.watermark = min(self._rng.randint(shard.durable_watermark, shard.watermark), kept)
 
-    def _lock(self, store: Store, partition: int) -> _Lock:
+    def partitions(self) -> list[int]:
+        """Those that have shards here."""
+        return sorted(partition for partition, shards in self._shards.items() if shards)
+
+    def back_up(self) -> None:
+        """As `fictl backup`: what is sealed is copied, what was copied stays, and the store is told."""
+        for partition, shards in self._shards.items():
+            copies = self._copies.setdefault(partition, {})
+            copies.update({number: _copy(shard) for number, shard in shards.items() if shard.sealed})
+        self.copied = {
+            partition: max(number for number, shard in shards.items() if shard.sealed)
+            for partition, shards in self._shards.items()
+            if any(shard.sealed for shard in shards.values())
+        }
+
+    def forget_copies(self, partition: int, shard: int) -> None:
+        """As `stages.persist.backup.forget_copies`."""
+        if self.copied is not None and self.copied.get(partition, 0) >= shard:
+            self.copied[partition] = shard - 1
+
+    def lose(self) -> None:
+        """The disk is gone, and the copies are put where it was; the processes must be dead already."""
+        self._shards = {
+            partition: {number: _copy(shard) for number, shard in copies.items()}
+            for partition, copies in self._copies.items()
+        }
+        self.copied = None
+
+    def lock(self, store: Store, partition: int) -> _Lock:
+        """As `lock_partition`."""
         holder = self._locks.get(partition)
         if holder is not None and holder.held:
             raise NotOursError(f"partition {partition} of {store.directory} is held by another process")
@@ -112,12 +143,16 @@ class MemoryDisk:
         return {number: len(shard.groups) for number, shard in self.shards(partition).items()}
 
     def _copied(self, directory: Path, partition: int) -> int | None:
-        return self.copied
+        return None if self.copied is None else self.copied.get(partition, 0)
 
     def refuse_if_failing(self) -> None:
         """Raises `StoreFailedError` when the disk is failing."""
         if self.failing:
             raise StoreFailedError(f"{self.store.directory}: No space left on device")
+
+
+def _copy(shard: Shard) -> Shard:
+    return Shard(list(shard.groups), shard.durable, shard.watermark, shard.durable_watermark, shard.sealed)
 
 
 class _Lock:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from cluster.testing.sim.disk import MemoryDisk
 from cluster.testing.sim.world import World
-from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, Stage, input_filter
+from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, Stage, input_filter, receipt_subject
 
 T = TypeVar("T")
 
@@ -281,6 +281,36 @@ def _gateway_dies(world: World, fault: Fault) -> None:
     world.restart_gateway(int(fault.pick * 1000))
 
 
+def _purge_receipts(world: World, fault: Fault) -> None:
+    """Somebody purges the receipts, all of them with the seal records or those of one partition."""
+    stream = world.broker.streams.get(RECEIPTS)
+    if stream is not None:
+        partition = int(fault.pick * 1000) % world.settings.partitions
+        gone = stream.purge(">" if fault.pick < 0.5 else receipt_subject(partition))
+        world.broker.say(f"{RECEIPTS} is purged of {gone} by hand")
+        world.people.needed = True
+
+
+def _delete_receipts(world: World, fault: Fault) -> None:
+    """Somebody deletes `FI_RECEIPTS`, and applies the topology again."""
+    if RECEIPTS in world.broker.streams:
+        world.broker.delete(RECEIPTS)
+        world.broker.later(min(fault.seconds, 3.0), world.make_receipts_again)
+        world.people.needed = True
+
+
+def _lose_store(world: World, fault: Fault) -> None:
+    """A disk that is backed up is lost, and its copies are put in its place."""
+    disks = [disk for disk in world.disks if disk.backed_up]
+    if disks:
+        disk = _choose(disks, fault.pick)
+        for process in world.processes:
+            if process.stage == "persist" and process.disk is disk:
+                process.kill()
+        disk.lose()
+        world.people.needed = True
+
+
 FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "kill": _kill,
     "kill after a publish": _kill_after_publish,
@@ -307,6 +337,9 @@ FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "disk fails": _disk_fails,
     "clock jumps": _clock_jumps,
     "gateway dies": _gateway_dies,
+    "receipts purged": _purge_receipts,
+    "receipts deleted": _delete_receipts,
+    "store lost": _lose_store,
 }
 
 

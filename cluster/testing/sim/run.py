@@ -94,6 +94,7 @@ async def _run(world: World, outcome: Outcome) -> None:
     for fault in outcome.faults:
         world.broker.later(fault.at_s, _strike, world, fault)
     sending = asyncio.create_task(world.send(fault_s * rng.choice((0.2, 0.6, 1.0))))
+    looking = [asyncio.create_task(world.people.look()), asyncio.create_task(world.people.back_up())]
     await asyncio.sleep(fault_s + 0.5)
     world.heal()
     healed_s = loop.time()
@@ -112,8 +113,10 @@ async def _run(world: World, outcome: Outcome) -> None:
             await asyncio.gather(*(process.stop() for process in world.processes))
         except TimeoutError as error:
             outcome.problems.append(str(error))
-    sending.cancel()
-    await asyncio.wait((sending,))
+    for task in (sending, *looking):
+        task.cancel()
+    await asyncio.wait((sending, *looking))
+    outcome.problems += [repr(task.exception()) for task in looking if not task.cancelled()]
     for process in world.processes:
         process.abandon()
         if process.failure is not None:

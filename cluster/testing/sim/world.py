@@ -15,14 +15,17 @@ from cluster.testing.sim.disk import MemoryDisk
 from cluster.testing.sim.load import Site, make_sites, send_all
 from cluster.testing.sim.loop import Host, VirtualLoop
 from cluster.testing.sim.network import Network
+from cluster.testing.sim.people import People
 from cluster.testing.sim.processes import SimProcess
 from cluster.testing.sim.streams import Message, Stream
 from cluster.topology import streams
+from contracts.events import format_rfc3339
 from contracts.receipts import Receipt, decode_receipt
 from contracts.settings import MIB, Settings
 from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES, raw_filter, receipt_subject, split_raw_subject
 from contracts.telemetry import DEAD_HANDLED, HEADER_MSG_ID
 from stages.persist.storedir import Store
+from stages.runtime.facts import META_RECEIPTS_LOST
 
 CLUSTER: Final = "c" * 32
 
@@ -49,6 +52,8 @@ class World:
         ]
         self.processes = [process for stage in STAGES for process in self._make(stage)]
         self.sites = make_sites(rng, rng.randint(1, 2), rng.randint(2, 6), rng.randint(2, 8))
+        in_use = [disk for disk in self.disks if any(p.stage == "persist" and p.disk is disk for p in self.processes)]
+        self.people = People(self.network, rng, in_use, self.settings, self._standing)
         self._hosts = [Host(site.name) for site in self.sites]
         self._gateways = [self._make_gateway(number) for number in range(len(self.sites))]
 
@@ -102,6 +107,8 @@ class World:
         """Nothing goes wrong any more."""
         self.broker.say("heal")
         self.traps.clear()
+        self.make_receipts_again()
+        self.people.is_careful = True
         self.network.heal()
         self.broker.heal()
         for disk in self.disks:
@@ -112,8 +119,23 @@ class World:
 
     def receipt(self, partition: int) -> Receipt | None:
         """The last receipt, as a majority of servers has it."""
-        message = self.broker.streams[RECEIPTS].last_by_subject(receipt_subject(partition))
-        return None if message is None else decode_receipt(message.data)
+        stream = self.broker.streams.get(RECEIPTS)
+        message = None if stream is None else stream.last_by_subject(receipt_subject(partition))
+        receipt = None if message is None else decode_receipt(message.data)
+        return receipt if receipt is not None and receipt.store else None
+
+    def _standing(self) -> dict[int, bool]:
+        """Partition → whether it has receipts, for those that do not get on."""
+        receipts = {partition: self.receipt(partition) for partition in range(self.settings.partitions)}
+        behind = self.behind()
+        return {p: receipt is not None for p, receipt in receipts.items() if receipt is None or p in behind}
+
+    def make_receipts_again(self) -> None:
+        """What `fictl cluster apply` does with a `FI_RECEIPTS` that is gone."""
+        if RECEIPTS not in self.broker.streams:
+            config = next(config for config in streams(self.settings, CLUSTER) if config.name == RECEIPTS)
+            lost = {META_RECEIPTS_LOST: format_rfc3339(self.broker.now_ns())}
+            self.broker.create(Stream(config.evolve(metadata={**(config.metadata or {}), **lost})))
 
     def disk_of(self, receipt: Receipt) -> MemoryDisk:
         """The disk of the store that owns the receipt's partition."""

@@ -1,0 +1,252 @@
+"""What people do in a run: they copy stores, put the copies in the place of a lost one, and take partitions back.
+
+The verbs are the real ones (`cluster.rewind.Rewinder`), on the files in memory. Who types them may be killed at any
+moment too; somebody types them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from cluster.rewind import Rewinder
+from cluster.testing.sim.disk import MemoryDisk, Shard
+from cluster.testing.sim.loop import Host
+from cluster.testing.sim.network import Network
+from contracts.errors import FiError
+from contracts.events import decode_event
+from contracts.hashing import MerkleFrontier
+from contracts.lifecycle import ClosedConsultations
+from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.rules import CLOSED_REMEMBERED_MAX
+from contracts.settings import Settings
+from stages.persist.disk import StoreFiles
+from stages.persist.names import ShardFile
+from stages.persist.rewind import Damage, Place
+from stages.persist.storedir import Store
+from stages.runtime.api import Api
+
+LOOK_S_MIN, LOOK_S_MAX = 0.5, 2.0
+BACKUP_S_MIN, BACKUP_S_MAX = 0.3, 2.0
+"""Until somebody looks again whether a partition stands still."""
+SLIPS: Final = 0.3
+"""The share of verbs that are killed on their way."""
+
+
+class MemoryStore:
+    """What `Rewinder` asks of the files of one partition or more, in memory. See `StoreFiles`."""
+
+    def __init__(self, disk: MemoryDisk) -> None:
+        self._disk = disk
+
+    def as_files(self) -> StoreFiles:
+        """What a `Rewinder` is handed."""
+        return StoreFiles(
+            lock=self._disk.lock,
+            shards=self._list,
+            last_place=self._last_place,
+            last_good_place=self._last_good_place,
+            begin_at=self._begin_at,
+            given_up=self._given_up,
+            prepare_aside=lambda store, files, end: self._disk.refuse_if_failing(),
+            set_aside=self._set_aside,
+            forget_copies=self._forget_copies,
+        )
+
+    def _list(self, directory: Path) -> dict[int, list[ShardFile]]:
+        return {
+            partition: [self._file(partition, number) for number in sorted(self._disk.shards(partition))]
+            for partition in self._disk.partitions()
+        }
+
+    def _file(self, partition: int, number: int) -> ShardFile:
+        path = self._disk.store.directory / f"p{partition}-{number}"
+        return ShardFile(path, partition, number, self._disk.shards(partition)[number].sealed)
+
+    def _last_place(self, files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
+        walk = _Walk()
+        for file in files:
+            shard = self._disk.shards(file.partition)[file.shard]
+            if file.shard != walk.number:
+                return walk.place, Damage(walk.number, file.path, f"shard {walk.number} is missing")
+            walk.take(shard, len(shard.groups) if file is not files[-1] or shard.sealed else shard.watermark)
+            if file is not files[-1] or shard.sealed:
+                walk.end()
+        return walk.place, None
+
+    def _last_good_place(
+        self, store: Store, partition: int, receipts: Sequence[Receipt], seals: Sequence[SealRecord]
+    ) -> tuple[Place, Damage | None]:
+        end = receipts[-1].ends.get(store.store_id, StoreEnd(shard=1, commits=0))
+        walk, shards = _Walk(), self._disk.shards(partition)
+        for number in range(1, end.shard + 1):
+            shard = shards.get(number)
+            if shard is None and number == end.shard and not end.commits:
+                break
+            if shard is None:
+                return walk.place, Damage(number, store.directory, f"shard {number} is missing")
+            commits = end.commits if number == end.shard and not shard.sealed else len(shard.groups)
+            if len(shard.groups) < commits:
+                walk.take(shard, len(shard.groups))
+                return walk.place, Damage(number, store.directory, f"{len(shard.groups)} of {commits} are whole")
+            walk.take(shard, commits)
+            if shard.sealed or number < end.shard:
+                walk.end()
+        return walk.place, None
+
+    def _given_up(
+        self, store: Store, partition: int, end: StoreEnd, seals: Sequence[SealRecord] = (), *, unseen: bool = False
+    ) -> list[ShardFile]:
+        def is_beyond(number: int, shard: Shard) -> bool:
+            if number != end.shard:
+                return number > end.shard
+            if shard.sealed:
+                return not end.commits
+            return shard.watermark > end.commits or (unseen and len(shard.groups) > end.commits)
+
+        shards = self._disk.shards(partition).items()
+        return [self._file(partition, number) for number, shard in shards if is_beyond(number, shard)]
+
+    def _set_aside(self, store: Store, files: Sequence[ShardFile], end: StoreEnd, now_ns: int) -> list[Path]:
+        for file in files:
+            shards = self._disk.shards(file.partition)
+            kept = shards[file.shard].groups[: end.commits] if file.shard == end.shard else []
+            del shards[file.shard]
+            if kept:
+                shards[file.shard] = Shard(kept, len(kept), len(kept), len(kept))
+        return [file.path for file in files]
+
+    def _forget_copies(self, directory: Path, partition: int, shard: int) -> None:
+        self._disk.forget_copies(partition, shard)
+
+    def _begin_at(
+        self, store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]
+    ) -> None:
+        raise AssertionError("no store is ever moved here")
+
+
+class _Walk:
+    """Goes through shards in order, and knows the place behind what was taken."""
+
+    def __init__(self) -> None:
+        self.number = 1
+        self._commits = self._origin = self._duplicates = self._dead_lettered = 0
+        self._tree = MerkleFrontier()
+        self._closed = ClosedConsultations(b"", CLOSED_REMEMBERED_MAX)
+
+    def take(self, shard: Shard, commits: int) -> None:
+        """The first `commits` of a shard."""
+        self._commits = commits
+        for group in shard.groups[:commits]:
+            self._tree.extend(group.records)
+            for record in group.records:
+                self._closed.note(decode_event(record))
+            self._origin = group.origin
+            self._duplicates += group.duplicates
+            self._dead_lettered += group.dead_lettered
+
+    def end(self) -> None:
+        """The shard was full."""
+        self.number, self._commits = self.number + 1, 0
+
+    @property
+    def place(self) -> Place:
+        return Place(
+            self._origin,
+            self.number,
+            self._commits,
+            self._tree.copy(),
+            self._duplicates,
+            self._dead_lettered,
+            self._closed.packed,
+        )
+
+
+class People:
+    """Who looks after the stores of a run.
+
+    Args:
+        network: of the servers.
+        rng: draws when they look, and when a verb of theirs is killed.
+        disks: the stores.
+        settings: of the run.
+        stands: gives the partitions that stand still now, and whether they have receipts.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        rng: random.Random,
+        disks: Sequence[MemoryDisk],
+        settings: Settings,
+        stands: Callable[[], dict[int, bool]],
+    ) -> None:
+        self._network = network
+        self._rng = rng
+        self._disks = disks
+        self._settings = settings
+        self._stands = stands
+        self._verbs = 0
+        self.needed = False
+        """Something was done to the streams or stores that does not mend itself."""
+        self.is_careful = False
+        """Nothing of theirs is killed any more."""
+
+    async def look(self) -> None:
+        """Looks again and again, and does what is to be done, until cancelled."""
+        while True:
+            await asyncio.sleep(self._rng.uniform(LOOK_S_MIN, LOOK_S_MAX))
+            if not self.needed:
+                continue
+            for partition, has_receipts in self._stands().items():
+                owners = [disk for disk in self._disks if disk.shards(partition)]
+                for disk in self._disks if has_receipts else owners:
+                    await self._type(disk, "rebuild" if has_receipts else "restore", partition)
+                if not (has_receipts or owners):
+                    await self._type(self._rng.choice(self._disks), "begin anew", partition)
+
+    async def back_up(self) -> None:
+        """Copies what is sealed again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(self._rng.uniform(BACKUP_S_MIN, BACKUP_S_MAX))
+            for disk in self._disks:
+                if disk.backed_up:
+                    disk.back_up()
+                    self._network.broker.say(f"{disk.store.directory} is copied: {disk.copied}")
+
+    async def _type(self, disk: MemoryDisk, verb: str, partition: int) -> None:
+        self._verbs += 1
+        host = Host(f"operator.{self._verbs}")
+        broker = self._network.broker
+
+        async def run() -> None:
+            client = self._network.connect(host.name, host)
+            api = Api(client, self._settings, self._rng.random, give_up_s=20.0)
+            token = f"{self._rng.getrandbits(48):012x}"
+            verbs = Rewinder(
+                api, disk.store, None, broker.now_ns, MemoryStore(disk).as_files(), lambda: token, disk.store.store_id
+            )
+            try:
+                if verb == "rebuild":
+                    done = await verbs.rebuild(partition)
+                else:
+                    done = await verbs.restore(partition, begin_anew=verb == "begin anew")
+                broker.say(f"{host.name} did {done}")
+            except (FiError, OSError) as error:
+                broker.say(f"{host.name}: {error}")
+            finally:
+                await client.close()
+
+        task = broker.loop.create_task(run(), name=host.name, context=host.context)
+        limit_s = None
+        if not self.is_careful and self._rng.random() < SLIPS:
+            limit_s = self._rng.uniform(0.0, 0.05)
+        await asyncio.wait((task,), timeout=limit_s)
+        if not task.done():
+            broker.say(f"{host.name} is killed")
+            host.dead = True
+            task.cancel()
+            await asyncio.wait((task,))
