@@ -237,7 +237,7 @@ BREAKER_TRIPS: Final = _counter("fi.breaker.trips", "{trip}", "times the dead-le
 CIRCUIT_STATE: Final = _gauge(
     "fi.circuit.state",
     "{state}",
-    "1 while nobody may try the stream (or the disk): it does not answer; 0.5 while one may; 0 when it answers",
+    "1 while the stream (or the disk) does not answer, 0.5 once somebody may try it again, 0 when it answers",
     "target",
 )
 CIRCUIT_TRIPS: Final = _counter(
@@ -272,6 +272,7 @@ COMMIT_DURATION: Final = _histogram(
 SEAL_DURATION: Final = _histogram("fi.seal.duration", "s", _LATENCY_S, "time to write, verify and sync a sealed shard")
 SEAL_BYTES: Final = _counter("fi.seal.size", "By", "bytes of the shards sealed")
 STORAGE_FREE: Final = _gauge("fi.storage.free", "By", "free bytes where the shards lie")
+STORAGE_SIZE: Final = _gauge("fi.storage.size", "By", "bytes of the file system that the shards lie on")
 BACKUP_AGE: Final = _gauge(
     "fi.backup.age",
     "s",
@@ -355,6 +356,7 @@ CATALOGUE: Final[dict[str, Instrument]] = {
         SEAL_DURATION,
         SEAL_BYTES,
         STORAGE_FREE,
+        STORAGE_SIZE,
         BACKUP_AGE,
         BACKPRESSURE_TIME,
         BACKPRESSURE_AGE,

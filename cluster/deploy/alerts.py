@@ -41,6 +41,7 @@ from contracts.telemetry import (
     STAGE_BUDGET_MS_P95,
     STAGE_LATENCY,
     STORAGE_FREE,
+    STORAGE_SIZE,
 )
 
 RUNBOOKS: Final = "runbooks.md"
@@ -199,10 +200,10 @@ def _pressure() -> Iterator[Alert]:
 
     yield Alert(
         name="FiCircuitOpen",
-        # Not closed for a minute, and open lately: half-open alone waits for somebody who has something to try.
+        # Silent lately: 0.5 alone waits for somebody who has something to try.
         expr=(
-            f"(max by (target, instance) (min_over_time({series(CIRCUIT_STATE)}[1m])) > 0)"
-            f" and (max by (target, instance) (max_over_time({series(CIRCUIT_STATE)}[2m])) == 1)"
+            f"({highest(CIRCUIT_STATE, 'target', 'instance')} > 0)"
+            f" and (max by (target, instance) (max_over_time({series(CIRCUIT_STATE)}[1m])) == 1)"
         ),
         held="1m",
         severity="page",
@@ -249,6 +250,14 @@ def _disk() -> Iterator[Alert]:
         severity="page",
         summary="{{ $labels.instance }} has {{ $value | humanize1024 }}B left for shards",
         description="Persist is not ready below FI_DISK_FLOOR_BYTES; with a full disk its partitions stop.",
+    )
+    yield Alert(
+        name="FiDiskNearFull",
+        expr=f"{lowest(STORAGE_FREE, 'instance')} / {highest(STORAGE_SIZE, 'instance')} < 0.1",
+        held="5m",
+        severity="ticket",
+        summary="The disk of {{ $labels.instance }}'s shards is over 90 % full",
+        description="{{ $value | humanizePercentage }} of it is free.",
     )
     yield Alert(
         name="FiDiskFillsUp",

@@ -70,6 +70,7 @@ from contracts.telemetry import (
     STAGE_BUDGET_MS_P95,
     STAGE_LATENCY,
     STORAGE_FREE,
+    STORAGE_SIZE,
     Instrument,
 )
 
@@ -77,6 +78,7 @@ _PLACE: Final = 'stage=~"$stage",partition=~"$partition"'
 _PARTITION: Final = 'partition=~"$partition"'
 _STAGE: Final = 'stage=~"$stage"'
 _TEMPLATE: Final = "messaging_destination_template"
+_ACKNOWLEDGED: Final = 'error_type=""'
 
 
 def _percentiles(what: Instrument, title: str, limit: float | None = None, width: int = 12) -> Panel:
@@ -137,6 +139,7 @@ _LATENCY: Final = {
 
 _LENGTHS: Final = highest(QUEUE_BYTES, "stream")
 _LIMITS: Final = f"({highest(QUEUE_LIMIT, 'stream')} > 0)"
+_FREE_SHARE: Final = f"{lowest(STORAGE_FREE, 'instance')} / {highest(STORAGE_SIZE, 'instance')}"
 _FIRST, _LAST = (highest(ORIGIN_REACHED, "partition", where=f'{_PARTITION},stage="{s}"') for s in ("ingest", "persist"))
 
 _THROUGHPUT: Final = {
@@ -224,6 +227,17 @@ _THROUGHPUT: Final = {
             unit="s",
         ),
         Panel(
+            title="Tries to publish that were acknowledged, share",
+            queries=(
+                (
+                    f"{rate(SENT_MESSAGES, _TEMPLATE, where=_ACKNOWLEDGED)} / {rate(SENT_MESSAGES, _TEMPLATE)}",
+                    f"{{{{{_TEMPLATE}}}}}",
+                ),
+            ),
+            description="A full stream's refusals and a fence's count as not acknowledged.",
+            unit="percentunit",
+        ),
+        Panel(
             title="Tries to publish that were not acknowledged, a second",
             queries=(
                 (
@@ -239,6 +253,12 @@ _THROUGHPUT: Final = {
             title="Free where the shards lie",
             queries=((lowest(STORAGE_FREE, "instance"), "{{instance}}"),),
             unit="bytes",
+        ),
+        Panel(
+            title="Disk of the shards, share used",
+            queries=((f"1 - {_FREE_SHARE}", "{{instance}}"),),
+            unit="percentunit",
+            limit=0.9,
         ),
         Panel(
             title="Time until the disk is full",
@@ -335,7 +355,7 @@ _INFRASTRUCTURE: Final = {
             description=RECONNECTS.meaning,
         ),
         Panel(
-            title="Circuits: 1 open, 0.5 half-open",
+            title="Circuits: 1 no answer, 0.5 may be tried",
             queries=(
                 (highest(CIRCUIT_STATE, "target", "instance"), "{{target}} {{instance}}"),
                 (grown(CIRCUIT_TRIPS, "target", window="15m"), "{{target}}, trips in 15 minutes"),

@@ -49,6 +49,7 @@ from contracts.telemetry import (
     QUEUE_LIMIT,
     QUEUE_PENDING,
     STORAGE_FREE,
+    STORAGE_SIZE,
     TARGET_DISK,
     Instrument,
 )
@@ -76,7 +77,7 @@ class Meters(Telemetry):
     Attributes:
         lanes: the lanes that are there, by stage and partition.
         streams: what was last heard of the streams, by name. Kept by `stages.runtime.watch`.
-        storage_free_bytes: where the shards lie; None when there is no store.
+        storage_free_bytes, storage_size_bytes: where the shards lie; None when there is no store.
         backed_up_ns: until when the store is copied to another disk; None when it is not, or there is none.
         tracer: makes spans; None when nothing takes them.
     """
@@ -85,6 +86,7 @@ class Meters(Telemetry):
         self.lanes: dict[tuple[Stage, int], LaneMeter] = {}
         self.streams: dict[str, StreamFacts] = {}
         self.storage_free_bytes: int | None = None
+        self.storage_size_bytes: int | None = None
         self.backed_up_ns: int | None = None
         self.tracer: Tracer | None = None
         self._counters: dict[str, dict[_Attributes, Counter]] = {name: {} for name in CATALOGUE}
@@ -119,7 +121,8 @@ class Meters(Telemetry):
             (ORIGIN_REACHED, self._read_origins),
             (LANES, self._read_lanes),
             (BACKPRESSURE_AGE, self._read_holds),
-            (STORAGE_FREE, self._read_storage),
+            (STORAGE_FREE, lambda: _one(self.storage_free_bytes)),
+            (STORAGE_SIZE, lambda: _one(self.storage_size_bytes)),
             (BACKUP_AGE, self._read_backup),
             (CIRCUIT_STATE, self._read_circuits),
             (CPU_TIME, _read_cpu),
@@ -262,13 +265,24 @@ class Meters(Telemetry):
             yield writer.place, 0.0 if since_s is None else now_s - since_s
 
     def _read_circuits(self) -> Readings:
-        return [({"target": target}, _CIRCUIT_VALUES[state]) for target, state in self.circuits().items()]
-
-    def _read_storage(self) -> Readings:
-        return [] if self.storage_free_bytes is None else [({}, self.storage_free_bytes)]
+        now_s = time.monotonic()
+        values = {target: _circuit_value(circuit, now_s) for target, circuit in tuple(self._circuits.items())}
+        disks = [_circuit_value(lane.disk, now_s) for lane in tuple(self.lanes.values()) if lane.disk is not None]
+        if disks:
+            values[TARGET_DISK] = max(disks)
+        return [({"target": target}, value) for target, value in values.items()]
 
     def _read_backup(self) -> Readings:
         return [] if self.backed_up_ns is None else [({}, max(0.0, (time.time_ns() - self.backed_up_ns) / 1e9))]
+
+
+def _circuit_value(circuit: Circuit, now_s: float) -> float:
+    """1 also while one tries in vain: a try takes longer than a pause, so that most looks would see half-open."""
+    return 1.0 if circuit.is_silent(now_s) else 0.5 if circuit.is_open else 0.0
+
+
+def _one(value: int | None) -> Readings:
+    return [] if value is None else [({}, value)]
 
 
 def _key(what: Instrument, attributes: Mapping[str, str]) -> _Attributes:

@@ -358,6 +358,7 @@ def _check_disk(store: Path, floor_bytes: int, meters: Meters) -> Check:
     except OSError as error:
         return Check(False, f"{place}: {error.strerror}")
     free = meters.storage_free_bytes = found.f_bavail * found.f_frsize
+    meters.storage_size_bytes = found.f_blocks * found.f_frsize
     meters.backed_up_ns = _backed_up_ns(store)
     if not os.access(place, os.W_OK):
         return Check(False, f"{place} cannot be written")

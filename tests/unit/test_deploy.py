@@ -200,6 +200,17 @@ def test_a_latency_alert_compares_with_a_bound_of_the_histogram() -> None:
     assert thresholds == {stage: budget / 1000 for stage, budget in STAGE_BUDGET_MS_P95.items()}
 
 
+def test_what_operators_were_promised_to_be_told_of_is_told_as_soon() -> None:
+    held = {alert.name: (alert.expr.rpartition(" ")[2], alert.held) for alert in ALERTS}
+    assert held["FiDurableLatencyHigh"] == ("2", "5m")
+    # Servers that are down or without a quorum answer nobody: the circuits say so while they do not.
+    assert held["FiCircuitOpen"] == ("1)", "1m")
+    assert "min_over_time" not in next(alert.expr for alert in ALERTS if alert.name == "FiCircuitOpen")
+    # Over 90 % full.
+    assert held["FiDiskNearFull"][0] == "0.1"
+    assert {"FiLagGrows", "FiStreamNearFull", "FiDeadLetters", "FiBreakerOpen"} <= set(held)
+
+
 def environment(name: str) -> dict[str, str]:
     lines = (DEPLOY / "systemd" / name).read_text().splitlines()
     # What is commented out is meant to be taken in: it must hold too.

@@ -182,7 +182,8 @@ async def test_a_disk_below_its_floor_is_not_ready_and_says_how_much_is_free(tmp
             assert f"GB free at {tmp_path}" in report.checks["disk"].why
             # Nobody told it of a connection.
             assert not report.ok
-            assert json.loads((await shown(watched))["fi_storage_free_bytes"]) > 0
+            found = await shown(watched)
+            assert 0 < json.loads(found["fi_storage_free_bytes"]) < json.loads(found["fi_storage_size_bytes"])
 
 
 async def test_a_disk_that_cannot_even_be_looked_for_is_not_ready_and_is_looked_at_again(

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -35,12 +36,14 @@ from contracts.telemetry import (
     format_traceparent,
     parse_traceparent,
 )
+from stages.runtime.circuit import Circuit
 from stages.runtime.exposition import prometheus_text
 from stages.runtime.logs import current_trace
 from stages.runtime.messages import StoredMessage
 from stages.runtime.meters import Meters
 from stages.runtime.probes import LaneMeter, WriterMeter
 from stages.runtime.telemetry import OFF, otlp_endpoint
+from stages.runtime.telemetry import Counter as Trips
 from stages.runtime.tracing import WAITING_MAX, Tracer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +131,36 @@ def points(data: MetricsData | None, name: str) -> dict[tuple[tuple[str, object]
         if metric.name == name
         for point in metric.data.data_points
     }
+
+
+def test_a_circuit_is_shown_as_unanswered_also_while_one_tries_in_vain() -> None:
+    meters = Meters(Resource({}))
+    circuit, disk = (
+        Circuit(failures_max=1, pause_s_min=60.0, pause_s_max=60.0, try_s_max=60.0, jitter=lambda: 0.0, trips=Trips())
+        for _ in range(2)
+    )
+    meters.circuit("FI_HASH", circuit)
+    for partition in range(2):
+        meters.lane("persist", partition)
+    meters.lanes["persist", 1].disk = disk
+
+    def values() -> dict[object, float]:
+        return {attributes[0][1]: value for attributes, value in points(meters.collect(), "fi.circuit.state").items()}
+
+    assert values() == {"FI_HASH": 0.0, "disk": 0.0}
+    now_s = time.monotonic()
+    for one in (circuit, disk):
+        one.failed(now_s, now_s)
+    assert values() == {"FI_HASH": 1.0, "disk": 1.0}
+    circuit.poke(now_s)
+    assert values() == {"FI_HASH": 0.5, "disk": 1.0}
+    assert circuit.ask(now_s) == 0
+    assert circuit.state(now_s) == "half-open"
+    assert values() == {"FI_HASH": 1.0, "disk": 1.0}
+    for one in (circuit, disk):
+        one.answered(now_s)
+    assert values() == {"FI_HASH": 0.0, "disk": 0.0}
+    meters.close()
 
 
 def test_a_failed_disk_and_a_lane_that_starts_again_are_counted() -> None:
