@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from cluster.cli.common import JsonOption, console, make_table, print_json
 from contracts.errors import SettingsError
+from contracts.subjects import EVENTS
+
+if TYPE_CHECKING:
+    from cluster.capacity import Measured
 
 _SENT = "events_per_s_batch_"
 
@@ -41,7 +46,8 @@ def capacity(
     """Says how many sessions a day a measured pipeline carries, and which resource runs out first.
 
     workers × rate × 86,400 / events a session. CPU, disk and streams bound the rate too when their numbers are given;
-    those that are not are named.
+    those that are not are named. --from has CPUs, bytes written and bytes of an event in FI_EVENTS; what else is given
+    counts instead.
 
     Example: fictl capacity --from benchmarks/results/latest.json --free 500e9 --stored-bytes 279 --keep-days 30
     """
@@ -52,29 +58,26 @@ def capacity(
         raise SettingsError(
             "give either --rate EVENTS_PER_S or --from FILE, e.g. --from benchmarks/results/latest.json"
         )
-    if source is not None:
-        rate, machine_cpus = read_benchmark(source, batch)
-        cpus = machine_cpus if cpus is None else cpus
-    assert rate is not None
-    found = work_out(
-        Measured(
-            events_per_s=rate,
-            workers=workers,
-            servers_cpus=servers_cpus,
-            stages_cpus=stages_cpus,
-            cpus=cpus,
-            disk_write_bytes_per_s=disk_write,
-            disk_write_bytes_per_s_max=disk_write_max,
-            stored_bytes_per_event=stored_bytes,
-            free_bytes=free,
-            keep_days=keep_days,
-            stream_bytes_per_event=event_bytes,
-            stream_bytes_max=parse_limits(stream or []),
-            hold_s=hold_s,
-        ),
-        session_events,
-        peak,
+    given = {
+        "servers_cpus": servers_cpus,
+        "stages_cpus": stages_cpus,
+        "cpus": cpus,
+        "disk_write_bytes_per_s": disk_write,
+        "stream_bytes_per_event": event_bytes,
+    }
+    measured = read_benchmark(source, batch) if source is not None else Measured(events_per_s=rate or 0.0)
+    measured = msgspec.structs.replace(
+        measured,
+        **{name: value for name, value in given.items() if value is not None},
+        workers=workers,
+        disk_write_bytes_per_s_max=disk_write_max,
+        stored_bytes_per_event=stored_bytes,
+        free_bytes=free,
+        keep_days=keep_days,
+        stream_bytes_max=parse_limits(stream or []),
+        hold_s=hold_s,
     )
+    found = work_out(measured, session_events, peak)
     if as_json:
         print_json(found)
         return
@@ -86,26 +89,47 @@ def capacity(
     out.print(f"{found.sessions_per_day:,} sessions a day. Runs out first: {found.limited_by}.", markup=False)
     out.print(f"Assumed: {found.assumption}.", markup=False)
     if found.unknown:
-        out.print(f"Not measured, so not counted: {', '.join(found.unknown)}.", markup=False)
+        out.print(f"Not known, so not counted: {', '.join(found.unknown)}.", markup=False)
 
 
-def read_benchmark(path: Path, batch: int) -> tuple[float, float]:
-    """(sustained events/s at `batch` events a message, CPUs of the machine) of what `make bench` wrote.
+def read_benchmark(path: Path, batch: int) -> Measured:
+    """What `make bench` found at full speed with `batch` events a message: rate, CPU, disk, bytes; medians.
 
     Raises:
         SettingsError: it is no such file, or that rate was not measured.
         OSError: it cannot be read.
     """
+    from cluster.capacity import Measured
+
     try:
         result: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         headline, cpus = result["headline"], float(result["environment"]["cpus"])
         rates = {int(name[len(_SENT) :]): float(headline[name]) for name in headline if name.startswith(_SENT)}
+        turns = [turn["costs"] for turn in result["throughput"] if turn["batch"] == batch]
+        # Costs are of 1,000 events; those of the pipeline are of servers and stages.
+        servers, all_cpus, disk, stored = (
+            statistics.median(map(read, turns)) / 1000 if turns else 0.0
+            for read in (
+                lambda costs: float(costs["cpu_s"]["servers"]),
+                lambda costs: float(costs["cpu_s"]["pipeline"]),
+                lambda costs: float(costs["disk_bytes"]),
+                lambda costs: float(costs["bytes"].get(EVENTS, 0.0)),
+            )
+        )
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(f"{path}: not what `make bench` writes ({type(error).__name__}: {error})") from None
     if batch not in rates:
         known = ", ".join(map(str, sorted(rates))) or "none"
         raise SettingsError(f"--batch {batch}: {path} has rates for these numbers of events a message: {known}")
-    return rates[batch], cpus
+    rate = rates[batch]
+    return Measured(
+        events_per_s=rate,
+        servers_cpus=round(servers * rate, 3) or None,
+        stages_cpus=round((all_cpus - servers) * rate, 3) or None,
+        cpus=cpus,
+        disk_write_bytes_per_s=disk * rate or None,
+        stream_bytes_per_event=stored or None,
+    )
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

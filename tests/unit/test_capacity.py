@@ -99,13 +99,28 @@ def test_a_peak_below_the_mean_is_refused() -> None:
 
 
 def test_the_verb_takes_what_the_benchmark_wrote(capsys: Captured) -> None:
-    kept = json.loads(RESULTS.read_text())["headline"]
+    kept = json.loads(RESULTS.read_text())
     for batch in (1, 16):
         assert fictl("capacity", "--from", RESULTS, "--batch", str(batch), "--json") == 0
         found = json.loads(capsys.readouterr().out)
-        rate = kept[f"events_per_s_batch_{batch}"]
+        rate = kept["headline"][f"events_per_s_batch_{batch}"]
         assert found["events_per_s"] == rate
         assert found["sessions_per_day"] == rate * 4320
+        # What was measured counts: the CPU of servers and stages for 1,000 events, against the machine's.
+        spent = sorted(t["costs"]["cpu_s"]["pipeline"] for t in kept["throughput"] if t["batch"] == batch)
+        cpu = next(bound for bound in found["bounds"] if bound["resource"] == "cpu")
+        assert cpu["events_per_s"] == pytest.approx(1000 * kept["environment"]["cpus"] / spent[len(spent) // 2], 0.01)
+        assert found["unknown"] == ["disk writes", "disk space", "streams"]
+
+
+def test_limits_alone_are_to_be_given_beside_what_the_benchmark_wrote(capsys: Captured) -> None:
+    limits = ("--disk-write-max", "1e9", "--free", "1e12", "--stored-bytes", "279", "--stream", "FI_EVENTS=4e9")
+    assert fictl("capacity", "--from", RESULTS, *limits, "--workers", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unknown"] == []
+    assert found["limited_by"] != "workers"
+    assert fictl("capacity", "--from", RESULTS, *limits, "--cpus", "16", "--servers-cpus", "16", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["limited_by"] == "FI_EVENTS"
 
 
 def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
@@ -113,7 +128,7 @@ def test_the_verb_says_what_it_assumed_and_left_out(capsys: Captured) -> None:
     out = capsys.readouterr().out
     assert "3,456,000 sessions a day. Runs out first: cpu." in out
     assert "Assumed: 20 events a session, at an even rate all day" in out
-    assert "Not measured, so not counted: disk writes, disk space, streams." in out
+    assert "Not known, so not counted: disk writes, disk space, streams." in out
 
 
 @pytest.mark.parametrize(
