@@ -18,6 +18,7 @@ from msgspec import Raw
 from cluster.threads import in_daemon_thread
 from contracts.errors import InvalidEventError
 from contracts.events import BODY_BYTES_MAX, JSON_SPACE
+from contracts.policy import PAYLOAD_RULES
 from contracts.wire import UNREADABLE
 from stages.ingest.core import parse_message
 
@@ -55,26 +56,28 @@ class _Peek(msgspec.Struct):
 
 
 _decode_peek = msgspec.json.Decoder(_Peek).decode
+_decode_payload = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 
 
 class LineChecker:
-    """Checks lines one after the other with the rules of ingest.
+    """Checks lines one after the other with the rules of ingest and, if wanted, the payload rules of segment.
 
     An event without an id gets one from its bytes and from how often the same bytes came before. For that it
     remembers 16 bytes for each such line; lines with ids cost no memory.
     """
 
-    def __init__(self, site: str | None = None) -> None:
-        """`site` stands for the events that give no `metadata.site_id`."""
+    def __init__(self, site: str | None = None, *, payload_rules: bool = False) -> None:
+        """`site` stands for the events that give no `metadata.site_id`; `payload_rules`: of the built-in policy."""
         self._site = site
+        self._payload_rules = PAYLOAD_RULES if payload_rules else {}
         self._seen: dict[bytes, int] = {}
 
     def check(self, number: int, raw: bytes) -> Line | None:
         """The line as it is to be published; None when it is blank.
 
         Raises:
-            InvalidEventError: ingest would refuse it, or there is no subject for it.
+            InvalidEventError: ingest would refuse it, or segment by its payload; or there is no subject for it.
         """
         text = raw.strip(JSON_SPACE)
         if not text:
@@ -111,6 +114,9 @@ class LineChecker:
         )
         if parsed.rejected:
             raise parsed.rejected[0].error
+        for event in parsed.events:
+            if (rule := self._payload_rules.get(event.event_type)) is not None:
+                rule(_decode_payload(event.payload))
 
     def _derive_id(self, text: bytes) -> str:
         digest = blake2b(text, digest_size=16).digest()

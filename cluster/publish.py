@@ -134,7 +134,7 @@ class LinePublisher:
         start_s = time.monotonic()
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for line in _valid_lines(lines, self._site, self.report):
+                async for line in _valid_lines(lines, LineChecker(self._site), self.report):
                     await self._wait_turn(start_s)
                     await self._wait_room(len(line.data))
                     self.report.published += 1
@@ -208,17 +208,20 @@ class LinePublisher:
 
 
 async def check_lines(lines: AsyncIterable[bytes], *, site: str | None = None) -> PublishReport:
-    """Checks a source as `LinePublisher` would, without publishing. Raises `OSError` when it cannot be read."""
+    """Checks a source as `LinePublisher` would, and payloads by the built-in policy, without publishing.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     report = PublishReport()
     start_s = time.monotonic()
-    async for _ in _valid_lines(lines, site, report):
+    async for _ in _valid_lines(lines, LineChecker(site, payload_rules=True), report):
         pass
     report.elapsed_s = time.monotonic() - start_s
     return report
 
 
-async def _valid_lines(lines: AsyncIterable[bytes], site: str | None, report: PublishReport) -> AsyncIterator[Line]:
-    checker = LineChecker(site)
+async def _valid_lines(lines: AsyncIterable[bytes], checker: LineChecker, report: PublishReport) -> AsyncIterator[Line]:
     number = 0
     async for raw in lines:
         number += 1

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from contracts.errors import WireFormatError
-from contracts.policy import CRITICALITIES, EVENT_TYPES, GROUPS
+from contracts.policy import CRITICALITIES, EVENT_TYPES, GROUPS, PAYLOAD_SCHEMAS
 from contracts.subjects import TOKEN_PATTERN
 from contracts.wire import UNREADABLE, Count, Id, Sequence, TimeNs
 
@@ -296,11 +296,18 @@ class EventSchema(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def gateway_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of an event as a gateway publishes it, with the subject rules beside it."""
+    """JSON Schema (2020-12) of an event as a gateway publishes it, with the subject rules beside it.
+
+    Payload rules are those of the built-in policy.
+    """
     (schema,), components = msgspec.json.schema_components([EventSchema], ref_template="#/$defs/{name}")
     components["EventSchema"]["properties"]["event_type"] = {"enum": list(EVENT_TYPES)}
     for name in ("event_id", "consultation_id"):
         components["EventSchema"]["properties"][name]["description"] = "UUID string"
+    components["EventSchema"]["allOf"] = [
+        {"if": {"properties": {"event_type": {"const": name}}}, "then": {"properties": {"payload": payload}}}
+        for name, payload in PAYLOAD_SCHEMAS.items()
+    ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

@@ -100,6 +100,34 @@ PAYLOAD_RULES = {
 }
 """event_type → check(payload), raising `InvalidEventError`. Types not named here pass as any object (DOMAIN)."""
 
+_GRAVITY: dict[str, Any] = {"properties": {"gravity_score": {"type": "number", "minimum": 1, "maximum": 10}}}
+
+PAYLOAD_SCHEMAS: dict[str, dict[str, Any]] = {
+    "MESSAGE_RECEIVED": {
+        "required": ["message_content", "message_role"],
+        "properties": {"message_content": {"type": "string"}, "message_role": {"enum": ["user", "assistant"]}},
+    },
+    "EXTRACTION_COMPLETED": {
+        "required": ["iteration", "completeness", "nom_compliance"],
+        "properties": {
+            "iteration": {"type": "integer", "minimum": 1, "maximum": 5},
+            "completeness": {"type": "number", "minimum": 0, "maximum": 100},
+            "nom_compliance": {"type": "number", "minimum": 0, "maximum": 100},
+        },
+    },
+    "SOAP_GENERATION_COMPLETED": {
+        "required": ["soap_data", "quality_score"],
+        "properties": {
+            "soap_data": {"type": "object"},
+            "quality_score": {"type": "number", "minimum": 0, "maximum": 1},
+        },
+    },
+    "CRITICAL_PATTERN_DETECTED": _GRAVITY,
+    "URGENCY_CLASSIFIED": _GRAVITY,
+    "CONSULTATION_COMMITTED": {"required": ["soap_data"], "properties": {"soap_data": {"type": "object"}}},
+}
+"""The same rules as JSON Schema, for gateways. A test holds that both say the same of any payload."""
+
 CLOSED_TO: frozenset[str] = frozenset(
     name
     for name, (group, _) in EVENT_TYPES.items()

@@ -66,7 +66,8 @@ def publish(
     """Publishes events as an edge gateway does: in order for each consultation, retried until accepted, held when full.
 
     Publishing the same file twice adds nothing. A line that breaks the contract is refused with its number, field and
-    reason; everything else is published. Exits 1 when a line was refused.
+    reason; everything else is published. Exits 1 when a line was refused. --check-only also holds payloads to the rules
+    that segment refuses by, those of the built-in policy; published, such an event becomes a dead letter.
 
     Example: fictl publish day.ndjson --rate 500 --json
     """

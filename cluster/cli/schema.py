@@ -12,6 +12,7 @@ def schema(as_json: JsonOption = False) -> None:
     """Shows what an edge gateway may publish, and where.
 
     With --json: JSON Schema (2020-12) of one event, with the subject rules under x-subject and limits under x-limits.
+    What a payload must have is by the built-in policy; `fictl policy show` says what is in force on a cluster.
 
     Example: fictl schema --json > event.schema.json
     """
@@ -30,6 +31,13 @@ def _show(contract: dict[str, Any]) -> None:
         for field, rule in definition["properties"].items():
             table.add_row(field, "yes" if field in definition.get("required", ()) else "", _describe(rule))
         screen.print(table)
+    table = make_table("event_type", "field", "required", "type", title="event.payload")
+    for rule in contract["$defs"]["EventSchema"]["allOf"]:
+        payload = rule["then"]["properties"]["payload"]
+        for field, kind in payload["properties"].items():
+            required = "yes" if field in payload.get("required", ()) else ""
+            table.add_row(rule["if"]["properties"]["event_type"]["const"], field, required, _describe(kind))
+    screen.print(table)
     subject = contract["x-subject"]
     screen.print(f"subject: {subject['pattern']}   tokens: {subject['token']}", markup=False)
     for rule in subject["rules"]:
@@ -45,4 +53,5 @@ def _describe(rule: dict[str, Any]) -> str:
         return "object"
     kinds = [kind.get("format", kind.get("type", "")) for kind in rule.get("anyOf", [rule])]
     default = rule.get("default")
-    return " or ".join(kinds) + (f", default {default}" if default is not None else "")
+    bounds = f" from {rule['minimum']} to {rule['maximum']}" if "minimum" in rule else ""
+    return " or ".join(kinds) + bounds + (f", default {default}" if default is not None else "")

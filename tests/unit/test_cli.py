@@ -60,7 +60,14 @@ def test_schema_prints_one_json_schema_on_stdout(capsys: Captured) -> None:
 def test_schema_for_people_names_every_field_and_rule(capsys: Captured) -> None:
     assert fictl("schema") == 0
     out = capsys.readouterr().out
-    for word in ("consultation_id", "timestamp", "America/Mexico_City", "Nats-Msg-Id", "payload_bytes_max"):
+    for word in (
+        "consultation_id",
+        "timestamp",
+        "America/Mexico_City",
+        "Nats-Msg-Id",
+        "payload_bytes_max",
+        "from 1 to 5",
+    ):
         assert word in out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from contracts.errors import WireFormatError
+from contracts.errors import InvalidEventError, WireFormatError
 from contracts.events import (
     Event,
     decode_event,
@@ -23,7 +24,7 @@ from contracts.events import (
     gateway_schema,
     parse_rfc3339,
 )
-from contracts.policy import EVENT_TYPES
+from contracts.policy import EVENT_TYPES, PAYLOAD_RULES, PAYLOAD_SCHEMAS
 
 YEAR_1_NS = parse_rfc3339("0001-01-01T00:00:00Z")
 YEAR_9999_NS = parse_rfc3339("9999-12-31T23:59:59.999999999Z")
@@ -157,3 +158,42 @@ def test_the_published_schema_names_every_event_type_and_limit() -> None:
     assert set(event["required"]) == {"consultation_id", "event_type", "payload", "metadata"}
     assert schema["x-limits"]["payload_bytes_max"] == 1024 * 1024
     assert schema["x-limits"]["body_bytes_max"] == 2 * 1024 * 1024 - 512
+    payloads = {
+        rule["if"]["properties"]["event_type"]["const"]: rule["then"]["properties"]["payload"]
+        for rule in event["allOf"]
+    }
+    assert payloads == PAYLOAD_SCHEMAS
+
+
+_VALUES = st.one_of(
+    st.sampled_from(["user", "assistant", "", True, None, {}, [], 0, 1, 5, 6, 10, 11, 100, 101, 0.5, 1.5, 100.5, -1]),
+    st.integers(-2, 120),
+    st.floats(-2, 120),
+)
+
+
+def _fits(schema: dict[str, Any], value: Any) -> bool:
+    """As much of JSON Schema as `PAYLOAD_SCHEMAS` uses."""
+    kinds = {"string": str, "object": dict, "integer": int, "number": (int, float)}
+    if "type" in schema and (isinstance(value, bool) or not isinstance(value, kinds[schema["type"]])):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    return "minimum" not in schema or schema["minimum"] <= value <= schema["maximum"]
+
+
+@given(st.sampled_from(sorted(PAYLOAD_RULES)), st.data())
+def test_the_published_schema_says_of_a_payload_what_segment_does(event_type: str, data: st.DataObject) -> None:
+    assert set(PAYLOAD_SCHEMAS) == set(PAYLOAD_RULES)
+    schema = PAYLOAD_SCHEMAS[event_type]
+    assert set(schema) <= {"required", "properties"}
+    payload = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(schema["properties"], _VALUES)))
+    fits = set(schema.get("required", ())) <= set(payload) and all(
+        _fits(schema["properties"][field], value) for field, value in payload.items()
+    )
+    try:
+        PAYLOAD_RULES[event_type](payload)
+    except InvalidEventError:
+        assert not fits, payload
+    else:
+        assert fits, payload

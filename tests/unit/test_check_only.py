@@ -1,0 +1,27 @@
+"""`fictl publish --check-only`: what it tells of lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import Captured, fictl
+
+from cluster.workload import consultations
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "events.ndjson"
+    path.write_text("".join(f"{json.dumps(event)}\n" for event in consultations(1, 30)))
+    return path
+
+
+def test_a_check_alone_tells_also_what_segment_would_refuse(file: Path, capsys: Captured) -> None:
+    event = next(consultations(1, 1))
+    wrong = {**event, "event_type": "EXTRACTION_COMPLETED", "payload": {"iteration": 6}}
+    file.write_text(f"{json.dumps(event)}\n{json.dumps(wrong)}\n")
+    assert fictl("publish", file, "--check-only", "--json") == 1
+    (refused,) = json.loads(capsys.readouterr().out)["refused_lines"]
+    assert (refused["line"], refused["field"], refused["reason"]) == (2, "payload.iteration", "payload.range")
