@@ -231,7 +231,8 @@ def list_partitions(
                 rows.append(row)
         return rows
 
-    found = run_async(read())
+    with progress_bar("reading receipts"):
+        found = run_async(read())
     if as_json:
         print_json(found)
         return

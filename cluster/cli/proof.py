@@ -14,6 +14,7 @@ from cluster.cli.common import (
     NatsOption,
     PublicKeyOption,
     find_servers,
+    progress_bar,
     run_async,
     say,
     trusted_keys,
@@ -56,10 +57,13 @@ def prove(
         raise SettingsError(f"{event_id!r} is not a UUID; `fictl events` shows the ids that are stored") from None
     _check(output)
     place = store or directory
-    partition = event_partition(place, wanted)
+    with progress_bar("looking for the event"):
+        partition = event_partition(place, wanted)
     if partition is None:
         raise ShardError(f"no event {wanted} is stored in {place}; was it published to this cluster?")
-    evidence = prove_event(place, wanted, _records(place, store is None, nats, partition))
+    records = _records(place, store is None, nats, partition)
+    with progress_bar("hashing the events"):
+        evidence = prove_event(place, wanted, records)
     _write(evidence, output, [evidence.head])
 
 
@@ -85,7 +89,8 @@ def consistency(
     _check(output)
     place = store or directory
     records = _records(place, store is None, nats, partition)
-    evidence = prove_consistency(place, partition, old_size, new_size, records)
+    with progress_bar("hashing the events"):
+        evidence = prove_consistency(place, partition, old_size, new_size, records)
     _write(evidence, output, [evidence.old, evidence.new])
 
 

@@ -27,6 +27,7 @@ from cluster.cli.common import (
     given_settings,
     make_table,
     print_json,
+    progress_bar,
     run_async,
     say,
 )
@@ -78,7 +79,8 @@ def publish(
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         if check_only:
-            report = run_async(check_lines(_lines(descriptor), site=site))
+            with progress_bar("checking"):
+                report = run_async(check_lines(_lines(descriptor), site=site))
         else:
             servers = find_servers(directory, nats)
             settings = given_settings().settings

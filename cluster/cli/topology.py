@@ -52,7 +52,8 @@ def plan(
         async with connected(servers) as client:
             return await make_plan(client, wanted, wait_s=TOPOLOGY_PLAN.s)
 
-    found = run_async(work())
+    with progress_bar("looking"):
+        found = run_async(work())
     if as_json:
         print_json(found)
     else:

@@ -168,6 +168,16 @@ def _tell_end(log_path: Path, told_before_bytes: int, code: int) -> NoReturn:
     raise typer.Exit(code if code > 0 else FAILED)
 
 
+def _runs(directory: Path) -> bool:
+    from cluster.state import NotRunningError, read_state
+
+    try:
+        read_state(directory)
+    except NotRunningError:
+        return False
+    return True
+
+
 def down(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
 ) -> None:
@@ -177,7 +187,7 @@ def down(
 
     Example: fictl down --dir /var/lib/fi
     """
-    from cluster.state import EndedError, NotRunningError, read_state
+    from cluster.state import EndedError, read_state
 
     try:
         pid = read_state(directory).supervisor_pid
@@ -192,11 +202,10 @@ def down(
     except PermissionError:
         raise DefiniteError(f"process {pid}, which runs {directory}, is another user's: stop it as that user") from None
     deadline_s = time.monotonic() + UP_STOP.s
-    while time.monotonic() < deadline_s:
-        try:
-            read_state(directory)
-        except NotRunningError:
-            say(f"stopped what ran in {directory}")
-            return
-        time.sleep(UP_POLL.s)
+    with progress_bar("stopping"):
+        while (runs := _runs(directory)) and time.monotonic() < deadline_s:
+            time.sleep(UP_POLL.s)
+    if not runs:
+        say(f"stopped what ran in {directory}")
+        return
     raise FiError(f"process {pid} still runs after {UP_STOP.s:.0f} s; kill -9 {pid} loses nothing that was accepted")
