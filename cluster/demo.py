@@ -16,7 +16,7 @@ from cluster.feed import Line, read_lines
 from cluster.gateway import Accepted, Gateway
 from cluster.publish import LinePublisher, PublishReport
 from cluster.supervisor import Supervisor
-from cluster.track import StageTimes, Totals, Tracker, percentiles_ms
+from cluster.track import StageTimes, Totals, Tracker, measured_ms
 from cluster.workload import consultations
 from contracts.budgets import DEMO_SILENT
 from contracts.events import event_to_dict
@@ -45,7 +45,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
         dead_lettered: refused by a stage and kept in `FI_DLQ`.
         lost: accepted and nowhere.
         events_per_s: persisted, from the first send to the last receipt.
-        latency_ms: ``accepted``, ``durable`` and each stage: p50, p95, p99.
+        latency_ms: ``accepted``, ``durable`` and each stage: p50, p95, p99; None where nothing new was stored.
         shards: paths.
         verified: the store passed `fictl verify` and every accepted event is in it once.
         refused: lines that were not published, with reasons.
@@ -202,7 +202,7 @@ class DemoRun:
             events_per_s=round(totals.persisted / span_s, 1) if span_s else 0.0,
             latency_ms={
                 "accepted": report.latency_ms(),
-                "durable": percentiles_ms(self._tracker.durable_ns()),
+                "durable": measured_ms(self._tracker.durable_ns()),
                 "stages": times.summary_ms(),
             },
             shards=shards,

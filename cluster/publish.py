@@ -72,11 +72,11 @@ class PublishReport:
         if len(self.refused) < REFUSED_KEPT_MAX:
             self.refused.append(RefusedLine(line, error.field, error.reason, error.detail))
 
-    def latency_ms(self) -> dict[str, float]:
-        """Accepted latency: ``{"p50", "p95", "p99"}`` in milliseconds (nearest rank); all 0 without messages."""
+    def latency_ms(self) -> dict[str, float | None]:
+        """Accepted latency: ``{"p50", "p95", "p99"}`` in milliseconds (nearest rank); None without messages."""
         ordered = sorted(self.latencies_ns)
         return {
-            f"p{percent}": round(ordered[(len(ordered) * percent + 99) // 100 - 1] / 1e6, 3) if ordered else 0.0
+            f"p{percent}": round(ordered[(len(ordered) * percent + 99) // 100 - 1] / 1e6, 3) if ordered else None
             for percent in (50, 95, 99)
         }
 

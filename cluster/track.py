@@ -212,9 +212,16 @@ class StageTimes:
         for times, start_ns, end_ns in zip(self._times.values(), marks, marks[1:], strict=False):
             times.append(end_ns - start_ns)
 
-    def summary_ms(self) -> dict[str, dict[str, float]]:
-        """Percentiles for each stage."""
-        return {stage: percentiles_ms(np.frombuffer(times, np.int64)) for stage, times in self._times.items()}
+    def summary_ms(self) -> dict[str, dict[str, float | None]]:
+        """Percentiles for each stage; as `measured_ms`."""
+        return {stage: measured_ms(np.frombuffer(times, np.int64)) for stage, times in self._times.items()}
+
+
+def measured_ms(latencies_ns: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, float | None]:
+    """``{"p50", "p95", "p99"}`` in milliseconds; None where nothing was measured, which is no zero."""
+    if len(latencies_ns) == 0:
+        return dict.fromkeys(f"p{percent}" for percent in PERCENTILES)
+    return {**percentiles_ms(latencies_ns)}
 
 
 def percentiles_ms(latencies_ns: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, float]:

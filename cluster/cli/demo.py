@@ -132,8 +132,11 @@ def _show(result: DemoResult) -> None:
     rows = {name: result.latency_ms[name] for name in ("accepted", "durable")} | result.latency_ms["stages"]
     for name, row in rows.items():
         budget = budgets.get(name)
-        verdict = "" if budget is None else f"{budget:,} {'met' if row['p95'] <= budget else 'MISSED'}"
-        latency.add_row(name, *(f"{row[p]:,.1f}" for p in ("p50", "p95", "p99")), verdict)
+        verdict = "" if budget is None else f"{budget:,}"
+        if budget is not None and row["p95"] is not None:
+            verdict += " met" if row["p95"] <= budget else " MISSED"
+        found = (row[p] for p in ("p50", "p95", "p99"))
+        latency.add_row(name, *("-" if value is None else f"{value:,.1f}" for value in found), verdict)
     out.print(latency)
 
     if result.consultation:

@@ -194,5 +194,6 @@ def _show(report: PublishReport, check_only: bool) -> None:
     screen.print(table)
     if not check_only:
         figures = summary(report)
-        latency = "  ".join(f"{name} {value:.1f}" for name, value in report.latency_ms().items())
+        found = report.latency_ms().items()
+        latency = "  ".join(f"{name} {'-' if value is None else format(value, '.1f')}" for name, value in found)
         screen.print(f"{figures['events_per_s']} events/s; accepted latency ms: {latency}; held {report.held_s:.1f} s")

@@ -73,6 +73,9 @@ def test_the_demo_accounts_for_every_event_and_a_second_run_finds_only_duplicate
     code, second = run_json(tmp_path)
     assert code == 0
     assert (second["accepted"], second["persisted"], second["duplicates"]) == (EVENTS, 0, EVENTS)
+    # Nothing became durable this time: that took no 0 ms.
+    assert set(second["latency_ms"]["durable"].values()) == {None}
+    assert {value for stage in second["latency_ms"]["stages"].values() for value in stage.values()} == {None}
     assert (second["lost"], second["verified"]) == (0, True)
 
 

@@ -172,6 +172,6 @@ def test_a_report_keeps_so_many_refusals_and_counts_them_all() -> None:
 
 def test_percentiles_are_in_milliseconds() -> None:
     report = PublishReport()
-    assert report.latency_ms() == {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+    assert report.latency_ms() == {"p50": None, "p95": None, "p99": None}
     report.latencies_ns.extend(range(1_000_000, 101_000_000, 1_000_000))
     assert report.latency_ms() == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
