@@ -156,6 +156,9 @@ class _Applier:
         """Makes the changes of a plan, all at once but for `FI_EVENTS`, which comes after them.
 
         Stops early, without an error, where somebody else was faster.
+
+        Raises:
+            TopologyError: the servers refuse one of them.
         """
         wanted = {str(config.name): config for config in streams(self._settings, todo.cluster_id)}
 
@@ -197,7 +200,7 @@ class _Applier:
 
     async def pause_between_rounds(self) -> None:
         """Before planning again. A creation lost to another `apply` costs a round, and so does a name that is taken
-        before the servers show its stream: time bounds the rounds, not their number."""
+        before the servers show its stream: time bounds the rounds, not their number. Raises `TopologyError` then."""
         if time.monotonic() > self._deadline:
             raise TopologyError(
                 "the streams change while they are being changed: does another `fictl cluster apply` run?"
@@ -205,7 +208,7 @@ class _Applier:
         await self._pause()
 
     async def settle(self) -> None:
-        """Waits until every stream has a leader and all its replicas are current."""
+        """Waits until every stream has a leader and current replicas; in vain, it raises `ClusterUnavailableError`."""
         while True:
             behind = [name for name, info in (await self._found()).items() if not _current(info, self._settings)]
             if not behind:

@@ -149,6 +149,7 @@ def events_of_sealed(path: Path) -> SealedInfo:
     """As `sealed_info`, of a file whose events are those under the root that its header says.
 
     Its own checksums do not show that: whoever changes the file makes them anew, and leaves the root as it is.
+    Raises as `sealed_info`, and `ShardCorruptError` where the root is another.
     """
     info = sealed_info(path)
     header = info.header
