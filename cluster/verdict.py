@@ -172,7 +172,7 @@ def _why_silent(process: ProcessLook) -> tuple[str, str]:
 
 def _start(stage: Stage, why: str) -> str:
     if "start persist there" in why:
-        return "`fictl run persist` on that node, or `fictl partitions move`"
+        return "`fictl scale persist=1` or `fictl run persist` there; gone for good? Then `fictl partitions move`"
     if why.startswith("moves to"):
         return "wait some seconds; `fictl members`"
     return f"`fictl scale {stage}=1`, or `fictl run {stage}` on any node"
