@@ -45,6 +45,7 @@ image: setup ## the container image fi-pipeline:latest, from the wheel and nats-
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m cluster.deploy.image --wheel build/wheel/*.whl
+
 simulate: setup ## clusters in virtual time, killed, frozen and lied to (SEEDS=1000 START=1 JOBS=1), about a minute
 	$(BIN)/python -m cluster.testing.sim --seeds $(or $(SEEDS),1000) --start $(or $(START),1) --jobs $(or $(JOBS),1)
 
@@ -80,4 +81,4 @@ bench-backlog: setup ## events that waited for stopped stages, and how fast they
 	$(BIN)/python -m benchmarks.backlog
 
 clean: ## remove .venv, caches and the default data directory
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info $(DIR)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info $(DIR)

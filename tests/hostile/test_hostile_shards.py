@@ -244,8 +244,7 @@ def test_a_forged_header_with_a_right_checksum_never_crashes_a_reader(store: Pat
 def test_an_area_of_an_odd_place_or_length_never_crashes_a_reader(store: Path, readers: Readers, area: str) -> None:
     path = sealed_in(store)
     before = read_sealed_header(path)
-    if area not in before.areas:
-        pytest.skip("not a contiguous array")
+    assert area in before.areas
     place = before.areas[area]
     for changed in (
         msgspec.structs.replace(place, bytes=0),
