@@ -102,7 +102,7 @@ def decode_evidence(data: bytes) -> Evidence:
     try:
         return _decoder.decode(data)
     except UNREADABLE as error:
-        raise ProofError(f"not a proof: {error}") from error
+        raise ProofError(f"not a proof that `fictl prove` or `consistency` wrote: {error}") from error
 
 
 def check_evidence(evidence: Evidence, trusted: Collection[str] = ()) -> None:

@@ -19,7 +19,7 @@ from cluster.cli.common import (
     say,
     trusted_keys,
 )
-from contracts.errors import ClusterUnavailableError, SettingsError, ShardError
+from contracts.errors import ClusterUnavailableError, ProofError, SettingsError, ShardError
 from contracts.wire import plain
 
 if TYPE_CHECKING:
@@ -109,8 +109,11 @@ def check_proof(
     from contracts.evidence import InclusionProof, check_evidence, clusters_of, decode_evidence
 
     trusted = trusted_keys(public_key)
-    evidence = decode_evidence(file.read_bytes())
-    check_evidence(evidence, trusted)
+    try:
+        evidence = decode_evidence(file.read_bytes())
+        check_evidence(evidence, trusted)
+    except ProofError as error:
+        raise ProofError(f"{file}: {error}") from error
     if isinstance(evidence, InclusionProof):
         heads = [evidence.head]
         said = f"event {evidence.event_id} is number {evidence.index}"

@@ -346,7 +346,10 @@ def find_store(path: Path) -> Path:
     for directory in (path, path / SUBDIRECTORY):
         if (directory / STORE_FILE).is_file():
             return directory
-    raise ShardError(f"{path}: there is no store here nor in {path / SUBDIRECTORY} ({STORE_FILE} is missing)")
+    raise ShardError(
+        f"{path}: there is no store here nor in {path / SUBDIRECTORY} ({STORE_FILE} is missing); "
+        "name a shards directory, or the directory of `fictl up`"
+    )
 
 
 def _in_order(lanes: list[Iterator[StoredEvent]]) -> Iterator[StoredEvent]:

@@ -314,6 +314,11 @@ def test_no_more_than_a_screenful_of_refused_lines_is_shown(tmp_path: Path, caps
     assert "3000" in printed.out
 
 
+def test_a_proof_that_is_wrong_is_named(file: Path, capsys: Captured) -> None:
+    assert fictl("check-proof", file) == 4
+    assert capsys.readouterr().err.startswith(f"fi: {file}: not a proof")
+
+
 def test_stdin_is_read_for_a_dash(file: Path) -> None:
     command = [sys.executable, "-m", "cluster", "publish", "-", "--check-only", "--json"]
     done = subprocess.run(command, input=file.read_bytes(), capture_output=True, check=True, timeout=60)
