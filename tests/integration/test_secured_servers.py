@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ import pytest
 from commands import Ran, at_servers, run_fictl
 from papers import Authority, Nkey, Operator
 
-from cluster.nodes import find_nats_server
+from cluster.nodes import find_nats_server, http_status
 from cluster.ports import HeldPorts
 from cluster.testing.waiting import until
 from cluster.workload import consultations
@@ -76,11 +77,18 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
             await server.kill()
 
 
+async def is_healthy(monitor: int) -> bool:
+    try:
+        return await http_status(monitor, "/healthz") == 200
+    except OSError:
+        return False
+
+
 @asynccontextmanager
 async def example(directory: Path, users: dict[str, Nkey]) -> AsyncIterator[tuple[str, ...]]:
     """Three servers that run by the example, with our places, ports and keys in it; gives their URLs."""
     with HeldPorts() as held:
-        clients, routes = held.take(3), held.take(3)
+        clients, routes, monitors = held.take(3), held.take(3), held.take(3)
         servers = [Server(directory, port, name) for port, name in zip(clients, NAMES, strict=True)]
         text = EXAMPLE.read_text().replace("/etc/fi/", f"{directory}/")
         for name, port in zip(NAMES, routes, strict=True):
@@ -88,17 +96,20 @@ async def example(directory: Path, users: dict[str, Nkey]) -> AsyncIterator[tupl
         for name, user in users.items():
             text = text.replace(name, user.public)
         try:
-            for server, name, port in zip(servers, NAMES, routes, strict=True):
+            for server, name, port, monitor in zip(servers, NAMES, routes, monitors, strict=True):
                 own = text
                 for what, by in (
                     ("server_name: n1", f"server_name: {name}"),
                     ("/var/lib/nats", f"{directory}/{name}"),
                     ("0.0.0.0:4222", f"127.0.0.1:{server.port}"),
                     ("0.0.0.0:6222", f"127.0.0.1:{port}"),
+                    ("127.0.0.1:8222", f"127.0.0.1:{monitor}"),
                 ):
                     assert what in own
                     own = own.replace(what, by)
                 await server.start(own)
+            for monitor in monitors:
+                await until(partial(is_healthy, monitor), "the server says that it is current", 60)
             yield tuple(url for server in servers for url in server.urls)
         finally:
             for server in servers:
