@@ -179,7 +179,7 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
     duplicates, dead_lettered = place.duplicates, place.dead_lettered
     closed = ClosedConsultations(place.closed, CLOSED_REMEMBERED_MAX)
     with closing(LiveReader(file.path)) as reader:
-        shown, whole = max(0, reader.watermark()), 0
+        shown, whole = reader.watermark(), 0
         for row, records in reader.scan(None if is_full else shown):
             tree.extend(records)
             for event in map(decode_event, records):

@@ -166,7 +166,7 @@ class _Walk:
         """`commits`: how many are accepted; None for a full shard, whose owner showed all of them."""
         try:
             with LiveReader(file.path) as reader:
-                expected = max(0, reader.watermark()) if commits is None else commits
+                expected = reader.watermark() if commits is None else commits
                 whole = 0
                 for row, records in reader.scan(commits):
                     self._tree.extend(records)

@@ -140,11 +140,13 @@ def test_the_live_form_stays_until_the_sealed_one_is_known_to_be_what_was_commit
     assert "are not those that were committed" in damage.why
 
 
-def test_a_root_that_is_not_that_of_the_events_gets_no_record(store: Store, files: PartitionFiles) -> None:
+@pytest.mark.parametrize("forged", ["root", "frontier"])
+def test_a_tree_that_is_not_that_of_the_events_gets_no_record(store: Store, files: PartitionFiles, forged: str) -> None:
     files.roll()
     info = files.seal(files.to_seal[0])
+    value = "11" * 32 if forged == "root" else bytes(len(info.header.frontier))
     with info.path.open("r+b") as file:
-        file.write(encode_header(msgspec.structs.replace(info.header, root="11" * 32)))
+        file.write(encode_header(msgspec.structs.replace(info.header, **{forged: value})))
     with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
         events_of_sealed(info.path)
 

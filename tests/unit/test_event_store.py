@@ -332,3 +332,15 @@ def test_a_shard_that_lies_there_twice_is_not_shown_twice(tmp_path: Path, name: 
         shutil.copy(first.path, tmp_path / name.format(9000, 9001))
         with pytest.raises(ShardCorruptError, match=r"has the n(umber|ame) of"):
             list(store.iterate())
+
+
+def test_of_two_whole_shards_with_one_number_none_is_shown(tmp_path: Path) -> None:
+    """Which of them is right only the cluster's records tell; events of the other never were."""
+    for seed in (1, 2):
+        maker = PartitionMaker(new_store(tmp_path / str(seed)), 0, seed)
+        maker.begin()
+        maker.commit(2 + seed)
+        sealed_file = maker.seal().path
+    shutil.move(sealed_file, tmp_path / "1")
+    with pytest.raises(ShardCorruptError, match="has the number of"), EventStore(tmp_path / "1") as reader:
+        reader.count()

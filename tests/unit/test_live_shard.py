@@ -155,10 +155,12 @@ def test_damage_to_the_file_is_named_when_it_is_opened(maker: PartitionMaker) ->
         path.write_bytes(data)
         with pytest.raises(ShardError, match=text):
             open_live(path)
-    path.write_bytes(whole)
-    flip(path, 8192 + 70)
-    with pytest.raises(ShardCorruptError, match="HDF5 structure is damaged; rebuild"):
-        open_live(path)
+    # Before what is appended to, and after it.
+    for at in (8192 + 70, len(whole) - 1):
+        path.write_bytes(whole)
+        flip(path, at)
+        with pytest.raises(ShardCorruptError, match="HDF5 structure is damaged; rebuild"):
+            open_live(path)
 
 
 def test_a_newer_format_is_refused_with_what_to_do(maker: PartitionMaker) -> None:

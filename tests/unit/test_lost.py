@@ -20,6 +20,7 @@ from contracts.hashing import MerkleFrontier
 from contracts.receipts import StoreEnd, first_receipt
 from contracts.settings import Settings
 from stages.persist import lost, rewind
+from stages.persist.live import LiveReader
 from stages.persist.lost import last_place
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.records import keep_record, record_of
@@ -97,6 +98,32 @@ def test_what_is_damaged_ends_it_and_is_named(maker: PartitionMaker, damaged: in
     place, damage = last_place(files_of(maker))
     assert damage is not None
     assert (damage.file, place.shard, place.commits, place.tree.size) == (file.path, shard, 0, events)
+
+
+def test_a_commit_that_readers_were_shown_and_that_is_not_whole_any_more_is_damage(maker: PartitionMaker) -> None:
+    """Persist would cut it as what was never accepted."""
+    live = files_of(maker)[2].path
+    with LiveReader(live) as reader:
+        second = reader.header.frames.offset + reader.read_rows(0, 1)[0].end_bytes
+    flip(live, second + 10)
+    place, damage = last_place(files_of(maker))
+    assert damage is not None
+    assert f"{live}: only 1 of 2 committed rows are whole" in damage.why
+    assert (place.shard, place.commits) == (3, 0)
+
+
+def test_a_sealed_shard_of_another_past_is_damage_though_it_agrees_with_itself(tmp_path: Path) -> None:
+    """There is no receipt that its root could be held against."""
+    maker = PartitionMaker(new_store(tmp_path / "store"), 3)
+    for before in (MerkleFrontier(), MerkleFrontier()):
+        maker.frontier = before
+        maker.begin()
+        maker.commit(4)
+        maker.seal()
+    place, damage = last_place(files_of(maker))
+    assert damage is not None
+    assert "does not go on from the shard before it" in damage.why
+    assert (place.shard, place.tree.size) == (2, 4)
 
 
 def test_a_missing_shard_ends_it(maker: PartitionMaker) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shard_maker import CLUSTER, NOW_NS, new_store
 
-from contracts.errors import NotOursError, ShardCorruptError, ShardError
+from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
 from stages.persist import files, storedir
 from stages.persist.hdf5 import _Disk
 from stages.persist.names import (
@@ -21,7 +21,15 @@ from stages.persist.names import (
     partition_state,
     sealed_name,
 )
-from stages.persist.storedir import STORE_FILE, Store, existing_store, lock_partition, open_store, planned_store
+from stages.persist.storedir import (
+    STORE_FILE,
+    Store,
+    existing_store,
+    lock_partition,
+    open_store,
+    planned_store,
+    probe_disk,
+)
 
 
 def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +250,27 @@ def test_a_store_has_its_identity_only_once_its_place_is_durable(
     monkeypatch.setattr(storedir, "sync_dir", sync_dir)
     new_store(tmp_path / "a" / "b")
     assert synced == {tmp_path, tmp_path / "a"}
+
+
+def test_another_store_in_its_place_is_not_worked_with(tmp_path: Path) -> None:
+    """Another disk was mounted there, or the backup was."""
+    store, other = new_store(tmp_path / "a"), new_store(tmp_path / "b")
+    store.directory.rename(tmp_path / "away")
+    other.directory.rename(store.directory)
+    before = sorted(store.directory.iterdir())
+    for use in (lambda: lock_partition(store, 3), lambda: probe_disk(store, 3, 0)):
+        with pytest.raises(StoreFailedError, match=f"holds store {other.store_id} now, not {store.store_id}"):
+            use()
+    assert sorted(store.directory.iterdir()) == before
+
+
+def test_a_disk_is_well_again_only_with_room_for_what_comes_next(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    probe_disk(store, 3, 0)
+    with pytest.raises(StoreFailedError, match=f"bytes are free, {1 << 62} are needed"):
+        probe_disk(store, 3, 1 << 62)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_partition_is_locked_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an owner of a partition has to trim, and what it may not."""
+"""What an owner of a partition has to trim and what it may not, and how it learns that it is none any more."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pipeline import until
 from test_persist_lane import new_store, ready, stored
 
 from cluster.rewind import Rewinder
+from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.receipts import Receipt
 from contracts.subjects import INPUT_STREAM, input_filter
 from stages.persist import actor
 from stages.persist.disk import LOCAL
 from stages.persist.partition import PartitionFiles
+from stages.persist.room import EventsRoom
 from stages.persist.seal import SealedInfo
 from stages.runtime.api import Api
 
@@ -48,6 +50,49 @@ async def test_what_an_owner_committed_that_died_before_it_trimmed_is_trimmed_by
     assert await frames() == 3
     async with going(cluster.persist(store)):
         await until(trimmed, "only the last frame stays, as its writer's checkpoint", 60)
+
+
+async def test_what_no_backup_has_leaves_a_stream_that_others_fill_though_nothing_more_comes_in_here(
+    client: Client, tmp_path: Path
+) -> None:
+    cluster = await ready(client)
+    store = await new_store(client, tmp_path / "store")
+    mark = encode_last_backup(LastBackup(at_ns=1, to="/mnt/backup", copied={0: 1}))
+    (store.directory / BACKUP_FILE).write_bytes(mark)
+
+    class Room(EventsRoom):
+        async def look(self) -> None:
+            self.spare = not others_fill
+
+    async def starts_after(shard: int) -> bool:
+        """`FI_EVENTS` has all that came after the shard, and the message that this follows."""
+        seals = await cluster.seals()
+        return len(seals) == 2 and await cluster.first_kept() == seals[shard - 1].last_origin
+
+    others_fill = False
+    lane = cluster.persist(store, room=Room(cluster.api), sealed_kept=0, shard_events_max=10)
+    async with cluster.upstream(), going(lane):
+        for _ in range(3):
+            await cluster.publish(10)
+        await until(lambda: starts_after(1), "what a backup has has left", 60)
+        others_fill = True
+        await until(lambda: starts_after(2), "what is sealed has left", 60)
+
+
+async def test_an_idle_owner_learns_that_another_store_has_the_partition(client: Client, tmp_path: Path) -> None:
+    """Or its files would stay its own, and what the other gives up of them, until something comes in."""
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    lane = cluster.persist(first)
+
+    async def stands_by() -> bool:
+        return lane._standing_by
+
+    async with going(lane):
+        async with cluster.upstream():
+            await cluster.publish(1)
+        await Rewinder(cluster.api, second).move(0)
+        await until(stands_by, "it stands by", 60)
 
 
 async def test_an_owner_that_is_none_any_more_and_cannot_see_it_takes_nothing_from_the_stream(
