@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from contracts.errors import HoleError, StrayFrameError, WireFormatError
 from contracts.events import Event, decode_event, encode_event
-from contracts.frames import Dead, Frame, PackedFrame, deflate_frame, encode_frame
+from contracts.frames import Dead, Frame, PackedFrame, decode_frame, deflate_frame, encode_frame
 from contracts.hashing import audit_hash
 from contracts.settings import Settings
-from contracts.subjects import STAGES, Stage
+from contracts.subjects import STAGES, Stage, output_subject
 from stages.hash.core import HashCore
 from stages.ingest.actor import IngestCore
 from stages.persist.core import plan_group
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import Cursor
+from stages.runtime.checkpoint import Cursor, read_frame
 from stages.runtime.lane import Lane
 from stages.runtime.messages import StoredMessage
 from stages.segment.core import SegmentCore
@@ -121,7 +121,10 @@ def work(stage: Stage, messages: Iterable[StoredMessage], cursor: int) -> Covere
     if made is None:
         assert not letters
         return None
-    frame = made.frame
+    # Whatever a stage makes, the next one takes.
+    message = StoredMessage(output_subject(stage, PARTITION), 1, NOW_NS, made.encoded.data, {})
+    frame = read_frame(message, decode_frame)
+    assert frame == made.frame
     keys = [(event.origin, event.index) for event in frame.events]
     return Covered(frame.prev, frame.last, keys, sum(row.count for row in frame.dead), frame.trail, made.encoded.data)
 
@@ -297,6 +300,21 @@ def test_a_frame_that_counts_dead_letters_of_what_it_does_not_cover_is_a_stray(s
     frame = Frame(PARTITION, 10, 11, 12, (), "w", NOW_NS, b"", (Dead(origin, 1),), ())
     with pytest.raises(StrayFrameError, match="dead letters of origins that it does not cover"):
         work(stage, [carrying(stage, frame)], 10)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b'{"a":', b'{"a":"\xff"}', b'{"a":1e400}', b'{"a":%s}' % (b"9" * 5000), b"[" * 600 + b"]" * 600],
+    ids=lambda payload: str(payload[:12]),
+)
+def test_hash_refuses_a_payload_without_a_canonical_form_alone(payload: bytes) -> None:
+    """Ingest refuses these; one that an earlier build of it let through must not end the process."""
+    bad = msgspec.structs.replace(an_event(11, 0), payload=payload)
+    frame = Frame(PARTITION, 10, 11, 12, (), "w", NOW_NS, b"", (), (bad, an_event(12, 0)))
+    step = HashCore().step(carrying("hash", frame), 10, NOW_NS)
+    assert step is not None
+    assert [letter.error.reason for letter in step.letters] == ["payload.unhashable"]
+    assert [event.origin for event in step.events] == [12]
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,19 @@ def test_every_broken_rule_is_refused_with_its_reason_and_field(body: bytes, rea
     assert [part.error.reason for part in between.rejected] == ([] if reason == "json.empty" else [reason])
 
 
+@pytest.mark.parametrize("deep", [(b"[", b"]"), (b'{"b":', b"}")], ids=["arrays", "objects"])
+def test_what_is_nested_as_deep_as_parsers_go_is_refused_alone_whatever_else_is_wrong_with_it(
+    deep: tuple[bytes, bytes],
+) -> None:
+    """Some depth is one that the first parser still reads, and the one that says why it is refused does not."""
+    for depth in range(480, 1080, 5):
+        nested = deep[0] * depth + b"1" + deep[1] * depth
+        for payload in (b'{"x":1e400,"y":%s}', b'{"y":%s,"x":1e400}'):
+            parsed = parse(body_of() + b"\n" + with_payload(payload % nested) + b"\n" + body_of())
+            assert len(parsed.events) == 2
+            assert [part.error.reason for part in parsed.rejected] in (["payload.number"], ["payload.depth"])
+
+
 @pytest.mark.parametrize("site", ["../../x", "", "a.b", "a b", "x" * 65, "é", "a\n", "a/b"])
 def test_a_site_that_is_not_a_token_is_refused(site: str) -> None:
     assert only_error(parse(body_of(), site=site)).reason == "site.invalid"
