@@ -292,7 +292,7 @@ class OrderedReader:
         tokens = reply.split(b".")
         if len(tokens) > 9:
             tokens = tokens[2:]  # $JS.ACK.<domain>.<account hash>.…
-        if len(tokens) < 9 or tokens[3] != self._consumer_token or self._trouble is not None:
+        if len(tokens) < 9 or tokens[3] != self._consumer_token:
             return
         seq, consumer_seq, time_ns = int(tokens[5]), int(tokens[6]), int(tokens[7])
         if consumer_seq != self._delivered + 1:

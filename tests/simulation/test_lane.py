@@ -196,14 +196,13 @@ def test_a_letter_never_holds_another_event_than_its_own() -> None:
     """Not even where its own was deleted by hand."""
 
     async def job(ground: Ground) -> None:
-        for body in (b"first", b"second\nthird"):
+        for body in (b"first", b"second\nthird", b"fourth"):
             await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), body)
         await ground.api.delete(EVENTS, 1, erase=False)
-        letters = [
-            DeadLetter(*place, InvalidEventError("reason", "field", "detail"), None) for place in ((1, 0), (2, 1))
-        ]
+        error = InvalidEventError("reason", "field", "detail")
+        letters = [DeadLetter(origin, index, error, None) for origin, index in ((1, 0), (2, 1), (3, 0))]
         await Graveyard(ground.api, "segment", 0, "nonce").bury(letters)
-        assert [message.data for message in ground.broker.streams[DLQ].messages.values()] == [b"", b"third"]
+        assert [message.data for message in ground.broker.streams[DLQ].messages.values()] == [b"", b"third", b"fourth"]
 
     in_virtual_time(job)
 
