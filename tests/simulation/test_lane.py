@@ -18,7 +18,8 @@ from contracts.errors import InvalidEventError
 from contracts.events import Event
 from contracts.frames import Frame, encode_frame
 from contracts.rules import DEFAULT_POLICY, Policy, Rules
-from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, SEGMENT, publish_subject
+from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, SEGMENT, dlq_subject, publish_subject
+from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
 from stages.ingest import core
 from stages.ingest.actor import IngestCore
 from stages.runtime.breaker import Breaker
@@ -65,6 +66,14 @@ def a_frame(*events: Event) -> bytes:
     return encode_frame(Frame(0, first - 1, first, last, (), "w", 0, b"", (), events))
 
 
+def a_body(text: str) -> bytes:
+    """What a gateway publishes: one event."""
+    return (
+        f'{{"consultation_id":"{CONSULTATION}","event_type":"CONTEXT_UPDATED","payload":{{"text":"{text}"}},'
+        '"metadata":{"user_id":"u","session_id":"s"}}'
+    ).encode()
+
+
 def a_policy(version: int, *refused: str) -> Policy:
     rules = Rules(check_payload=False, refused_types=refused)
     return msgspec.structs.replace(DEFAULT_POLICY, version=version, rules=rules)
@@ -74,12 +83,8 @@ def test_what_the_breaker_held_is_passed_on_whole_once_it_is_right(monkeypatch: 
     """Ingest's input shows no holes: a message that a lane drops is lost."""
 
     async def job(ground: Ground) -> None:
-        body = (
-            f'{{"consultation_id":"{CONSULTATION}","event_type":"CONTEXT_UPDATED","payload":{{}},'
-            '"metadata":{"user_id":"u","session_id":"s"}}'
-        ).encode()
         for _ in range(20):
-            await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), body)
+            await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), a_body(""))
         breaker = Breaker(ground.api.settings)
         lane = Lane(ground.api, IngestCore(), 0, "nonce", lambda _: None, breaker=breaker)
         with monkeypatch.context() as bad_build:
@@ -143,6 +148,8 @@ def test_what_was_too_much_for_one_frame_leaves_nothing_in_the_memory(monkeypatc
         await ground.publish("fi.segment.0", a_frame(an_event(1, "CORE_STATE_CHANGED", HOUR_NS, large)))
         await ground.publish("fi.segment.0", a_frame(an_event(2, "MESSAGE_UPDATED", 3 * HOUR_NS, large)))
         await ground.publish("fi.segment.0", a_frame(an_event(3, "CONSULTATION_COMMITTED", HOUR_NS, large)))
+        # Alone it is what it is, and goes on.
+        await ground.publish("fi.segment.0", a_frame(an_event(4, "CORE_STATE_CHANGED", HOUR_NS, large + bytes(15_000))))
 
         def hold_up(_: int) -> None:
             """The first frame is on its way until the others have come in."""
@@ -150,12 +157,42 @@ def test_what_was_too_much_for_one_frame_leaves_nothing_in_the_memory(monkeypatc
 
         lane = Lane(ground.api, Core(lambda: a_policy(2)), 0, "nonce", hold_up)
         async with working(lane):
-            await until(lambda: len(ground.events(HASH)) + len(ground.buried()) == 3, "all is judged")
+            await until(lambda: len(ground.events(HASH)) + len(ground.buried()) == 4, "all is judged")
         assert judged.count(2) > 1, "nothing was parted: the test shows nothing"
-        assert ([event.origin for event in ground.events(HASH)], ground.buried()) == ([1, 2, 3], [])
+        assert ([event.origin for event in ground.events(HASH)], ground.buried()) == ([1, 2, 3, 4], [])
 
     monkeypatch.setattr(network, "PAYLOAD_BYTES_MAX", 40_000)
     in_virtual_time(job, dead_share_max=1.0)
+
+
+def test_what_was_too_much_for_one_frame_of_ingest_goes_into_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input shows no holes: a message that is not put back is lost when another one waits behind it."""
+    judged: list[int] = []
+
+    class Core(IngestCore):
+        """Notes what it judges."""
+
+        def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
+            judged.append(message.seq)
+            return super().step(message, origin, now_ns)
+
+    async def job(ground: Ground) -> None:
+        for _ in range(8):
+            await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), a_body("x" * 10_000))
+
+        def hold_up(_: int) -> None:
+            """The first frame is on its way until the others have come in."""
+            ground.broker.headless_until_s[SEGMENT] = asyncio.get_running_loop().time() + 1
+
+        async with working(Lane(ground.api, Core(), 0, "nonce", hold_up)):
+            await until(
+                lambda: judged and ground.events(SEGMENT)[-1:] and ground.events(SEGMENT)[-1].origin == 8, "all"
+            )
+        assert len(judged) > 8, "nothing was parted: the test shows nothing"
+        assert [event.origin for event in ground.events(SEGMENT)] == list(range(1, 9))
+
+    monkeypatch.setattr(network, "PAYLOAD_BYTES_MAX", 40_000)
+    in_virtual_time(job, frame_events_max=4)
 
 
 def refused(*origins: int) -> list[DeadLetter]:
@@ -188,6 +225,23 @@ def test_of_two_that_replace_a_value_at_once_the_second_sees_what_the_first_made
         last = await ground.api.last_message(CONTROL, FLUSH_SUBJECT)
         assert last is not None
         assert last.data in (b"abcd", b"abdc")
+
+    in_virtual_time(job)
+
+
+def test_a_letter_that_somebody_copied_there_stands_for_no_event() -> None:
+    """No fence let it in. Its origin is one of another cluster, and may be one of ours too."""
+
+    async def job(ground: Ground) -> None:
+        for _ in range(9):
+            await ground.publish(publish_subject("clinic-1", str(CONSULTATION)), b"x")
+        copied = {DEAD_ORIGIN: "7", DEAD_INDEX: "0"}
+        graveyard = Graveyard(ground.api, "segment", 0, "nonce")
+        await graveyard.bury(refused(2))
+        await ground.api.client.request(dlq_subject("segment", 0), b"copied", timeout=5, headers=copied)
+        await graveyard.bury(refused(7, 8))
+        await Graveyard(ground.api, "segment", 0, "another").bury(refused(7, 8, 9))
+        assert ground.buried() == [(2, 0), (7, 0), (7, 0), (8, 0), (9, 0)]
 
     in_virtual_time(job)
 
