@@ -8,6 +8,7 @@ from typing import Final
 
 from contracts.errors import SettingsError
 from contracts.settings import CONFIG_VARIABLE, SettingsFile
+from stages.persist.files import read_small
 
 DEFAULT_FILE: Final = "fi.toml"
 
@@ -36,7 +37,7 @@ def read_file(path: Path) -> SettingsFile:
         SettingsError: it cannot be read, or is not TOML. Names the file, and the line of a mistake.
     """
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except OSError as error:
         raise SettingsError(
             f"settings file {path} cannot be read: {error.strerror}; see --config and {CONFIG_VARIABLE}"

@@ -12,6 +12,7 @@ import typer
 from cluster.cli.common import JsonOption, console, make_table, print_json
 from contracts.errors import SettingsError
 from contracts.subjects import EVENTS
+from stages.persist.files import read_small
 
 if TYPE_CHECKING:
     from cluster.capacity import Measured
@@ -102,7 +103,7 @@ def read_benchmark(path: Path, batch: int) -> Measured:
     from cluster.capacity import Measured
 
     try:
-        result: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        result: dict[str, Any] = msgspec.json.decode(read_small(path), type=dict[str, Any])
         headline, cpus = result["headline"], float(result["environment"]["cpus"])
         rates = {int(name[len(_SENT) :]): float(headline[name]) for name in headline if name.startswith(_SENT)}
         turns = [turn["costs"] for turn in result["throughput"] if turn["batch"] == batch]

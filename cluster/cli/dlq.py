@@ -35,6 +35,7 @@ from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, publish_subject
 from contracts.wire import plain
+from stages.persist.files import read_small
 from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def replay(
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
     if body is not None and len(seqs or ()) != 1:
         raise SettingsError("--body is for one letter: give its SEQ")
-    mended = None if body is None else body.read_bytes()
+    mended = None if body is None else read_small(body)
     report = {"matched": 0, "replayed": 0, "repeated": 0}
     refused: list[dict[str, Any]] = []
 

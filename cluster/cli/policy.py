@@ -38,6 +38,7 @@ from contracts.rules import (
     parse_rules,
 )
 from contracts.wire import UNREADABLE
+from stages.persist.files import read_small
 
 if TYPE_CHECKING:
     from cluster.policies import Spread, Versions
@@ -201,7 +202,7 @@ def _spread_words(spread: Spread | None) -> str:
 
 def _read_rules(file: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_small(file), type=dict[str, Any])
     except UNREADABLE as error:
         raise SettingsError(f"{file} is no JSON object of rules: {error}") from None
 

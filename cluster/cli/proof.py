@@ -21,6 +21,7 @@ from cluster.cli.common import (
 )
 from contracts.errors import ClusterUnavailableError, ProofError, SettingsError, ShardError
 from contracts.wire import plain
+from stages.persist.files import read_small
 
 if TYPE_CHECKING:
     from contracts.evidence import Evidence, TreeHead
@@ -110,7 +111,7 @@ def check_proof(
 
     trusted = trusted_keys(public_key)
     try:
-        evidence = decode_evidence(file.read_bytes())
+        evidence = decode_evidence(read_small(file))
         check_evidence(evidence, trusted)
     except ProofError as error:
         raise ProofError(f"{file}: {error}") from error

@@ -18,6 +18,8 @@ from contracts.errors import ShardCorruptError
 PAGE_BYTES = 4096
 """What a disk cannot read is lost in such pieces."""
 
+SMALL_BYTES_MAX = 16 * 1024 * 1024
+
 _ZEROS = bytes(1024 * 1024)
 _WINDOW_BYTES = 1024 * 1024
 
@@ -36,6 +38,19 @@ def check_regular(path: Path) -> None:
     """Holds that `path` is a file: opening a pipe in its place would wait for ever. Raises `OSError`."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is not a file", str(path))
+
+
+def read_small(path: Path) -> bytes:
+    """All bytes of a file or pipe that is to hold something small, such as a proof, a key or settings.
+
+    Raises:
+        OSError: it cannot be read, or holds more than `SMALL_BYTES_MAX`: a device such as /dev/zero never ends.
+    """
+    with path.open("rb") as file:
+        data = file.read(SMALL_BYTES_MAX + 1)
+    if len(data) > SMALL_BYTES_MAX:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data
 
 
 def write_all_at(fd: int, data: bytes | memoryview, offset: int) -> None:

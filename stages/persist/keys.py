@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from contracts.errors import SettingsError
 from contracts.statements import Signer
-from stages.persist.files import sync_dir, sync_file, write_all_at
+from stages.persist.files import read_small, sync_dir, sync_file, write_all_at
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def read_public_key(text: str) -> str:
     if _is_hex_key(text):
         return text.lower()
     try:
-        data = Path(text).read_bytes()
+        data = read_small(Path(text))
     except OSError as error:
         raise SettingsError(
             f"public key {text}: neither {_HEX_DIGITS} hex digits nor a file that can be read ({error.strerror})"

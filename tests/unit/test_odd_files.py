@@ -11,6 +11,8 @@ import pytest
 from commandline import Captured, fictl
 from shard_maker import filled_store
 
+from cluster.cli.common import FAILED, USAGE
+from stages.persist.files import SMALL_BYTES_MAX, read_small
 from stages.persist.records import record_path
 
 PREPARED = "p003-00000009.next.h5"
@@ -81,3 +83,30 @@ def test_verify_reads_on_and_names_it_in_one_line(
 def test_a_store_whose_path_is_no_text_is_verified(store: Path, capsys: Captured) -> None:
     assert fictl("verify", store) == 0
     assert "4 shards, 91 events: all is well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("check-proof", "FILE"),
+        ("check-proof", os.devnull, "--public-key", "FILE"),
+        ("capacity", "--from", "FILE"),
+        ("policy", "set", "--file", "FILE"),
+        ("dlq", "replay", "1", "--yes", "--body", "FILE"),
+        ("--config", "FILE", "config", "show"),
+    ],
+    ids=lambda verb: " ".join(verb).replace(os.devnull, "null"),
+)
+def test_what_is_to_hold_something_small_is_not_read_for_ever(
+    tmp_path: Path, capsys: Captured, verb: tuple[str, ...]
+) -> None:
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, SMALL_BYTES_MAX + 1)
+    assert fictl(*(str(large) if word == "FILE" else word for word in verb)) in (FAILED, USAGE)
+    assert "File too large" in capsys.readouterr().err
+
+
+def test_a_device_that_never_ends_is_given_up() -> None:
+    with pytest.raises(OSError, match="File too large"):
+        read_small(Path("/dev/zero"))
