@@ -51,6 +51,7 @@ class PartitionLook(msgspec.Struct, frozen=True, kw_only=True):
         receipt: its last one; None when nothing was ever committed.
         seal: the record of its last sealed shard; None before the first.
         lags: by stage.
+        at_ns: when that was so, since the epoch.
         is_known: its receipts could be read.
         problem: why they could not, where another build wrote them; else empty.
     """
@@ -59,6 +60,7 @@ class PartitionLook(msgspec.Struct, frozen=True, kw_only=True):
     receipt: Receipt | None = None
     seal: SealRecord | None = None
     lags: dict[Stage, StageLag]
+    at_ns: int = 0
     is_known: bool = True
     problem: str = ""
 

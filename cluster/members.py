@@ -196,7 +196,7 @@ def _why(
         others = [one.name for one in members.values() if one.node == receipt.node and one.store != receipt.store]
         mounted = f"; {others[0]} has another store there: is the disk mounted? Then restart it" if others else ""
         return f"waits for store {receipt.store[:_STORE_SHOWN]} on node {receipt.node}: start persist there{mounted}"
-    return f"no process of {stage} takes it" if members else f"no process of {stage} runs"
+    return f"no process of {stage} takes it" if members else f"no process of {stage} announces itself"
 
 
 async def look_until(api: Api, settled: Callable[[MembersReport], bool], limit_s: float) -> MembersReport:

@@ -192,7 +192,8 @@ class Looker:
             names = (EVENTS, *HOPS, RECEIPTS)
             key = None if unreadable.intersection(names) else tuple(keys[name] for name in names)
             async with limit:
-                return await self._unless_seen(("partition", number), key, look_at_partition, api, number, unreadable)
+                found = await self._unless_seen(("partition", number), key, look_at_partition, api, number, unreadable)
+            return msgspec.structs.replace(found, at_ns=time.time_ns())
 
         jobs: dict[str, Awaitable[Any]] = {f"partition {n}": partition(n) for n in range(facts.partitions)}
         if not unreadable.intersection(BUCKETS):

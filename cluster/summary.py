@@ -279,7 +279,7 @@ def _partitions(before: Overview | None, now: Overview) -> tuple[PartitionSummar
                 sealed_events=0 if seal is None else seal.tree_size,
                 node="" if receipt is None else receipt.node,
                 waiting={
-                    stage: _waiting(lag, earlier.get(look.partition, {}).get(stage), now.at_ns)
+                    stage: _waiting(lag, earlier.get(look.partition, {}).get(stage), look.at_ns)
                     for stage, lag in look.lags.items()
                 },
             )

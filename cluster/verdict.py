@@ -26,7 +26,7 @@ from cluster.problem import Problem
 from cluster.scrape import Held, Percentiles
 from cluster.summary import StageSummary, Summary, Waiting
 from cluster.words import duration, partitions, size
-from contracts.subjects import DLQ, EVENTS, HOPS, READER, RECEIPTS, WRITER, Stage
+from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, READER, RECEIPTS, STAGES, WRITER, Stage
 
 HELD_S_MIN: Final = 0.5
 """A publish held for less is not worth a word."""
@@ -182,6 +182,11 @@ def _unheld(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
     members = summary.members
     if members is None:
         return
+    unannounced = _unannounced(summary)
+    if unannounced:
+        names = ", ".join(name for stage in STAGES for name in unannounced.get(stage, ()))
+        what = f"{names} answer, but no process of their stage announces itself: {MEMBERS} forgets all in an election"
+        yield Problem(urgency=5, kind="unheld", what=what, next="look again in 5 s; if it stays, `fictl health`")
     by_stage: dict[tuple[Stage, str], list[int]] = {}
     for row in members.unheld:
         by_stage.setdefault((row.stage, row.why), []).append(row.partition)
@@ -191,13 +196,30 @@ def _unheld(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
             reason, step = _reason(summary, stage)
             yield Problem(urgency=2, kind="paused", what=f"{reason}{_behind(lags[stage])}", next=step)
     for (stage, why), numbers in by_stage.items():
-        if stage not in members.paused and stage not in told:
+        if stage not in members.paused and stage not in told and stage not in unannounced:
             silent = _silent(summary, stage)
             reason, step = (why, _start(stage, why)) if silent is None else _why_silent(silent)
             what = f"no member holds {partitions(numbers)} of {stage}: {reason}{_behind(lags[stage])}"
             moves = why.startswith("moves to")
             everyone = len(numbers) == summary.partition_count
             yield Problem(urgency=5 if moves else 1 if everyone else 2, kind="unheld", what=what, next=step)
+
+
+def _unannounced(summary: Summary) -> dict[Stage, list[str]]:
+    """Stages that the bucket shows no process of, though processes of this machine answer: these, by stage.
+
+    Announcements expire sooner than an election ends, and processes work on meanwhile.
+    """
+    members = summary.members
+    if members is None:
+        return {}
+    shown = {*members.paused, *(member.stage for member in members.members)}
+    ours = [process.health for process in summary.processes or () if process.health.checks]
+    return {
+        stage: names
+        for stage in STAGES
+        if stage not in shown and (names := [health.name for health in ours if health.kind == stage])
+    }
 
 
 def _behind(stage: StageSummary) -> str:
@@ -210,7 +232,9 @@ def _behind(stage: StageSummary) -> str:
 def _late(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
     """Stages that are given work and do not finish it in time, though somebody holds the partitions."""
     members = summary.members
-    excused = set() if members is None else {(row.stage, row.partition) for row in members.unheld}
+    unannounced = _unannounced(summary)
+    unheld = () if members is None else members.unheld
+    excused = {(row.stage, row.partition) for row in unheld if row.stage not in unannounced}
     for stage in summary.stages:
         if stage.stage in told:
             continue
@@ -279,10 +303,17 @@ def _disk(summary: Summary) -> Iterator[Problem]:
         what = f"disk below floor: {size(disk.free_bytes)} free at {disk.path}, floor {size(disk.floor_bytes)}"
         yield Problem(urgency=2, kind="disk_low", what=what, next="free space there; partitions stop when it is full")
     for process in summary.processes or ():
-        stopped = 0 if process.metered is None else process.metered.lanes.get("stopped", 0)
-        if stopped:
-            what = f"{stopped} partitions have stopped in {process.health.name}: their disk or files failed"
-            yield Problem(urgency=2, kind="stopped", what=what, next="its log says which file; `fictl verify`")
+        if stopped := _stopped(process):
+            lanes = process.health.checks.get("lanes")
+            why = f"{stopped} partitions have stopped" if lanes is None or lanes.ok else lanes.why
+            what = f"the disk or files of {process.health.name} failed: {why}"
+            step = "mend the disk, or make room; a damaged file: `fictl verify`, then `fictl rebuild`"
+            yield Problem(urgency=2, kind="stopped", what=what, next=step)
+
+
+def _stopped(process: ProcessLook) -> int:
+    """How many partitions have stopped in it."""
+    return 0 if process.metered is None else process.metered.lanes.get("stopped", 0)
 
 
 def _letters(summary: Summary) -> Iterator[Problem]:
@@ -309,7 +340,8 @@ def _processes(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
         health = process.health
         failing = {name for name, check in health.checks.items() if not check.ok}
         named = health.kind in unheld.union(told) and not health.checks
-        if health.ready or health.kind == "server" or named or (failing and failing <= excused):
+        known = excused | {"lanes", "circuits", "disk"} if _stopped(process) else excused
+        if health.ready or health.kind == "server" or named or (failing and failing <= known):
             continue
         yield Problem(
             urgency=3,

@@ -201,6 +201,9 @@ POLICY_WRITE: Final = _limit(10.0, "the same: the bucket to take it", "it fails;
 OBEYED: Final = _limit(10.0, "`fictl pause`, `resume`: every process to obey (--wait)", "they exit 3")
 DRAINED: Final = _limit(60.0, "`fictl drain`: input to be worked off (--wait)", "it stops the stages and exits 1")
 MEMBERS_POLL: Final = _pause(0.1, "the same commands and `policy set`: between two looks", "they look")
+MEMBERS_SHOWN: Final = _limit(
+    5.0, "`fictl members`: processes to hold all partitions, as they say anew after an election", "it names the others"
+)
 PAUSE_PUT: Final = _limit(
     15.0,
     "`fictl pause`, `resume`: the bucket to take it, elections included",

@@ -118,7 +118,7 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
         node = os.uname().nodename
         waits = f"waits for store {store[:8]} on node {node}: start persist there"
         assert reasons == {
-            ("hash", "no process of hash runs"),
+            ("hash", "no process of hash announces itself"),
             ("persist", f"{waits}; elsewhere has another store there: is the disk mounted? Then restart it"),
         }
     assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0

@@ -38,7 +38,7 @@ def receipt(partition: int, persisted: int = 100, **changes: Any) -> Receipt:
 
 def partition(number: int, lags: dict[Stage, StageLag] | None = None, persisted: int = 100) -> PartitionLook:
     quiet = {stage: StageLag(origin=1000, waiting=0) for stage in STAGES}
-    return PartitionLook(partition=number, receipt=receipt(number, persisted), lags=quiet | (lags or {}))
+    return PartitionLook(partition=number, receipt=receipt(number, persisted), lags=quiet | (lags or {}), at_ns=NOW_NS)
 
 
 def waiting(messages: int, age_s: float, origin: int = 1000) -> StageLag:

@@ -24,7 +24,9 @@ TRENDS = Trends(
 def bad() -> Overview:
     """Much is wrong at once, and everywhere numbers are large."""
     gone = tuple(
-        Unheld(stage=stage, partition=p, why=f"no process of {stage} runs") for stage in STAGES for p in (1, 3)
+        Unheld(stage=stage, partition=p, why=f"no process of {stage} announces itself")
+        for stage in STAGES
+        for p in (1, 3)
     )
     lags: dict[Stage, object] = {stage: waiting(123_456_789, 4000) for stage in STAGES}
     return overview(

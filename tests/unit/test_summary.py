@@ -93,6 +93,12 @@ def test_the_oldest_of_a_stage_is_the_oldest_of_its_partitions() -> None:
     assert (stage.waiting, stage.oldest_s) == (5, pytest.approx(7.0))
 
 
+def test_what_waited_when_it_was_read_is_no_older_because_a_frozen_process_was_asked_for_longer() -> None:
+    look = overview(at_s=2.4, partitions=tuple(partition(n, {"hash": waiting(2, 0.1)}) for n in range(8)))
+    (stage,) = [one for one in summarize((look,)).stages if one.stage == "hash"]
+    assert stage.oldest_s == pytest.approx(0.1)
+
+
 def test_percentiles_are_of_all_processes_and_a_new_process_counts_from_its_begin() -> None:
     name = STAGE_LATENCY["hash"].name
 

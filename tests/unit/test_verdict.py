@@ -150,7 +150,9 @@ def test_partitions_that_nobody_holds_are_named_with_the_reason() -> None:
 
 
 def test_a_frozen_process_is_named_where_its_partitions_are_missing() -> None:
-    gone = tuple(Unheld(stage="persist", partition=p, why="no process of persist runs") for p in range(PARTITIONS))
+    gone = tuple(
+        Unheld(stage="persist", partition=p, why="no process of persist announces itself") for p in range(PARTITIONS)
+    )
     silent = process("persist-0", 103, ready=False, checks={}, why="does not answer within 2.4 s: frozen")
     problem = only(overview(members=members(unheld=gone), processes=processes(persist=silent)))
     assert problem.urgency == 1
@@ -161,7 +163,7 @@ def test_a_frozen_process_is_named_where_its_partitions_are_missing() -> None:
 @pytest.mark.parametrize(("origin_before", "kind"), [(1000, "stuck"), (900, "behind")])
 def test_work_that_waits_too_long_is_stuck_or_behind(origin_before: int, kind: str) -> None:
     before = overview(partitions=(partition(0, {"hash": waiting(5, 3, origin_before)}), *map(partition, range(1, 8))))
-    now = overview(1, partitions=(partition(0, {"hash": waiting(7, 3)}), *map(partition, range(1, 8))))
+    now = overview(1, partitions=(partition(0, {"hash": waiting(7, 4)}), *map(partition, range(1, 8))))
     problem = only(before, now)
     assert problem.kind == kind
     assert "partition 0: 7 messages wait, the oldest for 4.0 s" in problem.what
@@ -197,7 +199,9 @@ ONE_OF_THREE = tuple(ServerStatus(url=f"nats://n{n}:4222", reachable=n == 1, nam
 NOBODY = MembersReport(
     members=(),
     unheld=tuple(
-        Unheld(stage=s, partition=p, why=f"no process of {s} runs") for s in STAGES for p in range(PARTITIONS)
+        Unheld(stage=s, partition=p, why=f"no process of {s} announces itself")
+        for s in STAGES
+        for p in range(PARTITIONS)
     ),
     moving=(),
     paused={},
@@ -219,9 +223,41 @@ def test_servers_that_are_no_majority_are_the_cause_when_only_some_streams_have_
     assert [(problem.urgency, problem.kind) for problem in found] == [
         (1, "no_leader"),
         (1, "server_down"),
-        *[(1, "unheld")] * len(STAGES),
         (2, "no_leader"),
+        (5, "unheld"),
     ]
+
+
+def test_announcements_that_expired_in_an_election_do_not_make_working_processes_missing() -> None:
+    problem = only(overview(members=NOBODY))
+    assert (problem.urgency, problem.kind) == (5, "unheld")
+    assert problem.what.startswith(
+        "ingest-0, segment-0, hash-0, persist-0 answer, but no process of their stage announces"
+    )
+    assert "look again in 5 s" in problem.next
+    late = overview(members=NOBODY, partitions=(partition(0, {"hash": waiting(7, 4)}), *map(partition, range(1, 8))))
+    assert [problem.kind for problem in verdict(late)] == ["behind", "unheld"]
+    assert [problem.kind for problem in verdict(overview(members=NOBODY, processes=None))] == ["unheld"] * len(STAGES)
+    some = msgspec.structs.replace(
+        members(unheld=tuple(row for row in NOBODY.unheld if row.stage != "hash")),
+        members=tuple(member for member in members().members if member.stage == "hash"),
+    )
+    problem = only(overview(members=some))
+    assert problem.what.startswith("ingest-0, segment-0, persist-0 answer, but")
+
+
+def test_partitions_that_stopped_are_told_once_and_with_the_reason() -> None:
+    why = "partitions [0, 1] have stopped, and the log says why each: No space left on device"
+    unready = process(
+        "persist-0",
+        103,
+        Metered(lanes={"stopped": 2}),
+        ready=False,
+        why=f"lanes: {why}; circuits: disk open; disk: 0.00 GB free",
+        checks={name: Check(False, why) for name in ("lanes", "circuits", "disk")},
+    )
+    problem = only(overview(processes=processes(persist=unready)))
+    assert (problem.kind, why in problem.what) == ("stopped", True)
 
 
 @pytest.mark.parametrize("answering", [0, 1])
