@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Final
 
 import msgspec
@@ -158,19 +158,20 @@ class Rewinder:
         """Lets this store take a partition over, from after its last sealed shard; whoever owned it is fenced off.
 
         Raises:
-            NotOursError: this store owns it already.
+            NotOursError: this store owns it already, or its owner goes on committing, faster than it can be taken over.
             ShardError: nobody owns it yet, or `FI_EVENTS` no longer holds what its owner did not seal.
             StoreFailedError: the disk refused.
-            FencedError: the owner goes on committing, faster than it can be taken over.
         """
         async with self._locked(partition, dry_run):
-            for tries_left in reversed(range(_TRIES)):
-                try:
+            for _ in range(_TRIES):
+                with suppress(FencedError):
                     return await self._move(partition, dry_run)
-                except FencedError:
-                    if not tries_left:
-                        raise
-        raise AssertionError("unreachable")
+            receipt, _ = await last_receipt(self._api, partition)
+            owner = "its owner" if receipt is None else f"store {receipt.store} on {receipt.node}"
+            raise NotOursError(
+                f"partition {partition} was not moved: {owner} goes on committing. Stop persist there first; or `fictl "
+                "pause persist`, move, and `fictl resume persist`"
+            )
 
     async def restore(self, partition: int, *, begin_anew: bool = False, dry_run: bool = False) -> Rewind:
         """Writes where a partition of this store goes on, when the cluster lost its receipts.

@@ -130,7 +130,8 @@ def move(
 
     The new store goes on after the last sealed shard; what the old one had committed and not sealed is made again from
     FI_EVENTS, which still holds it. The old owner is fenced off at once: should it come back, it moves aside what it
-    had not sealed, and does not write. If it can be stopped in order, stop it first: then everything is sealed.
+    had not sealed, and does not write. If it can be stopped in order, stop it first: then everything is sealed. From an
+    owner that goes on committing, a partition can be taken while `fictl pause persist` holds.
 
     Events in the old store's sealed shards stay there: the new store does not know their ids, so that a gateway which
     repeats one of those is not recognised. To keep a store whole, copy its directory to the new node and start persist

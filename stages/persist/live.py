@@ -48,7 +48,7 @@ from stages.persist.rows import (
     row_crc32,
     split_blob,
 )
-from stages.persist.storedir import Store
+from stages.persist.storedir import COPIED, Store
 
 _ABOUT = (
     "Live shard: being appended to. Only the first watermark[0] rows of index hold. Row k covers the bytes of frames "
@@ -376,8 +376,9 @@ class LiveShard(LiveReader):
             OSError: the disk refused, or one of them is `lost`.
         """
         if not 0 <= commits <= self.commits:
+            step = "rebuild it from the stream" if self.torn else f"what is there is whole: {COPIED}"
             raise self.lost or ShardCorruptError(
-                f"{self.path}: only {self.commits} of {commits} committed rows are whole; rebuild it from the stream"
+                f"{self.path}: only {self.commits} of {commits} committed rows are whole; {step}"
             )
         self._writable()
         # The watermark first: a reader must not find it beyond rows that are already gone.

@@ -29,7 +29,7 @@ from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
 from stages.persist.seal import SealedInfo, SealJob, drop_live, events_of_sealed, seal, whole_sealed
-from stages.persist.storedir import Store, disk_of
+from stages.persist.storedir import COPIED, Store, disk_of
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class PartitionFiles:
             if end.commits:
                 raise ShardCorruptError(
                     f"{self._store.directory}: live shard {end.shard} of partition {self._partition} is missing, "
-                    f"though receipts commit {end.commits} groups in it; `fictl rebuild` makes it again from the stream"
+                    f"though receipts commit {end.commits} groups in it: {COPIED}"
                 )
             self._begin(end.shard)
             return

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
 import msgspec
@@ -29,6 +30,12 @@ STORE_FILE = "store.json"
 STORE_FORMAT = 1
 SUBDIRECTORY = "shards"
 """Where the directory of a run has its store."""
+
+COPIED: Final = (
+    "if this is a copy of a store that another process works on (`fictl members` shows two of one store), start "
+    "persist on that one alone; else `fictl rebuild` makes it again from the stream"
+)
+"""Said where receipts commit more than whole files hold: nothing was damaged."""
 
 _STORE_LOCK = "store.lock"
 _PROBE_BYTES = 4096

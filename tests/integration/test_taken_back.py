@@ -16,6 +16,7 @@ from test_persist_lane import Cluster, new_store, ready
 from cluster.audit import audit_store, read_partition
 from cluster.rewind import Rewinder
 from cluster.testing.disk import flip
+from contracts.errors import NotOursError
 from contracts.receipts import Receipt
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist.aside import ASIDE
@@ -175,3 +176,27 @@ async def test_an_old_store_that_cannot_move_its_files_aside_stops_alone(
                 await until(moved, "it lets go by itself", 60)
             await cluster.publish(5)
     await assert_each_event_once(cluster, cluster_urls, first, second)
+
+
+async def test_a_move_from_an_owner_that_goes_on_committing_says_whom_to_stop_and_changes_nothing(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at what would be done writes nothing, and so is never refused."""
+    cluster = await ready(client)
+    first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
+    check_retained = Rewinder._check_retained
+
+    async def while_it_commits(self: Rewinder, *arguments: Any) -> None:
+        await check_retained(self, *arguments)
+        await cluster.publish(1)
+        await until(cluster.is_committed, "the owner commits", 60)
+
+    monkeypatch.setattr(Rewinder, "_check_retained", while_it_commits)
+    async with cluster.upstream(), going(cluster.persist(first)):
+        await cluster.publish(5)
+        await until(cluster.is_committed, "the owner commits", 60)
+        assert (await Rewinder(cluster.api, second).move(0, dry_run=True)).from_store == first.store_id
+        with pytest.raises(NotOursError, match=f"store {first.store_id} on .* goes on committing. Stop persist there"):
+            await Rewinder(cluster.api, second).move(0)
+        assert (await cluster.receipt()).store == first.store_id
+        assert list_shards(second.directory) == {}

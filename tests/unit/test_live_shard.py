@@ -115,6 +115,8 @@ def test_rows_after_a_torn_one_never_come_back(maker: PartitionMaker) -> None:
         file.write(bytes(ROW_BYTES))
     with open_live(path) as torn:
         assert (torn.commits, torn.torn) == (1, True)
+        with pytest.raises(ShardCorruptError, match="only 1 of 2 committed rows are whole; rebuild it"):
+            torn.cut(2)
         torn.cut(1)
         append(torn, [b"b"], 2)
         assert os.pread(torn._fd, ROW_BYTES, second) == row
@@ -133,7 +135,7 @@ def test_a_cut_removes_whole_commits_and_every_byte_of_them(maker: PartitionMake
     frames = live.header.frames
     assert files.is_zero(live._fd, frames.offset + live.end_bytes, frames.bytes - live.end_bytes)
     assert not live.cut(1)
-    with pytest.raises(ShardCorruptError, match="only 1 of 2 committed rows are whole"):
+    with pytest.raises(ShardCorruptError, match=r"only 1 of 2 .* what is there is whole: if .*copy"):
         live.cut(2)
     maker.close()
 
