@@ -44,11 +44,11 @@ VERDICTS = (
 """What the checker and the books say of events. A mutant that merely crashes is not convicted by them."""
 
 MUTANTS = {
-    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 1500),
+    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 600),
     "duplicates-forgotten": Mutant("rule 4: ids seen before", 60, quick=True),
     "fenced-writer-goes-on": Mutant("rule 2: who is refused reads the checkpoint again", 1500),
     "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 60, quick=True),
-    "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 1500),
+    "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 120),
     "holes-are-never-purged": Mutant("rule 1: the last resort, purging the input", 120),
     "holes-are-not-seen": Mutant("rule 1: prev at most the cursor", 120),
     "letter-from-one-read": Mutant("a letter's original is looked for again", 900),

@@ -311,6 +311,17 @@ def _lose_store(world: World, fault: Fault) -> None:
         world.people.needed = True
 
 
+def _lose_store_behind_restart(world: World, fault: Fault) -> None:
+    """A store is lost when all hops were emptied just before: none of their writers is refused then."""
+    world.network.restart_servers(0.3)
+
+    def lose() -> None:
+        if not world.people.is_careful:
+            _lose_store(world, fault)
+
+    world.broker.later(1.5 + fault.pick, lose)
+
+
 FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "kill": _kill,
     "kill after a publish": _kill_after_publish,
@@ -340,6 +351,7 @@ FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "receipts purged": _purge_receipts,
     "receipts deleted": _delete_receipts,
     "store lost": _lose_store,
+    "store lost after all servers restarted": _lose_store_behind_restart,
 }
 
 
