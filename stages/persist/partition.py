@@ -20,7 +20,7 @@ from contracts.settings import Settings
 from stages.persist.aside import ASIDE, move_aside
 from stages.persist.capacity import create_shard
 from stages.persist.core import Group, count_settled
-from stages.persist.files import publish_file, remove_file
+from stages.persist.files import publish_file, remove_file, sync_dir
 from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
 from stages.persist.ids import SeenIds
 from stages.persist.live import LiveShard, open_live
@@ -94,6 +94,7 @@ class PartitionFiles:
         return files
 
     def _recover(self, receipt: Receipt) -> None:
+        sync_dir(self._store.directory)  # Or a power cut may take back a name that a killed process gave, and its file.
         found = {file.shard: file for file in list_shards(self._store.directory).get(self._partition, ())}
         self._prefer_whole_forms(found)
         kept = {file.path for file in found.values()}

@@ -6,14 +6,17 @@ recoveries from cuts.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from contracts.receipts import Receipt, SealRecord
+from stages.persist import files
 from stages.persist.storedir import open_store
 
 from .checks import recover, verify
@@ -53,8 +56,28 @@ class MemoryWitness:
             self.seals.append(message)
 
 
+class _KilledError(Exception):
+    """The owner was killed between a change of names and its sync."""
+
+
+@contextlib.contextmanager
+def _killed_at(sync: int) -> Iterator[None]:
+    """Kills who syncs the directory for the `sync`th time, just before: nothing it did is lost, and nothing synced."""
+    left = [sync]
+
+    def sync_or_die(path: Path) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise _KilledError
+        files_sync_dir(path)
+
+    files_sync_dir = files.sync_dir
+    with contextlib.suppress(_KilledError), mock.patch.object(files, "sync_dir", sync_or_die):
+        yield
+
+
 class Session:
-    """One recorded run over a store: two owners, one after the other, the first of which dies with an open tail."""
+    """One recorded run over a store by two owners, one after the other. The first dies, at the latest with a tail."""
 
     def __init__(self, before: MemoryWitness, source: Source, rng: random.Random) -> None:
         self._before = before
@@ -80,11 +103,14 @@ class Session:
             store = open_store(directory, CLUSTER, now_ns=NOW_NS)
             for tail in (True, False):
                 lane = Lane(store, self._source, self.witness, self._on_step)
-                lane.open()
-                self._own(lane)
-                if tail:
-                    lane.append(self._rng.randint(1, 5))
-                lane.close()
+                try:
+                    with _killed_at(self._rng.choice((0, 0, 1, 2, 3, 5)) if tail else 0):
+                        lane.open()
+                        self._own(lane)
+                        if tail:
+                            lane.append(self._rng.randint(1, 5))
+                finally:
+                    lane.close()
         finally:
             recorder.stop()
 
