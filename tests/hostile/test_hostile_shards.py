@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from contracts.settings import Settings
 from stages.persist.header import HEADER_BYTES, SealedHeader, encode_header, read_sealed_header
 from stages.persist.partition import PartitionFiles
 from stages.persist.storedir import Store
-from stages.persist.verify import verify_store
 from tests.unit.shard_maker import NOW_NS, PartitionMaker, filled_store
+from tests.unit.verifying import KeptReader
 
 ROOT = Path(__file__).parents[2]
 READ_S_MAX = 90.0
@@ -88,6 +89,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PartitionMaker
     return directory, maker
 
 
+@pytest.fixture(scope="module")
+def verifier(made: tuple[Path, PartitionMaker]) -> Iterator[KeptReader]:
+    """`fictl verify`, which reads by one process from test to test."""
+    reader = KeptReader()
+    try:
+        assert reader.verify(made[0]).ok
+        yield reader
+        assert reader.verify(made[0]).ok, "what it has read keeps it from telling a whole store from others"
+    finally:
+        reader.close()
+
+
 @pytest.fixture
 def store(made: tuple[Path, PartitionMaker], tmp_path: Path) -> Path:
     """A copy to damage: three sealed shards and a live one."""
@@ -145,11 +158,16 @@ def linked(name: str, link: object) -> Callable[[h5py.File], None]:
     return change
 
 
+@cache
+def bomb_bytes() -> bytes:
+    return zlib.compress(bytes(200 << 20), 9)
+
+
 def bomb(file: h5py.File) -> None:
     """Chunks that unpack to far more than they may hold."""
     del file["records"]
     data = file.create_dataset("records", (1 << 18,), "u1", maxshape=(None,), chunks=(1 << 18,), compression="gzip")
-    data.id.write_direct_chunk((0,), zlib.compress(bytes(200 << 20), 9))
+    data.id.write_direct_chunk((0,), bomb_bytes())
 
 
 HUGE = 1 << 50
@@ -205,13 +223,15 @@ def virtual(file: h5py.File) -> None:
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_a_forged_structure_is_refused_by_name_or_not_needed(store: Path, readers: Readers, name: str) -> None:
+def test_a_forged_structure_is_refused_by_name_or_not_needed(
+    store: Path, readers: Readers, verifier: KeptReader, name: str
+) -> None:
     path = sealed_in(store)
     whole = readers.read(store)
     rewritten(path, STRUCTURES[name])
     words = readers.read(store)
     assert check_reasons(words, path) > 0 or words == whole, words
-    report = verify_store(store, shard_timeout_s=READ_S_MAX)
+    report = verifier.verify(store, shard_timeout_s=READ_S_MAX)
     assert {problem.shard for problem in report.problems} >= {path.name}
 
 
@@ -229,11 +249,13 @@ HEADERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_forged_header_with_a_right_checksum_never_crashes_a_reader(store: Path, readers: Readers, name: str) -> None:
+def test_a_forged_header_with_a_right_checksum_never_crashes_a_reader(
+    store: Path, readers: Readers, verifier: KeptReader, name: str
+) -> None:
     path = sealed_in(store)
     reheaded(path, **HEADERS[name])
     check_reasons(readers.read(store), path)
-    report = verify_store(store, shard_timeout_s=READ_S_MAX)
+    report = verifier.verify(store, shard_timeout_s=READ_S_MAX)
     assert not report.ok
     assert path.name in {problem.shard for problem in report.problems}
 
@@ -286,14 +308,14 @@ def test_flipped_bits_of_a_live_shard_are_found_or_harmless(store: Path, readers
 
 @pytest.mark.parametrize("of", [sealed_in, live_in])
 def test_a_shard_cut_short_anywhere_is_refused_by_name(
-    store: Path, readers: Readers, of: Callable[[Path], Path]
+    store: Path, readers: Readers, verifier: KeptReader, of: Callable[[Path], Path]
 ) -> None:
     path = of(store)
     whole = path.read_bytes()
     for size in (0, 1, 9, 511, HEADER_BYTES - 1, HEADER_BYTES, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert check_reasons(readers.read(store), path) > 0, size
-        assert path.name in {problem.shard for problem in verify_store(store).problems}
+        assert path.name in {problem.shard for problem in verifier.verify(store).problems}
 
 
 def receipt_for(made: tuple[Path, PartitionMaker], store: Store) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +40,19 @@ def audit(maker: Witnessed, path: Path, witnesses: Witnesses | None = None, trus
     return "\n".join([*(f"{one.shard}: {one.where}: {one.what}" for one in found.problems), found.unshown]).strip()
 
 
-@pytest.fixture
-def honest(tmp_path: Path) -> Witnessed:
-    maker = Witnessed(tmp_path / "honest")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Witnessed:
+    maker = Witnessed(tmp_path_factory.mktemp("made"))
     maker.fill(*events_of(maker))
+    return maker
+
+
+@pytest.fixture
+def honest(made: Witnessed, tmp_path: Path) -> Witnessed:
+    """A copy of the store, to change, with what was witnessed of it."""
+    directory = shutil.copytree(made.store.directory, tmp_path / "honest")
+    maker = copy.copy(made)
+    maker.store = dataclasses.replace(made.store, directory=Path(directory))
     return maker
 
 

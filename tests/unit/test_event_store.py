@@ -7,7 +7,6 @@ from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from uuid import UUID
 
-import pandas
 import pytest
 from shard_maker import PartitionMaker, filled_store, new_store
 
@@ -111,6 +110,9 @@ def test_columns_are_those_of_the_events_in_order(two_partitions: tuple[Path, li
 
 
 def test_a_dataframe_has_a_row_for_each_event_in_order(two_partitions: tuple[Path, list[Event]]) -> None:
+    # Here, because every test process loads this module, and one of them runs this test.
+    import pandas
+
     path, events = two_partitions
     with EventStore(path) as store:
         frame = store.to_dataframe()

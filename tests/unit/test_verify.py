@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,10 +29,16 @@ from stages.persist.rows import ROW_BYTES, CommitRow, pack_blob, row_crc32
 from stages.persist.verify import VerifyReport, verify_store
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PartitionMaker]:
+    directory = tmp_path_factory.mktemp("made")
+    return directory, filled_store(directory)[1]
+
+
 @pytest.fixture
-def filled(tmp_path: Path) -> tuple[Path, PartitionMaker]:
-    _, maker = filled_store(tmp_path)
-    return tmp_path, maker
+def filled(made: tuple[Path, PartitionMaker], tmp_path: Path) -> tuple[Path, PartitionMaker]:
+    """A copy to damage, and who made it: three sealed shards and a live one."""
+    return Path(shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)), made[1]
 
 
 def shards(path: Path) -> list[ShardFile]:
