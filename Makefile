@@ -36,10 +36,10 @@ check: setup ## style, types, layers
 	$(BIN)/mypy
 
 test: check ## everything that must hold, six to ten minutes (JOBS=4 test processes)
-	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile
+	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
-	$(BIN)/pytest -m slow --numprocesses $(or $(JOBS),2) --dist loadfile
+	$(BIN)/pytest -m slow --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 image: setup ## the container image fi-pipeline:latest, from the wheel and nats-server; needs a Docker engine, no registry
 	rm -rf build/wheel

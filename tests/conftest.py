@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAGE_BYTES = 4096
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that mostly wait, for servers and stages, and files that mostly compute take turns.
+
+    Test processes side by side take files in this order. By themselves they would all compute first, more processes
+    than there are cores, and then all wait.
+    """
+    waiting: dict[Path, list[pytest.Item]] = {}
+    computing: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        side = waiting if item.path.parent.name == "integration" else computing
+        side.setdefault(item.path, []).append(item)
+    turns = zip_longest(waiting.values(), computing.values(), fillvalue=())
+    items[:] = [item for turn in turns for file in turn for item in file]
+
 
 BadSector = Callable[[Path, int], None]
 
