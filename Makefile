@@ -33,7 +33,7 @@ down: setup ## stop what `make up` started
 check: setup ## style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 
 test: check ## everything that must hold, six to ten minutes (JOBS=4 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
