@@ -25,9 +25,9 @@ from benchmarks.judging import judge
 from benchmarks.load import Pipeline, fill, make_messages, running_pipeline, settle
 from benchmarks.report import RESULTS, environment_of, markdown_table
 from cluster.capacity import EVENTS_PER_SESSION
-from cluster.state import SHARDS
 from contracts.settings import load_settings
 from contracts.subjects import STAGES, Stage
+from stages.persist.names import SHARDS
 
 PARTITIONS = 4
 SESSIONS_PER_DAY = 10_000

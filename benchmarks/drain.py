@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks.judging import judge
 from benchmarks.load import Pipeline, fill, make_messages, settle
 from cluster.members import look_until, pause, resume
-from cluster.state import SHARDS
 from contracts.frames import decode_frame_head
 from contracts.membership import Pause
 from contracts.subjects import PERSIST, Stage, input_filter
+from stages.persist.names import SHARDS
 from stages.runtime.api import Api
 
 EVENTS, BATCH = 100_000, 16

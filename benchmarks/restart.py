@@ -23,10 +23,10 @@ import uvloop
 from benchmarks.judging import judge
 from benchmarks.load import Message, Pipeline, make_messages, open_loop, running_pipeline
 from benchmarks.report import RESULTS, environment_of, markdown_table, spread
-from cluster.state import SHARDS
 from cluster.track import percentiles_ms
 from contracts.settings import load_settings
 from contracts.subjects import STAGES
+from stages.persist.names import SHARDS
 
 PARTITIONS = 4
 WARM_UP_S = 5

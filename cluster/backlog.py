@@ -8,12 +8,12 @@ stage before it is what waits between the two, whether in a stream or in a proce
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
 from contracts.errors import WireFormatError
-from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.receipts import Receipt, SealRecord
 from contracts.subjects import (
     EVENTS,
     OUTPUT_STREAM,
@@ -24,7 +24,7 @@ from contracts.subjects import (
     raw_filter,
 )
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import checkpoint_from, last_receipt, last_seal, told_before
+from stages.runtime.checkpoint import checkpoint_from, last_receipt, last_seal
 
 _NS = 1_000_000_000
 
@@ -108,12 +108,18 @@ async def sealed_end(api: Api, receipt: Receipt | None) -> SealRecord | None:
     """
     if receipt is None:
         return None
-    live = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).shard
+    live = receipt.end_of(receipt.store).shard
     record, _ = await last_seal(api, receipt.partition, told_before(live + 1, receipt))
     whole = (receipt.persisted, receipt.origin)
     if record is not None and record.shard == live and (record.tree_size, record.last_origin) != whole:
         record, _ = await last_seal(api, receipt.partition, told_before(live, receipt))
     return record
+
+
+def told_before(shard: int, receipt: Receipt) -> Callable[[SealRecord], bool]:
+    """For `last_seal`: of a shard below that number, by the owner that `receipt` names or from before its part."""
+    first = receipt.end_of(receipt.store).first
+    return lambda record: record.shard < shard and (record.store == receipt.store or record.shard < first)
 
 
 async def _lags(api: Api, partition: int, cursors: dict[Stage, int | None], countable: bool) -> dict[Stage, StageLag]:

@@ -23,7 +23,7 @@ from cluster.health import ProcessHealth, get
 from cluster.health import look as look_at_health
 from cluster.members import MembersReport, read_buckets, report
 from cluster.scrape import Metered, parse_metrics
-from cluster.state import SHARDS, NotRunningError, read_state
+from cluster.state import NotRunningError, read_state
 from cluster.status import ServerStatus, StreamStatus, look_at_servers, look_at_streams
 from cluster.threads import in_daemon_thread
 from contracts.budgets import STATUS_CONNECT, STATUS_LOOK
@@ -32,7 +32,7 @@ from contracts.letters import read_letter
 from contracts.settings import Settings, hide_credentials
 from contracts.subjects import BUCKETS, DLQ, EVENTS, HOPS, RECEIPTS
 from contracts.wire import UNREADABLE
-from stages.persist.names import list_shards
+from stages.persist.names import SHARDS, list_shards
 from stages.runtime.access import Servers
 from stages.runtime.api import Api
 from stages.runtime.client import GuardedClient

@@ -140,7 +140,7 @@ class Rewinder:
                 place, damage = await asyncio.to_thread(
                     self._files.last_good_place, self._store, partition, records.receipts, records.seals
                 )
-            first = last.ends.get(self._store.store_id, _NOTHING).first
+            first = last.end_of(self._store.store_id).first
             end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
                 aside = await asyncio.to_thread(
@@ -295,7 +295,7 @@ class Rewinder:
             await asyncio.to_thread(self._files.forget_copies, store.directory, last.partition, end.shard)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
-            owner = last.ends.get(last.store, _NOTHING)
+            owner = last.end_of(last.store)
             if (owner.shard, owner.commits) > (place.shard, 0):
                 ends[last.store] = msgspec.structs.replace(owner, shard=place.shard, commits=0)
         nonce = f"rewind-{self._token()}"
@@ -368,9 +368,6 @@ def _begins_with(seal: SealRecord, message: StoredMessage) -> bool:
         return message.seq < seal.last_origin
     settled = seal.events + seal.resume.duplicates + seal.resume.dead_lettered
     return seal.shard == FIRST_SHARD and len(split_body(message.data)) == settled
-
-
-_NOTHING: Final = StoreEnd(shard=FIRST_SHARD, commits=0)
 
 
 async def wait_caught_up(

@@ -13,8 +13,6 @@ from contracts.wire import UNREADABLE
 from stages.runtime.pids import process_lives
 
 STATE_FILE = "cluster.json"
-SHARDS = "shards"
-"""Where the directory of a run has its store."""
 
 
 class NotRunningError(DefiniteError):

@@ -5,7 +5,7 @@ A receipt is the commit: until one is accepted by the replicated stream, nothing
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -39,6 +39,9 @@ class StoreEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shard: Sequence
     commits: Count
     first: Sequence = 1
+
+
+_NO_FILES: Final = StoreEnd(shard=1, commits=0)
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +98,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
     committed_ns: TimeNs
     takeover: bool = False
     signature: Signature | UnsetType = UNSET
+
+    def end_of(self, store: str) -> StoreEnd:
+        """How far the files of a store are committed, by its id: nothing where it never owned the partition."""
+        return self.ends.get(store, _NO_FILES)
 
 
 class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="seal.1"):

@@ -17,12 +17,11 @@ from benchmarks.load import CONNECTIONS, Message, Pipeline, closed_loop, connect
 from benchmarks.report import Say
 from cluster.nodes import EmbeddedCluster, Node, NodePorts
 from cluster.stageprocess import StageCommand
-from cluster.state import SHARDS
 from cluster.supervisor import Supervisor, run_command
 from cluster.track import percentiles_ms
 from contracts.settings import Settings, load_settings
 from contracts.subjects import STAGES, Stage
-from stages.persist.names import list_shards
+from stages.persist.names import SHARDS, list_shards
 
 PARTITIONS = 1
 """As many lanes as two cores can use; the settings of a case choose others."""

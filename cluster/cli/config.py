@@ -33,10 +33,11 @@ from cluster.cli.common import (
     say,
 )
 from cluster.config import DEFAULT_FILE
-from cluster.state import SHARDS, NotRunningError
+from cluster.state import NotRunningError
 from contracts.budgets import TOPOLOGY_PLAN
 from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
 from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value
+from stages.persist.names import SHARDS
 
 if TYPE_CHECKING:
     from contracts.settings import SettingsFile, Source

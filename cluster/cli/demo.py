@@ -25,10 +25,10 @@ from cluster.cli.common import (
     run_async,
 )
 from cluster.cli.up import unless_interrupted
-from cluster.state import SHARDS
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DURABLE_BUDGET_MS_P95, STAGE_BUDGET_MS_P95
 from contracts.wire import plain
+from stages.persist.names import SHARDS
 
 if TYPE_CHECKING:
     from cluster.demo import DemoResult, OnStep

@@ -30,9 +30,9 @@ from cluster.cli.common import (
     run_async,
     say,
 )
-from cluster.state import SHARDS
 from contracts.budgets import COMMAND_CONNECT, REBUILD
 from contracts.errors import ClusterUnavailableError, FiError, NotOursError, SettingsError
+from stages.persist.names import SHARDS
 
 if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder

@@ -22,11 +22,11 @@ from cluster.cli.common import (
     named_stage,
     run_async,
 )
-from cluster.state import SHARDS
 from contracts.budgets import SWITCH_INTERVAL
 from contracts.errors import SettingsError
 from contracts.settings import PARTITIONS_MAX
 from contracts.subjects import STAGES, is_token
+from stages.persist.names import SHARDS
 
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.state import SHARDS
 from contracts.settings import Settings
 from contracts.subjects import Stage
+from stages.persist.names import SHARDS
 
 
 @dataclass(frozen=True, slots=True)

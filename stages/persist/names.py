@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FIRST_SHARD = 1
+SHARDS = "shards"
+"""Where the directory of a run has its store."""
 TMP_SUFFIX = ".tmp"
 
 _LIVE = re.compile(r"p(\d{3,4})-(\d{8})\.live\.h5", re.ASCII)

@@ -102,7 +102,7 @@ class PartitionFiles:
         for unfinished in [path for path in spare if parse_name(path) is None]:
             remove_file(unfinished)
             spare.remove(unfinished)
-        end = receipt.ends.get(self._store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
+        end = receipt.end_of(self._store.store_id)
         self._first_shard = end.first
         self._take_earlier([found.pop(number) for number in sorted(found) if number < end.first])
         if end.first > FIRST_SHARD:

@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier
-from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
+from contracts.receipts import Receipt, ResumePoint, SealRecord
 from contracts.settings import Settings
 from stages.persist.aside import read_through
 from stages.persist.capacity import create_shard
@@ -109,7 +109,7 @@ def last_good_place(
         OSError: the store cannot be read.
     """
     last = receipts[-1]
-    end = last.ends.get(store.store_id, StoreEnd(shard=FIRST_SHARD, commits=0))
+    end = last.end_of(store.store_id)
     before = [seal for seal in seals if seal.shard < end.first]
     walk = _Walk(store, place_after_seals(last, before), receipts, seals)
     found = {file.shard: file for file in list_shards(store.directory).get(partition, ())}

@@ -25,10 +25,10 @@ from contracts.errors import ShardError
 from contracts.events import Event
 from contracts.hashing import MerkleFrontier
 from stages.persist.columns import Array
-from stages.persist.names import ShardFile
+from stages.persist.names import SHARDS, ShardFile
 from stages.persist.openshards import OpenShards, View
 from stages.persist.sealed import SealedReader, Selection
-from stages.persist.storedir import STORE_FILE, SUBDIRECTORY
+from stages.persist.storedir import STORE_FILE
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -343,11 +343,11 @@ def find_store(path: Path) -> Path:
     Raises:
         ShardError: neither.
     """
-    for directory in (path, path / SUBDIRECTORY):
+    for directory in (path, path / SHARDS):
         if (directory / STORE_FILE).is_file():
             return directory
     raise ShardError(
-        f"{path}: there is no store here nor in {path / SUBDIRECTORY} ({STORE_FILE} is missing); "
+        f"{path}: there is no store here nor in {path / SHARDS} ({STORE_FILE} is missing); "
         "name a shards directory, or the directory of `fictl up`"
     )
 

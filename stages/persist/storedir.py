@@ -24,12 +24,10 @@ from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreF
 from contracts.events import format_rfc3339
 from contracts.wire import UNREADABLE
 from stages.persist.files import is_lost, publish_file, remove_file, sync_dir, write_all_at, write_new_file
-from stages.persist.names import lock_name, probe_name, tmp_path
+from stages.persist.names import SHARDS, lock_name, probe_name, tmp_path
 
 STORE_FILE = "store.json"
 STORE_FORMAT = 1
-SUBDIRECTORY = "shards"
-"""Where the directory of a run has its store."""
 
 COPIED: Final = (
     "if this is a copy of a store that another process works on (`fictl members` shows two of one store), start "
@@ -131,7 +129,7 @@ def planned_store(directory: Path, cluster_id: str) -> Store:
 
 def _check_not_around(directory: Path) -> None:
     """Holds that a `directory` without a store is not that of a run, whose store is below. Raises `ShardError`."""
-    below = directory / SUBDIRECTORY
+    below = directory / SHARDS
     if (below / STORE_FILE).exists() and not (directory / STORE_FILE).exists():
         raise ShardError(f"{directory}: is not a store, but {below} is; name that one")
 

@@ -15,7 +15,7 @@ import msgspec
 from contracts.errors import CountsAnewError, HoleError, StrayFrameError, WireFormatError
 from contracts.events import format_rfc3339
 from contracts.frames import Frame, FrameHead, decode_frame, decode_frame_head, is_newer_frame
-from contracts.receipts import Receipt, SealRecord, StoreEnd, decode_receipt, decode_seal
+from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.subjects import (
     EVENTS,
     INPUT_STREAM,
@@ -118,12 +118,6 @@ async def last_seal(api: Api, partition: int, holds: Callable[[SealRecord], bool
         found = record if holds(record) else found
         message = await api.first_message(RECEIPTS, subject, from_seq=message.seq + 1)
     return found, last.seq
-
-
-def told_before(shard: int, receipt: Receipt) -> Callable[[SealRecord], bool]:
-    """For `last_seal`: of a shard below that number, by the owner that `receipt` names or from before its part."""
-    first = receipt.ends.get(receipt.store, StoreEnd(shard=1, commits=0)).first
-    return lambda record: record.shard < shard and (record.store == receipt.store or record.shard < first)
 
 
 async def read_checkpoint(api: Api, stage: Stage, partition: int) -> Checkpoint:

@@ -7,11 +7,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from cluster.backlog import told_before
 from contracts.errors import WireFormatError
 from contracts.receipts import SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.subjects import RECEIPTS, seal_subject
 from stages.runtime.api import Api
-from stages.runtime.checkpoint import last_seal, told_before
+from stages.runtime.checkpoint import last_seal
 from stages.runtime.messages import StoredMessage
 
 OURS, THEIRS = "a" * 32, "b" * 32

@@ -206,7 +206,7 @@ class MemoryFiles:
         return self._shards[self._number]
 
     def _recover(self, receipt: Receipt) -> None:
-        end = receipt.ends.get(self._disk.store.store_id, StoreEnd(shard=1, commits=0))
+        end = receipt.end_of(self._disk.store.store_id)
         where = f"{self._disk.store.directory}: partition {self._partition}"
         for number in [number for number in self._shards if number > end.shard]:
             shard = self._shards[number]

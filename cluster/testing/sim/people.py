@@ -80,7 +80,7 @@ class MemoryStore:
     def _last_good_place(
         self, store: Store, partition: int, receipts: Sequence[Receipt], seals: Sequence[SealRecord]
     ) -> tuple[Place, Damage | None]:
-        end = receipts[-1].ends.get(store.store_id, StoreEnd(shard=1, commits=0))
+        end = receipts[-1].end_of(store.store_id)
         walk, shards = _Walk(), self._disk.shards(partition)
         for number in range(1, end.shard + 1):
             shard = shards.get(number)
