@@ -14,6 +14,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
+from operator import methodcaller
 from typing import Final
 
 import msgspec
@@ -34,6 +36,7 @@ from stages.persist.storedir import Store, disk_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.messages import StoredMessage
+from stages.runtime.tasks import run_blocking
 from stages.runtime.writer import FencedWriter
 
 log = logging.getLogger(__name__)
@@ -137,15 +140,14 @@ class Rewinder:
                     f"with `fictl partitions move {partition}`"
                 )
             with disk_of(self._store):
-                place, damage = await asyncio.to_thread(
+                place, damage = await run_blocking(
                     self._files.last_good_place, self._store, partition, records.receipts, records.seals
                 )
             first = last.end_of(self._store.store_id).first
             end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
             with disk_of(self._store):
-                aside = await asyncio.to_thread(
-                    self._files.given_up, self._store, partition, end, records.seals, unseen=damage is not None
-                )
+                given_up = partial(self._files.given_up, unseen=damage is not None)
+                aside = await run_blocking(given_up, self._store, partition, end, records.seals)
             if damage is None and not aside:
                 return None
             why = "files that were given up before are still there" if damage is None else damage.why
@@ -194,14 +196,14 @@ class Rewinder:
                     f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
                 )
             store = self._store
-            files = (await asyncio.to_thread(self._files.shards, store.directory)).get(partition, [])
+            files = (await run_blocking(self._files.shards, store.directory)).get(partition, [])
             if not (files or begin_anew):
                 raise ShardError(
                     f"{store.directory} has no shard of partition {partition}: restore it on the node whose store has, "
                     "or with --begin-anew if none has"
                 )
             with disk_of(store):
-                place, damage = await asyncio.to_thread(self._files.last_place, files)
+                place, damage = await run_blocking(self._files.last_place, files)
             if damage is not None and not place.origin and (len(files) > 1 or files[0].sealed):
                 raise ShardError(
                     f"partition {partition} cannot begin again from {EVENTS}, which no longer has what was sealed: put "
@@ -209,7 +211,7 @@ class Rewinder:
                 )
             end = StoreEnd(shard=place.shard, commits=place.commits)
             with disk_of(store):
-                aside = await asyncio.to_thread(self._files.given_up, store, partition, end, unseen=True)
+                aside = await run_blocking(partial(self._files.given_up, unseen=True), store, partition, end)
             await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
             if not dry_run:
@@ -229,7 +231,7 @@ class Rewinder:
         place = place_after_seals(last, records.seals)
         end = StoreEnd(shard=place.shard, commits=place.commits, first=place.shard)
         with disk_of(self._store):
-            aside = await asyncio.to_thread(self._files.given_up, self._store, partition, end, records.seals)
+            aside = await run_blocking(self._files.given_up, self._store, partition, end, records.seals)
         await self._check_retained(partition, place, records, None)
         if not dry_run:
             await self._go_back(last, records.last_seq, place, end, aside)
@@ -291,8 +293,8 @@ class Rewinder:
         """
         store = self._store
         with disk_of(store):
-            await asyncio.to_thread(self._files.prepare_aside, store, aside, end)
-            await asyncio.to_thread(self._files.forget_copies, store.directory, last.partition, end.shard)
+            await run_blocking(self._files.prepare_aside, store, aside, end)
+            await run_blocking(self._files.forget_copies, store.directory, last.partition, end.shard)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
             owner = last.end_of(last.store)
@@ -322,7 +324,7 @@ class Rewinder:
         writer.expected_seq = last_seq
         await writer.publish(encode_receipt(receipt), f"rewind/{place.origin}")
         with disk_of(store):
-            await asyncio.to_thread(self._take_files_back, last.partition, place, end, aside)
+            await run_blocking(self._take_files_back, last.partition, place, end, aside)
         for stage in STAGES:
             if INPUT_STREAM[stage] in HOPS:
                 await self._api.purge(INPUT_STREAM[stage], input_filter(stage, last.partition))
@@ -345,7 +347,7 @@ class Rewinder:
         deadline = now_s() + (0.0 if dry_run else REWIND_LOCK.s)
         while True:
             try:
-                lock = await asyncio.to_thread(self._files.lock, self._store, partition)
+                lock = await run_blocking(self._files.lock, self._store, partition, undo=methodcaller("close"))
                 break
             except NotOursError as error:
                 if now_s() > deadline:
