@@ -19,7 +19,8 @@ import pytest
 from commands import Ran, at_servers, run_fictl
 from papers import Authority, Nkey, Operator
 
-from cluster.nodes import find_nats_server, http_status
+from cluster.health import get
+from cluster.nodes import find_nats_server
 from cluster.ports import HeldPorts
 from cluster.testing.waiting import until
 from cluster.workload import consultations
@@ -79,8 +80,9 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 async def is_healthy(monitor: int) -> bool:
     try:
-        return await http_status(monitor, "/healthz") == 200
-    except OSError:
+        status, _ = await get(f"http://127.0.0.1:{monitor}/healthz")
+        return status == 200
+    except (OSError, TimeoutError, ValueError):
         return False
 
 
