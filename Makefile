@@ -35,7 +35,7 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers auto
 
-test: check ## everything that must hold, six to ten minutes (JOBS=4 test processes)
+test: check ## everything that must hold, six to fifteen minutes (JOBS=4 test processes)
 	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
