@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+from stages.persist.disk import LOCAL, Disk
+from stages.persist.partition import PartitionFiles
+from stages.persist.seal import SealedInfo
 from stages.runtime.base import LaneBase
 from stages.runtime.tasks import end_tasks
 
@@ -22,3 +27,14 @@ async def going(*lanes: LaneBase) -> AsyncIterator[list[asyncio.Task[None]]]:
             await asyncio.gather(*tasks)
     finally:
         await end_tasks(*tasks)
+
+
+def sealing_at(moment: threading.Event) -> Disk:
+    """Real files, which are sealed no sooner."""
+
+    class SlowDisk(PartitionFiles):
+        def seal(self, *arguments: Any) -> SealedInfo:
+            assert moment.wait(60)
+            return super().seal(*arguments)
+
+    return LOCAL._replace(open=SlowDisk.open)

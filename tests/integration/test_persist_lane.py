@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
-from lanes import going
+from lanes import going, sealing_at
 from nats.aio.client import Client
 from nats.js.errors import APIError
 from pipeline import until
@@ -208,15 +208,10 @@ async def test_an_owner_fenced_off_while_it_seals_takes_nothing_from_the_stream_
     first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
     seal_now = threading.Event()
 
-    class SlowDisk(PartitionFiles):
-        def seal(self, *arguments: Any) -> SealedInfo:
-            assert seal_now.wait(60)
-            return super().seal(*arguments)
-
     async with cluster.upstream():
         async with going(cluster.persist(first)):
             await cluster.publish(20)
-        slow = cluster.persist(first, LOCAL._replace(open=SlowDisk.open), shard_events_max=20, probe_s=60.0)
+        slow = cluster.persist(first, sealing_at(seal_now), shard_events_max=20, probe_s=60.0)
         sealing = asyncio.create_task(slow.run())
         for _ in range(3):
             await cluster.publish(20)

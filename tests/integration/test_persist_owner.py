@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lanes import going
+from lanes import going, sealing_at
 from nats.aio.client import Client
 from pipeline import until
 from test_persist_lane import new_store, ready, stored
@@ -17,10 +16,7 @@ from contracts.backups import BACKUP_FILE, LastBackup, encode_last_backup
 from contracts.receipts import Receipt
 from contracts.subjects import INPUT_STREAM, input_filter
 from stages.persist import actor
-from stages.persist.disk import LOCAL
-from stages.persist.partition import PartitionFiles
 from stages.persist.room import EventsRoom
-from stages.persist.seal import SealedInfo
 from stages.runtime.api import Api
 
 pytestmark = pytest.mark.cluster
@@ -103,12 +99,7 @@ async def test_an_owner_that_is_none_any_more_and_cannot_see_it_takes_nothing_fr
     first, second = [await new_store(client, tmp_path / name) for name in ("first", "second")]
     seal_now = threading.Event()
 
-    class SlowDisk(PartitionFiles):
-        def seal(self, *arguments: Any) -> SealedInfo:
-            assert seal_now.wait(60)
-            return super().seal(*arguments)
-
-    slow = cluster.persist(first, LOCAL._replace(open=SlowDisk.open), shard_events_max=20, sealed_kept=0)
+    slow = cluster.persist(first, sealing_at(seal_now), shard_events_max=20, sealed_kept=0)
 
     async def has_tried_to_claim() -> bool:
         return slow._sessions > 1
