@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -79,7 +80,7 @@ def unavailable(what: str, met: object) -> ClusterUnavailableError:
     return kind(f"{what}{why}; {step_after(met) or 'see `fictl cluster status`'}")
 
 
-class _Awaited(NamedTuple):
+class _Awaited(msgspec.Struct):
     due: float
     answer: asyncio.Future[Msg]
     subject: str
@@ -129,14 +130,14 @@ class Answers:
 
     def place(self, token: str, end: int) -> None:
         """The request ends there, not where `expect` said."""
-        self._waiting[token] = self._waiting[token]._replace(end=end)
+        self._waiting[token].end = end
 
     def put_off(self, reached: int) -> None:
         """So many bytes have come to the server: the time of each request that ends behind them begins anew."""
         now = asyncio.get_running_loop().time()
-        for token, awaited in self._waiting.items():
+        for awaited in self._waiting.values():
             if awaited.end > reached:
-                self._waiting[token] = awaited._replace(due=now + awaited.timeout)
+                awaited.due = now + awaited.timeout
 
     def _arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         if self._timer is not None:
@@ -148,12 +149,12 @@ class Answers:
         self._timer, self._timer_due = None, math.inf
         now = loop.time() + _ROUNDING
         next_due = math.inf
-        for due, answer, *_ in self._waiting.values():
-            if answer.done():
+        for awaited in self._waiting.values():
+            if awaited.answer.done():
                 continue
-            if due <= now:
-                answer.set_exception(NatsTimeoutError())
-            elif due < next_due:
-                next_due = due
+            if awaited.due <= now:
+                awaited.answer.set_exception(NatsTimeoutError())
+            elif awaited.due < next_due:
+                next_due = awaited.due
         if next_due < math.inf:
             self._arm(loop, next_due)
