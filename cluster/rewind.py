@@ -273,7 +273,7 @@ class Rewinder:
             held = message is not None and message.subject.startswith(raw_filter(partition).removesuffix(">"))
         elif records.all_seals:
             first = await self._api.first_message(EVENTS, raw_filter(partition))
-            held = first is not None and _begins_with(records.all_seals[0], first)
+            held = first is not None and begins_with(records.all_seals[0], first)
         else:
             held = True
         if not held:
@@ -361,7 +361,7 @@ class Rewinder:
             lock.close()
 
 
-def _begins_with(seal: SealRecord, message: StoredMessage) -> bool:
+def begins_with(seal: SealRecord, message: StoredMessage) -> bool:
     """Whether the first message that `FI_EVENTS` has of a partition is the first of its first shard too.
 
     The last one of the shard stays there, whatever is trimmed. It is the first if it holds all that the shard settled.
