@@ -19,6 +19,16 @@ GREETING = b'INFO {"server_id":"S","version":"2.15.1","max_payload":1048576,"hea
 TRIES = 4
 
 
+async def answer_pings(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: bytes = b"PONG\r\n") -> None:
+    """A server that does nothing else once it has greeted."""
+    writer.write(GREETING)
+    with contextlib.suppress(OSError):
+        while line := await reader.readline():
+            if line.startswith(b"PING"):
+                writer.write(answer)
+    writer.close()
+
+
 async def test_no_socket_is_kept_for_a_try_that_a_server_left_unanswered() -> None:
     hang_up, tried = asyncio.Event(), asyncio.Event()
     came = open_now = 0
@@ -119,14 +129,6 @@ async def test_whatever_greets_at_a_reconnect_the_client_goes_on_trying(
 async def test_of_several_addresses_each_is_tried_for_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that nobody answers at, as of a network that is cut off, does not take the time of those behind it."""
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(GREETING)
-        with contextlib.suppress(OSError):
-            while line := await reader.readline():
-                if line.startswith(b"PING"):
-                    writer.write(b"PONG\r\n")
-        writer.close()
-
     full = socket.socket()
     full.bind(("127.0.0.1", 0))
     full.listen(0)
@@ -141,7 +143,7 @@ async def test_of_several_addresses_each_is_tried_for_the_whole_time(monkeypatch
             return ["127.0.0.1", "127.0.0.2"]
 
         monkeypatch.setattr(Names, "addresses", addresses)
-        async with await asyncio.start_server(serve, "127.0.0.2", port):
+        async with await asyncio.start_server(answer_pings, "127.0.0.2", port):
             client = await connect([f"nats://nats.hospital:{port}"], "test")
             assert client.is_connected
             await client.close()
@@ -154,13 +156,7 @@ async def test_a_server_that_answers_the_first_ping_with_something_else_is_tried
     answers = [b"PING\r\nPONG\r\n", b"PONG\r\n"]
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(GREETING)
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        with contextlib.suppress(OSError):
-            while line := await reader.readline():
-                if line.startswith(b"PING"):
-                    writer.write(answer)
-        writer.close()
+        await answer_pings(reader, writer, answers.pop(0) if len(answers) > 1 else answers[0])
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         client = await connect([f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"], "test")
@@ -174,12 +170,7 @@ async def test_a_client_closed_at_any_moment_of_its_reconnecting_leaves_no_task(
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writers.append(writer)  # noqa: B023 - each round has its server
-            writer.write(GREETING)
-            with contextlib.suppress(OSError):
-                while line := await reader.readline():
-                    if line.startswith(b"PING"):
-                        writer.write(b"PONG\r\n")
-            writer.close()
+            await answer_pings(reader, writer)
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         client = await connect([f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"], "test")
