@@ -35,8 +35,8 @@ check: setup ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers auto
 
-test: check ## everything that must hold, six to fifteen minutes (JOBS=4 test processes)
-	$(BIN)/pytest --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder
+test: check ## everything that must hold, six to fifteen minutes (JOBS=5 test processes)
+	$(BIN)/pytest --numprocesses $(or $(JOBS),5) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## what `make test` leaves out, ten minutes and more (JOBS=2 test processes)
 	$(BIN)/pytest -m slow --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder

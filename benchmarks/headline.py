@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from benchmarks.ceiling import LIBRARY
 from benchmarks.latency import RATES_PER_S
 
 ACCEPTED_RATE_PER_S = 200
@@ -41,6 +42,7 @@ def headline(latency: Rows, throughput: Rows, drain: Rows, baselines: Rows) -> d
     accepted = {str(rate): _latency(latency, rate, "accepted_ms", "p95") for rate in RATES_PER_S}
     return {
         "single_vs_ceiling": _median(found["single_vs_ceiling"], 3),
+        **{f"single_vs_nats_py_{way}": _median(found[f"single_vs_nats_py_{way}"], 3) for way in LIBRARY},
         "batched_vs_ceiling": _median(found["batched_vs_ceiling"], 3),
         "batched_events_per_s": rates.get(16),
         "drain_events_per_s": drained,
@@ -62,7 +64,12 @@ def ratios(throughput: Rows, baselines: Rows) -> dict[str, list[float]]:
     for name, batch in (("single_vs_ceiling", 1), ("batched_vs_ceiling", 16)):
         rows = [row for row in throughput if row["batch"] == batch]
         found[name] = [round(row["events_per_s"] / row["ceiling_events_per_s"], 3) for row in rows]
-    ours = _median(row["events_per_s"] for row in throughput if row["batch"] == 1)
+    single = [row for row in throughput if row["batch"] == 1]
+    for way in LIBRARY:
+        found[f"single_vs_nats_py_{way}"] = [
+            round(row["events_per_s"] / row["library_events_per_s"][way], 3) for row in single
+        ]
+    ours = _median(row["events_per_s"] for row in single)
     for name, designs in RIVALS.items():
         found[name] = [] if ours is None else [round(ours / rate, 2) for rate in _fastest(baselines, designs)]
     return found

@@ -158,7 +158,19 @@ def _throughput(rows: Rows) -> str:
         ratio = spread([row["events_per_s"] / row["ceiling_events_per_s"] for row in of], 2)
         rates = [spread([row[kind] for row in of], 0) for kind in ("events_per_s", "ceiling_events_per_s")]
         lines.append([str(batch), *rates, ratio])
-    return markdown_table(["events a message", "events/s, send to receipt", "ceiling, events/s", "ratio"], lines)
+    text = markdown_table(["events a message", "events/s, send to receipt", "ceiling, events/s", "ratio"], lines)
+    single = [row for row in rows if row["batch"] == 1]
+    if not single:
+        return text
+    ways: list[list[str]] = []
+    for way in single[0]["library_events_per_s"]:
+        found: list[float] = [row["library_events_per_s"][way] for row in single]
+        ratio = spread([row["events_per_s"] / rate for row, rate in zip(single, found, strict=True)], 2)
+        ways.append([f"nats-py's `{way}`", spread(found, 0), ratio])
+    head = ["who publishes to the bare stream, one event a message", "events/s", "ours, end to end, of it"]
+    return f"{text}\nThe ceiling's client is our gateway's. With the library's own, as many messages at once:\n\n" + (
+        markdown_table(head, ways)
+    )
 
 
 def _drain(rows: Rows) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.ceiling import measure_ceiling
+from benchmarks.ceiling import LIBRARY, measure_ceiling, measure_library
 from benchmarks.costs import costs, snapshot
 from benchmarks.load import Pipeline, closed_loop, make_messages
 
@@ -17,6 +17,8 @@ async def measure_throughput(
     pipeline: Pipeline, seed: int, *, ceiling_first: bool, counts: Mapping[int, int] = MESSAGES
 ) -> list[dict[str, Any]]:
     """Each size once, beside its ceiling: ``{"batch", "events_per_s", "ceiling_events_per_s", "costs"}``.
+
+    One event a message has ``"library_events_per_s"`` besides: what nats-py's own ways to publish have accepted, each.
 
     Args:
         ceiling_first: whose turn it is to come first, so that what the machine does meanwhile falls on both alike.
@@ -38,12 +40,15 @@ async def measure_throughput(
         shared = costs(before, await snapshot(pipeline), settled)
         if not ceiling_first:
             ceiling = await measure_ceiling(pipeline, messages)
-        rows.append(
-            {
-                "batch": batch,
-                "events_per_s": round(settled / tracker.span_s()),
-                "ceiling_events_per_s": round(ceiling),
-                "costs": shared,
+        row = {
+            "batch": batch,
+            "events_per_s": round(settled / tracker.span_s()),
+            "ceiling_events_per_s": round(ceiling),
+            "costs": shared,
+        }
+        if batch == 1:
+            row["library_events_per_s"] = {
+                way: round(await measure_library(way, pipeline, messages)) for way in LIBRARY
             }
-        )
+        rows.append(row)
     return rows

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,17 +15,17 @@ from contracts.errors import ShardError
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.settings import Settings
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
-from stages.persist.audit import Witnesses, audit_partition, in_force, repeated
+from stages.persist.audit import Audited, Witnesses, audit_partition, in_force, repeated
 from stages.persist.lost import receipts_lost
 from stages.persist.store import EventStore, find_store
-from stages.persist.storedir import read_store
+from stages.persist.storedir import Store, read_store
 from stages.persist.verify import Problem, ShardContents, VerifyReport, verify_store
 from stages.runtime.access import Servers
 from stages.runtime.api import Api
 from stages.runtime.connection import connect
 from stages.runtime.facts import read_cluster
 from stages.runtime.messages import StoredMessage
-from stages.runtime.tasks import side_by_side
+from stages.runtime.tasks import REQUESTS_AT_ONCE, side_by_side, some_at_a_time
 
 
 class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +95,7 @@ async def read_records(
         api = Api(client, Settings(), give_up_s=COMMAND_ANSWER.s)
         lanes = range(facts.partitions) if partition is None else [partition]
         starts = {lane: 1 + (after.last_seqs.get(lane, 0) if after is not None else 0) for lane in lanes}
-        found = await side_by_side(*(read_partition(api, lane, start) for lane, start in starts.items()))
+        found = await some_at_a_time(partial(read_partition, api, lane, start) for lane, start in starts.items())
         lost = await receipts_lost(api)
     finally:
         await client.close()
@@ -144,23 +145,31 @@ async def audit_store(
     )
     shown = await asyncio.to_thread(_shown_origins, path) if report.ok else {}
     newer = await read_records(servers, after=before)
-    problems: list[Problem] = list(report.problems)
-    unshown: dict[int, str] = {}
-    for lane in sorted({*before.receipts, *shards}):
-        rewinds = [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())]
-        witnesses = Witnesses(
-            before.receipts.get(lane, ()),
-            newer.receipts.get(lane, ()),
-            before.seals.get(lane, ()),
-            rewinds,
-            before.repeated.get(lane, ()),
+    lanes = {
+        lane: audit_partition(
+            lane,
+            shards.get(lane, ()),
+            Witnesses(
+                before.receipts.get(lane, ()),
+                newer.receipts.get(lane, ()),
+                before.seals.get(lane, ()),
+                [*before.rewinds.get(lane, ()), *newer.rewinds.get(lane, ())],
+                before.repeated.get(lane, ()),
+            ),
+            store,
+            shown_origin=shown.get(lane, 0),
+            trusted=trusted,
         )
-        audited = audit_partition(
-            lane, shards.get(lane, ()), witnesses, store, shown_origin=shown.get(lane, 0), trusted=trusted
-        )
-        problems += audited.problems
-        if audited.unshown:
-            unshown[lane] = audited.unshown
+        for lane in sorted({*before.receipts, *shards})
+    }
+    return _report(store, report, lanes, before, newer)
+
+
+def _report(
+    store: Store, report: VerifyReport, lanes: dict[int, Audited], before: ClusterRecords, newer: ClusterRecords
+) -> AuditReport:
+    """What the shards themselves showed, and each partition held against the records read before and after them."""
+    problems: list[Problem] = [*report.problems, *(problem for one in lanes.values() for problem in one.problems)]
     records = [
         record
         for part in (before.receipts, newer.receipts, before.seals)
@@ -179,7 +188,7 @@ async def audit_store(
         },
         rewinds=[record for lane in before.rewinds.values() for record in lane],
         lost=before.lost,
-        unshown=unshown,
+        unshown={lane: audited.unshown for lane, audited in lanes.items() if audited.unshown},
     )
 
 
@@ -190,25 +199,44 @@ async def read_partition(api: Api, partition: int, from_seq: int = 1) -> tuple[l
         the records, and the sequence of the last receipt, also of a `place_kept`, which is not among them
         (`from_seq` - 1 without any).
     """
+    receipts = await _messages(api, receipt_subject(partition), from_seq)
+    seals = await _messages(api, seal_subject(partition), 1)
     rows: list[tuple[int, Receipt | SealRecord]] = [
-        (message.seq, decode_receipt(message.data))
-        async for message in _messages(api, receipt_subject(partition), from_seq)
+        *((message.seq, decode_receipt(message.data)) for message in receipts),
+        *((message.seq, decode_seal(message.data)) for message in seals),
     ]
-    last_seq = rows[-1][0] if rows else from_seq - 1
-    rows += [(message.seq, decode_seal(message.data)) async for message in _messages(api, seal_subject(partition), 1)]
+    last_seq = receipts[-1].seq if receipts else from_seq - 1
     return [record for _, record in sorted(rows, key=lambda row: row[0]) if record.store], last_seq
 
 
-async def _messages(api: Api, subject: str, from_seq: int) -> AsyncIterator[StoredMessage]:
-    """The messages on `subject` from a stream sequence up to what is now the last."""
+async def _messages(api: Api, subject: str, from_seq: int) -> list[StoredMessage]:
+    """The messages on `subject` from a stream sequence up to what is now the last.
+
+    Each names the place of the next one only: they are read from several places at once.
+    """
     last = await api.last_message(RECEIPTS, subject)
-    seq = from_seq
-    while last is not None and seq <= last.seq:
-        message = await api.first_message(RECEIPTS, subject, from_seq=seq)
-        if message is None:
-            return
-        yield message
-        seq = message.seq + 1
+    if last is None or last.seq < from_seq:
+        return []
+    first = await api.first_message(RECEIPTS, subject, from_seq=from_seq)
+    if first is None:
+        return []
+    step = (last.seq - first.seq) // REQUESTS_AT_ONCE + 1
+    starts = range(first.seq, last.seq + 1, step)
+    ends = (min(start + step - 1, last.seq) for start in starts)
+    parts = await side_by_side(*(_walk(api, subject, start, end) for start, end in zip(starts, ends, strict=True)))
+    return [message for part in parts for message in part]
+
+
+async def _walk(api: Api, subject: str, from_seq: int, to_seq: int) -> list[StoredMessage]:
+    """The messages on `subject` between two stream sequences, both included, one after the other."""
+    found: list[StoredMessage] = []
+    while from_seq <= to_seq:
+        message = await api.first_message(RECEIPTS, subject, from_seq=from_seq)
+        if message is None or message.seq > to_seq:
+            break
+        found.append(message)
+        from_seq = message.seq + 1
+    return found
 
 
 def _shown_origins(path: Path) -> dict[int, int]:

@@ -119,7 +119,7 @@ async def sealed_end(api: Api, receipt: Receipt | None) -> SealRecord | None:
 def told_before(shard: int, receipt: Receipt) -> Callable[[SealRecord], bool]:
     """For `last_seal`: of a shard below that number, by the owner that `receipt` names or from before its part."""
     first = receipt.end_of(receipt.store).first
-    return lambda record: record.shard < shard and (record.store == receipt.store or record.shard < first)
+    return lambda record: record.shard < shard and record.is_of(receipt.store, first)
 
 
 async def _lags(api: Api, partition: int, cursors: dict[Stage, int | None], countable: bool) -> dict[Stage, StageLag]:

@@ -21,7 +21,7 @@ import msgspec
 
 from cluster.state import NotRunningError
 from contracts.budgets import CONTROL_REQUEST
-from contracts.errors import FiError, SettingsError
+from contracts.errors import DefiniteError, FiError, SettingsError
 from contracts.subjects import Stage
 from contracts.wire import UNREADABLE
 from stages.runtime.tasks import end_tasks
@@ -156,6 +156,7 @@ async def ask_scale(path: str, counts: dict[Stage, int], limit_s: float) -> Scal
 
     Raises:
         NotRunningError: nobody listens there.
+        DefiniteError: it is another user's run.
         SettingsError: the counts are not possible.
         FiError: it was not done, or not within `limit_s`.
     """
@@ -170,6 +171,7 @@ async def ask_restart(path: str, stages: tuple[Stage, ...], limit_s: float) -> R
 
     Raises:
         NotRunningError: nobody listens there.
+        DefiniteError: it is another user's run.
         FiError: no answer, or not within `limit_s`. What was not done is in the answer.
     """
     answer = await _ask(path, RestartRequest(stages), RestartAnswer, limit_s)
@@ -190,6 +192,8 @@ async def _ask(path: str, request: ScaleRequest | RestartRequest, kind: type[Ans
                 writer.close()
     except TimeoutError:
         raise FiError(f"not done after {limit_s:.0f} s; it goes on, see `fictl members`") from None
+    except PermissionError:
+        raise DefiniteError(f"{path} is another user's, whose run it is: ask as that user") from None
     except OSError as error:
         raise NotRunningError(f"nobody listens at {path} ({error.strerror}); is `fictl up` still starting?") from error
     try:

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Collection
 
 import msgspec
 
 from cluster.backlog import count_from, sealed_end
+from cluster.broker_verdict import FULL_SHARE
 from cluster.drain import output_reaches
 from cluster.members import MembersReport, look
 from contracts.budgets import FLUSH_EXPLAIN, FLUSH_POLL
@@ -36,13 +36,9 @@ from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.messages import StoredMessage
-from stages.runtime.tasks import end_tasks, side_by_side
+from stages.runtime.tasks import end_tasks, some_at_a_time
 from stages.runtime.writer import replace_last
 
-T = TypeVar("T")
-
-READS_AT_ONCE = 16
-FULL_SHARE = 0.98
 EXPLAIN_SHARE = 0.25
 """How much of its time a flush that is not done may take to find out why."""
 
@@ -218,7 +214,7 @@ class Flusher:
         if not self._silent:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_EXPLAIN.s):
-                    await _each(one.count for one in self._all)
+                    await some_at_a_time(one.count for one in self._all)
         for one in self._all:
             one.report.done = one.report.done if seal else one.report.committed
         left = {one.report.partition for one in self._all if not one.report.done}
@@ -231,7 +227,7 @@ class Flusher:
 
     async def _wait(self, *, seal: bool) -> None:
         """Until everything is done."""
-        await _each(one.begin for one in self._all)
+        await some_at_a_time(one.begin for one in self._all)
         await self._until_committed()
         if seal:
             await self._until_sealed()
@@ -239,7 +235,7 @@ class Flusher:
     async def _until_committed(self) -> None:
         total = sum(one.report.waiting for one in self._all)
         while True:
-            await _each(one.look_at_commits for one in self._all if not one.report.committed)
+            await some_at_a_time(one.look_at_commits for one in self._all if not one.report.committed)
             self._tell(sum(one.share * one.report.waiting for one in self._all), total)
             if all(one.report.committed for one in self._all):
                 return
@@ -248,7 +244,7 @@ class Flusher:
     async def _until_sealed(self) -> None:
         asked = False
         while True:
-            await _each(one.look_at_seals for one in self._all if not one.report.done)
+            await some_at_a_time(one.look_at_seals for one in self._all if not one.report.done)
             left = [one.report for one in self._all if not one.report.done]
             if not left:
                 return
@@ -320,14 +316,3 @@ def _why(stage: Stage, partition: int, members: MembersReport, full: Collection[
         return f"{OUTPUT_STREAM[stage]} is full, and {stage} is held"
     name = f"{held.name} on {held.node}" if held is not None else stage
     return f"{name} is still at work, or its partition stopped: see `fictl health` and its log"
-
-
-async def _each(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
-    """What all of them give; some at a time."""
-    limit = asyncio.Semaphore(READS_AT_ONCE)
-
-    async def one(call: Callable[[], Awaitable[T]]) -> T:
-        async with limit:
-            return await call()
-
-    return await side_by_side(*map(one, calls))

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import lru_cache
 from typing import NamedTuple
 from uuid import UUID, uuid5
 
@@ -26,7 +27,7 @@ from nats.errors import Error as NatsError
 from contracts.budgets import ACCEPT, ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.events import HEADERS_BYTES, MESSAGE_BYTES_MAX
-from contracts.subjects import EVENTS, publish_subject
+from contracts.subjects import EVENTS, is_token, publish_subject
 from contracts.telemetry import (
     ACCEPTED_LATENCY,
     HEADER_EXPECTED_STREAM,
@@ -38,7 +39,15 @@ from stages.runtime.answers import DeniedError, unavailable
 from stages.runtime.api import ApiError
 from stages.runtime.client import GuardedClient
 from stages.runtime.telemetry import OFF, Telemetry
-from stages.runtime.writer import BAD_REQUEST, NEVER, STREAM_FULL, PubAnswer, error_type, read_pub_answer
+from stages.runtime.writer import (
+    BAD_REQUEST,
+    NEVER,
+    STREAM_FULL,
+    WRONG_STREAM,
+    PubAnswer,
+    error_type,
+    read_pub_answer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +56,6 @@ FULL_DOUBLINGS_MAX = 3
 """A full stream is asked again after the retry interval, doubled each time up to this often."""
 
 _BATCH_NAMESPACE = UUID("0d7a3d9e-5a0f-5c1b-8a55-6d2a2f6d7c10")
-_WRONG_STREAM = 10060
 
 
 class Accepted(NamedTuple):
@@ -112,14 +120,24 @@ class Gateway:
         jitter: Callable[[], float] = random.random,
         telemetry: Telemetry = OFF,
     ) -> None:
-        """
+        """To be used in the event loop that `client` was connected in, and there alone.
+
         Args:
             client: connected (`stages.runtime.connection.connect`); stays the caller's to close.
             in_flight: at least 1.
-            timeout_s: how long one try waits for the answer, once it has left, before its outcome counts as unknown.
+            timeout_s: how long one try waits for the answer, once it has left, before its outcome counts as unknown;
+                above 0.
             jitter: gives a number in [0, 1).
             telemetry: to record with.
+
+        Raises:
+            ValueError: `in_flight` or `timeout_s` is out of range.
         """
+        if in_flight < 1:
+            raise ValueError(f"in_flight = {in_flight}: nothing would ever be sent; give 1 or more")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s = {timeout_s}: no answer would be waited for; give more than 0")
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.in_flight = in_flight
         self.retries = 0
         self.client = client
@@ -162,30 +180,40 @@ class Gateway:
 
         Args:
             event_bytes: one event as JSON, or several of the consultation as NDJSON.
-            site, consultation: the subject's tokens; both must be tokens (`contracts.subjects.is_token`).
-            event_id: what makes it this message and no other; for several events see `batch_id`.
+            site, consultation: the subject's tokens (`contracts.subjects.is_token`).
+            event_id: what makes it this message and no other, not empty; for several events see `batch_id`.
             traceparent: W3C trace context to send along.
             first_seen: of a replay: where the events first came in (`contracts.letters`).
             deadline_s: give up this long after the first try, once the try then under way is over, which is waited for
                 `timeout_s` at most; None: never.
 
         Raises:
-            RefusedError: it can never be stored, e.g. it is too large.
+            RefusedError: it can never be stored: too large, not for a subject of its own, or refused by the servers.
+            TypeError: not bytes, or not text. What may change while it is sent again is not sent at all.
+            ValueError: one of them is empty. Without an id servers could not tell a second try from another message.
+            RuntimeError: this is another event loop or process than that of the calls before.
             TopologyError: the subject is another stream's, or something else than a stream answers there.
             ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
                 Publish it again with the same id before anything else of its consultation. Or a call before it ended
                 so, or in any way but accepted or refused: it was not tried. Publish that one first, and then this.
             AccessDeniedError: the connection's user may not publish there; it is not stored by this try.
         """
+        if not isinstance(event_bytes, bytes):
+            raise TypeError(f"event_bytes is {type(event_bytes).__name__}; give bytes")
+        subject = _subject(site, consultation)
+        _check_text("event_id", event_id)
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if loop is not self._loop:
+            raise RuntimeError("this gateway is of another event loop or process; connect, and make one, in each")
         if len(event_bytes) > self.message_bytes_max:
             raise RefusedError(f"{len(event_bytes)} bytes are too large for one message of {self.message_bytes_max}")
-        subject = publish_subject(site, consultation)
         headers = {HEADER_MSG_ID: event_id, HEADER_EXPECTED_STREAM: EVENTS}
         if traceparent:
             headers[HEADER_TRACEPARENT] = traceparent
         if first_seen:
             headers[HEADER_FIRST_SEEN] = first_seen
-        call = _Call(event_id, asyncio.get_running_loop().create_future())
+        call = _Call(event_id, loop.create_future())
         lane = self._lanes[consultation]
         lane.append(call)
         if len(lane) == 1:
@@ -270,7 +298,7 @@ class Gateway:
     def _judge(self, subject: str, error: ApiError) -> _Failure:
         if error.err_code in STREAM_FULL:
             return _Failure.FULL
-        if error.err_code == _WRONG_STREAM:
+        if error.err_code == WRONG_STREAM:
             raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fictl cluster plan`")
         if error.err_code in NEVER or error.code == BAD_REQUEST:
             raise RefusedError(f"{error.description} ({error.err_code})")
@@ -300,6 +328,24 @@ class Gateway:
             # While the client reconnects, requests would pile up in its buffer.
             if self.client.is_connected or self.client.is_closed or time.monotonic() >= give_up_s:
                 return
+
+
+def _check_text(name: str, text: object) -> None:
+    """Holds that it is text, and not empty. Raises as `Gateway.publish`."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {type(text).__name__}; give str")
+    if not text:
+        raise ValueError(f"{name} is empty")
+
+
+@lru_cache(maxsize=4096)
+def _subject(site: str, consultation: str) -> str:
+    """Where its events are published. Raises as `Gateway.publish`."""
+    for name, text in (("site", site), ("consultation", consultation)):
+        _check_text(name, text)
+        if not is_token(text):
+            raise RefusedError(f"{name} {text!r} is not 1 to 64 of A-Z a-z 0-9 _ -, as a subject asks for")
+    return publish_subject(site, consultation)
 
 
 def _end_those_behind(call: _Call, lane: deque[_Call], consultation: str) -> None:

@@ -45,8 +45,8 @@ class DirectoryLock:
             while not _try_lock(fd):
                 if time.monotonic() > deadline:
                     raise DirectoryBusyError(
-                        f"{self._path.parent} is in use by another run; stop it with `fictl down --dir …`, "
-                        "or choose another directory"
+                        f"{self._path.parent} is in use by another run; stop it with `fictl down --dir "
+                        f"{self._path.parent}`, or choose another directory"
                     )
                 await asyncio.sleep(LOCK_POLL.s)
         except BaseException:

@@ -30,9 +30,10 @@ from contracts.statements import Signer
 from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
 from stages.persist.audit import in_force
 from stages.persist.disk import LOCAL_STORE, StoreFiles
+from stages.persist.moved import check_signer, signed
 from stages.persist.names import FIRST_SHARD, ShardFile, lock_name
 from stages.persist.rewind import Damage, Place, place_after_seals
-from stages.persist.storedir import Store, disk_of
+from stages.persist.storedir import HALF_DONE, Store, disk_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.messages import StoredMessage
@@ -115,6 +116,7 @@ class Rewinder:
         self._files = files
         self._token = token
         self._node = node or socket.gethostname()
+        self._made: tuple[int, int, bytes] | None = None  # Prepared to begin with: partition, number, tree before it
 
     async def rebuild(self, partition: int, *, dry_run: bool = False) -> Rewind | None:
         """Takes a partition of this store back to before its first damaged shard, if there is one.
@@ -144,7 +146,7 @@ class Rewinder:
                     self._files.last_good_place, self._store, partition, records.receipts, records.seals
                 )
             first = last.end_of(self._store.store_id).first
-            end = StoreEnd(shard=place.shard, commits=place.commits, first=first)
+            end = StoreEnd(shard=place.shard, commits=place.commits, first=first, rows=place.rows)
             with disk_of(self._store):
                 given_up = partial(self._files.given_up, unseen=damage is not None)
                 aside = await run_blocking(given_up, self._store, partition, end, records.seals)
@@ -196,7 +198,8 @@ class Rewinder:
                     f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
                 )
             store = self._store
-            files = (await run_blocking(self._files.shards, store.directory)).get(partition, [])
+            with disk_of(store):
+                files = (await run_blocking(self._files.shards, store.directory)).get(partition, [])
             if not (files or begin_anew):
                 raise ShardError(
                     f"{store.directory} has no shard of partition {partition}: restore it on the node whose store has, "
@@ -209,7 +212,7 @@ class Rewinder:
                     f"partition {partition} cannot begin again from {EVENTS}, which no longer has what was sealed: put "
                     f"{damage.file} right from a copy ({damage.why})"
                 )
-            end = StoreEnd(shard=place.shard, commits=place.commits)
+            end = StoreEnd(shard=place.shard, commits=place.commits, rows=place.rows)
             with disk_of(store):
                 aside = await run_blocking(partial(self._files.given_up, unseen=True), store, partition, end)
             await self._check_retained(partition, place, records, damage)
@@ -289,17 +292,18 @@ class Rewinder:
         """Publishes the takeover to `place`, takes the files back to it, and empties the hop streams.
 
         If the process dies or the power fails here: before the receipt nothing is changed; after it `rebuild` finds
-        what is left to do, and persist refuses the files until then.
+        what is left to do, and persist refuses the files until then. Raises as `check_signer` besides.
         """
+        check_signer(last, self._signer)
         store = self._store
         with disk_of(store):
-            await run_blocking(self._files.prepare_aside, store, aside, end)
+            await run_blocking(self._prepare, last.partition, place, end, aside)
             await run_blocking(self._files.forget_copies, store.directory, last.partition, end.shard)
         ends = {**last.ends, store.store_id: end}
         if last.store != store.store_id:
             owner = last.end_of(last.store)
             if (owner.shard, owner.commits) > (place.shard, 0):
-                ends[last.store] = msgspec.structs.replace(owner, shard=place.shard, commits=0)
+                ends[last.store] = msgspec.structs.replace(owner, shard=place.shard, commits=0, rows={})
         nonce = f"rewind-{self._token()}"
         receipt = msgspec.structs.replace(
             last,
@@ -316,23 +320,29 @@ class Rewinder:
             closed=place.closed,
             committed_ns=self._clock_ns(),
             takeover=True,
-            signature=UNSET,
         )
-        if self._signer is not None:
-            receipt = self._signer.sign(receipt)
         writer = FencedWriter(self._api, RECEIPTS, receipt_subject(last.partition), nonce)
         writer.expected_seq = last_seq
-        await writer.publish(encode_receipt(receipt), f"rewind/{place.origin}")
-        with disk_of(store):
+        await writer.publish(encode_receipt(signed(receipt, self._signer)), f"rewind/{place.origin}")
+        with disk_of(store, HALF_DONE):
             await run_blocking(self._take_files_back, last.partition, place, end, aside)
         for stage in STAGES:
             if INPUT_STREAM[stage] in HOPS:
                 await self._api.purge(INPUT_STREAM[stage], input_filter(stage, last.partition))
 
+    def _prepare(self, partition: int, place: Place, end: StoreEnd, aside: Sequence[ShardFile]) -> None:
+        """Does all that needs room; what takes long once only, however often it is tried."""
+        self._files.prepare_aside(self._store, aside, end)
+        made = partition, place.shard, place.tree.to_bytes()
+        if _begins(end) and made != self._made:
+            self._files.prepare_begin(self._store, partition, place, self._api.settings, self._clock_ns)
+            self._made = made
+
     def _take_files_back(self, partition: int, place: Place, end: StoreEnd, aside: Sequence[ShardFile]) -> None:
         self._files.set_aside(self._store, aside, end, self._clock_ns())
-        if end.shard == end.first != FIRST_SHARD and not end.commits:
-            self._files.begin_at(self._store, partition, place, self._api.settings, self._clock_ns)
+        if _begins(end):
+            self._files.begin_at(self._store, partition, place)
+            self._made = None
 
     @asynccontextmanager
     async def _locked(self, partition: int, dry_run: bool) -> AsyncIterator[None]:
@@ -359,6 +369,10 @@ class Rewinder:
             yield
         finally:
             lock.close()
+
+
+def _begins(end: StoreEnd) -> bool:
+    return end.shard == end.first != FIRST_SHARD and not end.commits
 
 
 def begins_with(seal: SealRecord, message: StoredMessage) -> bool:

@@ -26,8 +26,9 @@ from cluster.lock import DirectoryLock
 from cluster.nodes import EmbeddedCluster, Wire, direct
 from cluster.process import ManagedProcess
 from cluster.stageprocess import StageCommand, StageProcess
-from cluster.state import ProcessState, State, write_state
-from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP, STATE_PAUSE
+from cluster.state import NotRunningError, ProcessState, State, read_state
+from cluster.statewriter import StateWriter
+from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
@@ -42,7 +43,7 @@ def run_command(directory: Path) -> StageCommand:
     """How a stage is run from `directory`: ``python -m cluster run STAGE …``."""
 
     def command(stage: Stage, name: str) -> list[str]:
-        return [sys.executable, "-m", "cluster", "run", stage, "--dir", str(directory), "--name", name]
+        return [sys.executable, "-P", "-m", "cluster", "run", stage, "--dir", str(directory), "--name", name]
 
     return command
 
@@ -103,7 +104,7 @@ class Supervisor:
         self._stop_requested = asyncio.Event()
         self._force = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._write_again: asyncio.TimerHandle | None = None
+        self._state = StateWriter(self.directory, self._current)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -132,12 +133,13 @@ class Supervisor:
             FiError: something did not come up; says what, with the end of its log. Nothing is left running.
             OSError: the state file cannot be written.
         """
-        await self._lock.acquire(DIRECTORY_LOCK.s)
+        # One that ends, or was killed, is waited for; one at work would have to be stopped first.
+        await self._lock.acquire(0 if self._is_at_work() else DIRECTORY_LOCK.s)
         self._stopped.clear()
         try:
             self._status = "starting"
             # On a disk that refuses even this nothing would come up.
-            self._save_state()
+            await self._state.open()
             clear_stale(self.directory)
             await self.cluster.start()
             self._servers = [Keeper(node, self._told) for node in self.cluster.nodes]
@@ -151,10 +153,18 @@ class Supervisor:
             self._control = ControlServer(socket_path(self.directory), self._scale_all, self._restart_all)
             await self._control.start()
             self._set_status("ready")
+            await self._state.tried()
         except BaseException:
             self._force.set()
             await self.stop()
             raise
+
+    def _is_at_work(self) -> bool:
+        """Another supervisor says that it runs what is in the directory, and lives."""
+        try:
+            return read_state(self.directory).status in ("starting", "ready")
+        except NotRunningError:
+            return False
 
     def request_stop(self) -> None:
         """For signal handlers: the first call ends `wait_stop_requested`, a second one makes `stop` kill at once.
@@ -197,16 +207,19 @@ class Supervisor:
                 await self.cluster.stop()
             finally:
                 self._set_status("stopped")
-                self._lock.release()
-                # What asked for this end asks for none of what is started next.
-                self._stop_requested.clear()
-                self._force.clear()
-                self._stopped.set()
+                try:
+                    await self._state.close()
+                finally:
+                    self._lock.release()
+                    # What asked for this end asks for none of what is started next.
+                    self._stop_requested.clear()
+                    self._force.clear()
+                    self._stopped.set()
 
     async def stop_stage(self, stage: Stage) -> None:
         """Stops all processes of a stage, which drain first; they stay down until `start_stage`."""
         await self._stop_keepers(self._stages[stage], self.settings.drain_s)
-        self._write_state()
+        await self._write_state()
 
     async def start_stage(self, stage: Stage) -> None:
         """Starts the processes of a stage and waits until all are ready. Does nothing to those that run.
@@ -218,7 +231,7 @@ class Supervisor:
         while len(keepers) < self._scale[stage]:
             keepers.append(self._new_keeper(stage))
         await side_by_side(*(keeper.start() for keeper in keepers))
-        self._write_state()
+        await self._write_state()
 
     async def scale(self, stage: Stage, count: int) -> None:
         """Runs a stage with `count` processes from now on: starts new ones, or stops the last ones, which drain.
@@ -256,7 +269,7 @@ class Supervisor:
                 raise
             await self._stop_keepers([old], self.settings.drain_s)
             keepers.remove(old)
-            self._write_state()
+            await self._write_state()
             on_replaced()
 
     async def _restart_all(self, stages: tuple[Stage, ...]) -> RestartAnswer:
@@ -305,12 +318,12 @@ class Supervisor:
         SIGKILL at once; with a limit, SIGTERM first and SIGKILL after so many seconds. Raises `KeyError`.
         """
         await self._keeper(name).stop(limit_s)
-        self._write_state()
+        await self._write_state()
 
     async def bring_back(self, name: str) -> None:
         """Starts a process after `hold_down` and waits until it serves. Raises `KeyError`, `ProcessError`."""
         await self._keeper(name).start()
-        self._write_state()
+        await self._write_state()
 
     def _new_keeper(self, stage: Stage) -> Keeper:
         taken = {keeper.process.name for keeper in self._stages[stage]}
@@ -351,38 +364,25 @@ class Supervisor:
         return self._keeper(name).process
 
     def _told(self, event: ProcessEvent) -> None:
-        self._write_state()
+        self._state.changed()
         self._on_event(event)
 
     def _set_status(self, status: Literal["starting", "ready", "stopping", "stopped"]) -> None:
         self._status = status
-        self._write_state()
+        self._state.changed()
 
-    def _write_state(self) -> None:
-        """Saves the state; what a full disk refuses is tried again, and ends nothing: not what will free the disk."""
-        if self._write_again is not None:
-            self._write_again.cancel()
-            self._write_again = None
-        # Without the lock the file may be another supervisor's.
-        if not self._lock.fds:
-            return
-        try:
-            self._save_state()
-        except OSError as error:
-            log.error("the state file cannot be written, and will be tried again: %s", error)
-            self._write_again = asyncio.get_running_loop().call_later(STATE_PAUSE.s, self._write_state)
+    async def _write_state(self) -> None:
+        self._state.changed()
+        await self._state.tried()
 
-    def _save_state(self) -> None:
+    def _current(self) -> State:
         pid = os.getpid()
-        write_state(
-            self.directory,
-            State(
-                status=self._status,
-                supervisor_pid=pid,
-                supervisor_started=process_started(pid),
-                urls=self.urls,
-                processes=self.processes,
-                settings=self.settings,
-                control="" if self._control is None else str(self._control.path),
-            ),
+        return State(
+            status=self._status,
+            supervisor_pid=pid,
+            supervisor_started=process_started(pid),
+            urls=self.urls,
+            processes=self.processes,
+            settings=self.settings,
+            control="" if self._control is None else str(self._control.path),
         )

@@ -1,4 +1,7 @@
-"""What `fictl backup` leaves in the store it copied, for persist: until when, and up to which shards, it is copied."""
+"""What `fictl backup` leaves in the store it copied, for persist: until when, and up to which shards, it is copied.
+
+Beside the copies lies another, of no shards: for the store that is put back from them.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,16 @@ DISK_PAUSE_MAX: Final = _pause(10.0, "the same, after doubling", "it tries")
 MEMBER_LOOK: Final = _pause(
     0.02, "membership: the bucket to show what was heard or said", "it looks again, ten times; then at its renewal"
 )
+WITNESS_LAG: Final = _limit(
+    5.0,
+    "ingest, while something always waits behind what it is given: that it is given it from memory (servers keep 10 s)",
+    "it is read again, from two servers",
+)
+WITNESS_SILENT: Final = _limit(
+    3.0,
+    "ingest, with messages that were stored before: a second server to give the same ones",
+    "they are worked on as the first one gave them, and the log says so",
+)
 LETTER_ORIGINAL: Final = _limit(
     15.0,
     "who buries a letter: the event's own bytes; a leader that lost its majority answers without them for 10 s",
@@ -145,6 +155,7 @@ RESTART_PAUSE_MIN: Final = _pause(0.1, "a supervisor: before it starts what died
 RESTART_PAUSE_MAX: Final = _pause(5.0, "the same, after doubling", "it starts it")
 RESTART_HEALTHY: Final = _limit(10.0, "a supervisor: a process to stay up", "its pauses begin anew")
 KILLED: Final = _limit(30.0, "whoever sent SIGKILL: the kernel to end the process", "it fails: the disk may hang")
+STATE_WRITE: Final = _limit(5.0, "a supervisor: its state file to be written", "it goes on, and so does the write")
 STATE_PAUSE: Final = _pause(1.0, "a supervisor: before it saves again what its full disk refused", "it saves its state")
 CONTROL_REQUEST: Final = _limit(5.0, "a supervisor: a request on its socket to be sent", "it is refused")
 

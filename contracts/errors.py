@@ -46,6 +46,10 @@ class InvalidEventError(DefiniteError):
         self.detail = detail[: self.DETAIL_CHARS_MAX]
         super().__init__(f"{field or 'message'}: {self.detail} [{reason}]")
 
+    def unraised(self) -> InvalidEventError:
+        """The same to be kept: one that was raised holds every frame it went through, and what their variables hold."""
+        return InvalidEventError(self.reason, self.field, self.detail)
+
 
 class WireFormatError(DefiniteError):
     """Bytes that should be a frame, receipt or seal record are not, or are of a version this build cannot read."""
@@ -112,6 +116,13 @@ class ShardError(DefiniteError):
 
 class ShardCorruptError(ShardError):
     """A shard's content contradicts its checksums or the receipts."""
+
+
+class ShardLostError(ShardCorruptError):
+    """The disk does not give a part of a shard: that is damaged, unless the disk comes to give it again.
+
+    Its cause is the system's `OSError`.
+    """
 
 
 class StoreFailedError(FiError):

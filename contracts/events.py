@@ -22,6 +22,7 @@ from contracts.subjects import TOKEN_PATTERN
 from contracts.wire import UNREADABLE, Count, Id, Sequence, TimeNs
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
+"""DOMAIN, "An event": a payload has at most 1 MiB."""
 MESSAGE_BYTES_MAX = 2 * 1024 * 1024
 """Largest message `FI_EVENTS` takes, with its headers: several events of one consultation may share one."""
 HEADERS_BYTES = 512
@@ -42,7 +43,11 @@ _ID_NAMESPACE = UUID("6f4b1d0e-6a52-5d0b-9f6b-3b0c8f7a2d11")
 _UTC_MS_CHARS = len("2026-01-05T08:02:33.073Z")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+# Not \d: what that is differs from one validator of the published schema to another.
+_RFC3339 = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_UUID_PATTERN = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -231,6 +236,24 @@ def is_json(text: bytes) -> bool:
     return True
 
 
+def gateway_line(event: Event) -> bytes:
+    """The event as a gateway could have sent it: what ingest makes an event of, with the same id and time, again.
+
+    Its payload is the gateway's bytes; the rest may be laid out otherwise than it was. One line where the payload is.
+    """
+    fields: dict[str, Any] = {
+        "event_id": str(UUID(bytes=event.event_id)),
+        "consultation_id": str(UUID(bytes=event.consultation_id)),
+        "event_type": event.event_type,
+    }
+    # Without a time of its own it has that of the message, which whoever sends it again gives besides.
+    if event.stamped:
+        fields["timestamp"] = format_rfc3339(event.timestamp_ns)
+    return msgspec.json.encode(
+        fields | {"payload": msgspec.Raw(event.payload), "metadata": msgspec.Raw(event.metadata)}
+    )
+
+
 def event_to_dict(event: Event, *, partition: int, leaf: int | None = None) -> dict[str, Any]:
     """The event as its readers get it: DOMAIN's fields with `payload` and `metadata` as raw JSON to be embedded.
 
@@ -272,6 +295,10 @@ def event_to_dict(event: Event, *, partition: int, leaf: int | None = None) -> d
 
 
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
+# A format alone holds nobody to anything (JSON Schema 2020-12, validation, 7.2.1).
+_Uuid = Annotated[
+    str, msgspec.Meta(pattern=_UUID_PATTERN, description="UUID string", extra_json_schema={"format": "uuid"})
+]
 
 
 class MetadataSchema(msgspec.Struct):
@@ -280,30 +307,37 @@ class MetadataSchema(msgspec.Struct):
     user_id: _Name
     session_id: _Name
     source: str = DEFAULT_SOURCE
-    site_id: str | None = None
+    site_id: Annotated[str, msgspec.Meta(pattern=f"^{TOKEN_PATTERN}$")] | None = None
     timezone: str = DEFAULT_TIMEZONE
 
 
 class EventSchema(msgspec.Struct, forbid_unknown_fields=True):
     """One event, as an edge gateway publishes it."""
 
-    consultation_id: UUID
+    consultation_id: _Uuid
     event_type: str
     payload: dict[str, Any]
     metadata: MetadataSchema
-    event_id: UUID | None = None
-    timestamp: Annotated[str, msgspec.Meta(pattern=f"^{_RFC3339.pattern}$")] | None = None
+    event_id: _Uuid | None = None
+    timestamp: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=f"^{_RFC3339.pattern}$",
+                description="RFC 3339 with a zone; a time that exists, no leap second, of the years 1678 to 2261",
+            ),
+        ]
+        | None
+    ) = None
 
 
 def gateway_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of an event as a gateway publishes it, with the subject rules beside it.
 
-    Payload rules are those of the built-in policy.
+    Payload rules are those of the built-in policy. What JSON Schema has no words for stands under `x-limits`.
     """
     (schema,), components = msgspec.json.schema_components([EventSchema], ref_template="#/$defs/{name}")
     components["EventSchema"]["properties"]["event_type"] = {"enum": list(EVENT_TYPES)}
-    for name in ("event_id", "consultation_id"):
-        components["EventSchema"]["properties"][name]["description"] = "UUID string"
     components["EventSchema"]["allOf"] = [
         {"if": {"properties": {"event_type": {"const": name}}}, "then": {"properties": {"payload": payload}}}
         for name, payload in PAYLOAD_SCHEMAS.items()
@@ -327,9 +361,14 @@ def gateway_schema() -> dict[str, Any]:
         "x-limits": {
             "payload_bytes_max": PAYLOAD_BYTES_MAX,
             "payload_depth_max": PAYLOAD_DEPTH_MAX,
+            "metadata_depth_max": PAYLOAD_DEPTH_MAX,
+            "depth_counts": "the object itself is 1",
             "body_bytes_max": BODY_BYTES_MAX,
             "message_bytes_max": MESSAGE_BYTES_MAX,
             "message_bytes_hold": "body and headers",
-            "numbers": "no NaN or infinity",
+            "numbers": "no NaN or infinity, no float beyond 64 bits (1e400), no integer of over 4300 digits",
+            "integers": "written as such: JSON Schema takes 5.0 and 5e0 for integers, here they are refused",
+            "strings": "UTF-8, without a byte order mark and halves of surrogate pairs (\\ud800)",
+            "names": "once in the event and in metadata; in payload, and deeper in metadata, the last of a name counts",
         },
     }

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Annotated
 from uuid import UUID
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET
 
 from contracts.errors import ProofError, WireFormatError
 from contracts.events import decode_event
@@ -21,9 +20,7 @@ from contracts.hashing import HASH_BYTES, audit_hash, leaf_hash
 from contracts.proofs import check_consistency, root_from_inclusion
 from contracts.receipts import Receipt, SealRecord, Signature
 from contracts.statements import Statement, check_signature, statement_of
-from contracts.wire import UNREADABLE
-
-_Count = Annotated[int, Meta(ge=0)]
+from contracts.wire import UNREADABLE, Count
 
 
 class TreeHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +33,7 @@ class TreeHead(msgspec.Struct, frozen=True, kw_only=True):
         signature: over the statement; None when it is not signed.
     """
 
-    tree_size: _Count
+    tree_size: Count
     root: str
     statement: Statement | None = None
     signature: Signature | None = None
@@ -57,7 +54,7 @@ class InclusionProof(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", t
     partition: int
     event_id: str
     record: bytes
-    index: _Count
+    index: Count
     path: tuple[str, ...]
     head: TreeHead
 

@@ -15,7 +15,7 @@ from typing import Any
 HASH_BYTES = 32
 EMPTY_ROOT = sha256(b"").digest()
 INCREMENTAL_BYTES_MIN = 100 * 1024
-"""Above this size of JSON the canonical form is hashed as it is produced (DOMAIN: hash stage)."""
+"""Above this size of JSON a payload is hashed field by field (DOMAIN: hash stage)."""
 
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 _C_ENCODER = json.encoder.c_make_encoder  # type: ignore[attr-defined]
@@ -25,7 +25,6 @@ _encode_pieces: Callable[[Any, int], Iterable[str]] = (
     if _C_ENCODER is not None
     else lambda payload, _: _ENCODER.iterencode(payload)
 )
-_INCREMENTAL_BUFFER_CHARS = 64 * 1024
 
 
 def canonical_json(payload: Any) -> bytes:
@@ -44,21 +43,18 @@ def audit_hash(payload: Any) -> bytes:
 
 
 def audit_hash_incremental(payload: Any) -> bytes:
-    """The same hash as `audit_hash` with memory bounded by one buffer instead of the whole canonical form.
+    """The same hash as `audit_hash`, an object's fields one after the other: no more is held than that of the largest.
 
-    Slower for each byte (the pure-Python encoder yields pieces), so only for large payloads.
+    Raises as `canonical_json`.
     """
+    if type(payload) is not dict or not payload:
+        return audit_hash(payload)
     digest = sha256()
-    pieces: list[str] = []
-    chars = 0
-    for piece in _ENCODER.iterencode(payload):
-        pieces.append(piece)
-        chars += len(piece)
-        if chars >= _INCREMENTAL_BUFFER_CHARS:
-            digest.update("".join(pieces).encode())
-            pieces.clear()
-            chars = 0
-    digest.update("".join(pieces).encode())
+    mark = b"{"
+    for name in sorted(payload):
+        digest.update(mark + canonical_json({name: payload[name]})[1:-1])
+        mark = b", "
+    digest.update(b"}")
     return digest.digest()
 
 

@@ -27,6 +27,7 @@ from contracts.telemetry import (
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
 )
+from contracts.wire import INT64_MAX
 
 LETTERS_APART: Final = 64
 """Refused events of a message that have a letter each; after that, those that follow one another share one.
@@ -35,7 +36,6 @@ Each letter is stored before anything behind the message goes on: thousands woul
 
 _TEXT: Final = re.compile(r"(\d{1,19})/(\d{1,19})/(\d{1,9})", re.ASCII)
 _NUMBER: Final = re.compile(r"\d{1,19}", re.ASCII)
-_INT64_MAX: Final = 2**63 - 1
 
 
 class FirstSeen(msgspec.Struct, frozen=True, gc=False):
@@ -65,7 +65,7 @@ def parse_first_seen(text: str) -> FirstSeen | None:
     if match is None:
         return None
     origin, accepted_ns, index = map(int, match.groups())
-    return FirstSeen(origin, accepted_ns, index) if max(origin, accepted_ns) <= _INT64_MAX else None
+    return FirstSeen(origin, accepted_ns, index) if max(origin, accepted_ns) <= INT64_MAX else None
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True):

@@ -110,7 +110,12 @@ PAYLOAD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EXTRACTION_COMPLETED": {
         "required": ["iteration", "completeness", "nom_compliance"],
         "properties": {
-            "iteration": {"type": "integer", "minimum": 1, "maximum": 5},
+            "iteration": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": 5,
+                "description": "without fraction and exponent: 5.0 is refused",
+            },
             "completeness": {"type": "number", "minimum": 0, "maximum": 100},
             "nom_compliance": {"type": "number", "minimum": 0, "maximum": 100},
         },

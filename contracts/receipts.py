@@ -34,11 +34,15 @@ class StoreEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         shard: number of the live shard.
         commits: how many of its index rows are committed; later rows are a tail to be cut.
         first: the shard that the store's own part of the partition begins with; the ones before are in other stores.
+        rows: for each shard that was not sealed yet, by number, SHA-256 of its committed index rows as they lie in the
+            file, hex: what a root does not cover, as when and where each commit ended. Not there in receipts of builds
+            before.
     """
 
     shard: Sequence
     commits: Count
     first: Sequence = 1
+    rows: dict[Sequence, HexHash] = {}
 
 
 _NO_FILES: Final = StoreEnd(shard=1, commits=0)
@@ -139,6 +143,10 @@ class SealRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="
     cluster: str | UnsetType = UNSET
     resume: ResumePoint | UnsetType = UNSET
     signature: Signature | UnsetType = UNSET
+
+    def is_of(self, store: str, first: int) -> bool:
+        """Whether that store goes by it: its own one, or of a shard before `first`, with which its part begins."""
+        return self.store == store or self.shard < first
 
 
 def first_receipt(partition: int, cluster: str, store: str, writer: str) -> Receipt:

@@ -15,13 +15,12 @@ import msgspec
 from msgspec import Meta
 
 from contracts.errors import SettingsError, WireFormatError
+from contracts.events import PAYLOAD_BYTES_MAX
 from contracts.policy import CRITICALITIES, EVENT_TYPES, Criticality
 from contracts.wire import UNREADABLE
 
 PAYLOAD_BYTES_MIN: Final = 1024
 """A smaller limit would refuse ordinary events."""
-PAYLOAD_BYTES_MAX: Final = 1024 * 1024
-"""DOMAIN, "An event": a payload has at most 1 MiB."""
 CLOSED_REMEMBERED_MAX: Final = 256
 """The memory travels with every frame, receipt and seal record, at 24 bytes a consultation."""
 NOTE_CHARS_MAX: Final = 500

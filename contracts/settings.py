@@ -23,6 +23,7 @@ CONFIG_VARIABLE = "FI_CONFIG"
 """Names the settings file, and is no setting itself. Empty: there is no file."""
 MIB = 1024 * 1024
 PARTITIONS_MAX: Final = 1024
+SHARD_BYTES_MIN: Final = 16 * MIB
 HIDDEN: Final = "***"
 _SHOWN_CHARS_MAX: Final = 200
 
@@ -35,14 +36,15 @@ _SecretUrl = Annotated[str, Meta(extra={"secret": "user, password and query"})]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What can be set. The topology part is applied to the cluster once; stages read it back from there.
+    """What can be set. The topology part is applied to the cluster; stages take from there how it is partitioned.
 
     Attributes:
         partitions: P, fixed for the life of a cluster's data.
         partition_by: what keeps together in a partition.
         replicas: copies of every stream.
         hop_storage: where hop streams (derived data) live.
-        events_bytes_max, hop_bytes_max, receipts_bytes_max, dlq_bytes_max: stream limits; a full stream refuses.
+        events_bytes_max, hop_bytes_max, receipts_bytes_max, dlq_bytes_max: stream limits; a full stream refuses. By
+            the first two, as it is told them, persist shares out among partitions what may stay in those streams.
         dedup_window_s: how long servers remember a gateway's message ids. An event without an `event_id` that is sent
             again later than that is stored twice; of others persist knows the ids for ever. What is remembered costs
             each server some 250 bytes a message, and time (ADR 29).
@@ -55,7 +57,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         pull_expires_s, heartbeat_s, heartbeats_missed_max: the standing pull request and when to reopen.
         probe_s: an idle partition checks its position and its output this often.
         publish_timeout_s, api_timeout_s, retry_s_min, retry_s_max: requests and their retries.
-        shard_bytes: capacity of a live shard; reaching it seals.
+        shard_bytes: capacity of a live shard; reaching it seals. Less, down to 16 MiB, where many partitions share
+            `FI_EVENTS`: `events_bytes_max` / ((2 + `sealed_kept`) x `partitions`).
         shard_events_max: events in a live shard; reaching it seals.
         shard_age_s_max: a live shard with events older than this is sealed.
         sealed_kept: the newest sealed shards of a partition whose events stay in `FI_EVENTS`, so that `fictl rebuild`
@@ -112,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_timeout_s: _Seconds = 1.5
     retry_s_min: _Seconds = 0.05
     retry_s_max: _Seconds = 0.2
-    shard_bytes: Annotated[int, Meta(ge=16 * MIB, le=4096 * MIB)] = 64 * MIB
+    shard_bytes: Annotated[int, Meta(ge=SHARD_BYTES_MIN, le=4096 * MIB)] = 64 * MIB
     shard_events_max: _Positive = 1_000_000
     shard_age_s_max: _Seconds = 3600.0
     sealed_kept: Annotated[int, Meta(ge=0, le=16)] = 1
@@ -180,10 +183,9 @@ def load_settings(
     overrides: Mapping[str, Any] | None = None,
     *,
     file: SettingsFile | None = None,
-    defaults: Settings | None = None,
 ) -> Settings:
     """The settings of `resolve_settings`."""
-    return resolve_settings(env, overrides, file=file, defaults=defaults).settings
+    return resolve_settings(env, overrides, file=file).settings
 
 
 def resolve_settings(

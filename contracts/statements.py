@@ -132,3 +132,41 @@ def check_signature(statement: Statement, signature: Signature, trusted: Collect
         raise ProofError(f"{signature.key!r} is not a public key") from None
     except InvalidSignature:
         raise ProofError(f"its signature is not over what it states, or not by key {signature.key}") from None
+
+
+class Vouching:
+    """Holds the signatures of one partition's records, in order, against the public keys that are trusted (none: any).
+
+    From the first record on that a trusted key signed, each must be signed by one. What came before is under the later
+    roots, whether it was not signed or by a key that was given up since.
+
+    Attributes:
+        signed: how many are signed, by whichever key.
+        keys: those that signed them.
+        begun: one is signed by a trusted key.
+    """
+
+    def __init__(self, trusted: Collection[str]) -> None:
+        self._trusted = trusted
+        self.signed = 0
+        self.keys: set[str] = set()
+        self.begun = False
+
+    def wrong_with(self, record: Receipt | SealRecord, *, must: bool = False) -> str:
+        """What is wrong with the next record's signature; empty if nothing is.
+
+        Args:
+            record: which.
+            must: a trusted key has to have signed it whatever came before.
+        """
+        must = bool(self._trusted) and (must or self.begun)
+        if record.signature is UNSET:
+            return "is not signed" if must else ""
+        self.signed += 1
+        self.keys.add(record.signature.key)
+        try:
+            check_signature(statement_of(record), record.signature, self._trusted if must else ())
+        except ProofError as error:
+            return str(error)
+        self.begun = self.begun or record.signature.key in self._trusted
+        return ""

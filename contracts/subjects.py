@@ -133,6 +133,11 @@ def _as_token(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"
 
 
+def raw_subject(partition: int, site: str, consultation: str) -> str:
+    """Where `FI_EVENTS` stores what was published of a consultation. Inverse of `split_raw_subject`."""
+    return f"fi.raw.{partition}.{site}.{consultation}"
+
+
 @lru_cache(maxsize=4096)
 def split_raw_subject(subject: str) -> tuple[int, str, str]:
     """``fi.raw.<p>.<site>.<consultation>`` → (partition, site, consultation).

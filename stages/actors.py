@@ -28,6 +28,7 @@ from stages.segment.policies import Policies
 
 if TYPE_CHECKING:
     from contracts.statements import Signer
+    from stages.persist.disk import Turns
     from stages.persist.flush import Flushes
     from stages.persist.room import EventsRoom
     from stages.persist.storedir import Store
@@ -133,10 +134,11 @@ class PersistActor:
         self._signer: Signer | None = None
         self._flushes: Flushes
         self._room: EventsRoom
-        self._sealing = asyncio.Lock()
+        self._turns: Turns
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
         """See `Actor.arrive`. Raises as `stages.persist.storedir.open_store`."""
+        from stages.persist.disk import Turns
         from stages.persist.flush import Flushes
         from stages.persist.keys import load_key
         from stages.persist.lost import keep_places
@@ -150,7 +152,7 @@ class PersistActor:
         self._store = await asyncio.to_thread(open_own)
         key_file = api.settings.signing_key_file
         self._signer = await asyncio.to_thread(load_key, Path(key_file)) if key_file else None
-        self._flushes = Flushes(facts.cluster_id)
+        self._flushes, self._turns = Flushes(facts.cluster_id), Turns()
         self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
         await keep_places(api, facts.partitions, facts.cluster_id, nonce)
@@ -172,7 +174,7 @@ class PersistActor:
             signer=self._signer,
             flushes=self._flushes,
             room=self._room,
-            sealing=self._sealing,
+            turns=self._turns,
         )
 
     def describe(self, me: Member) -> Member:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import statistics
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
-import nats
-from nats.js import JetStreamContext
 from nats.js.api import SubjectTransform
 
-from benchmarks.ceiling import ANSWER_S, STREAM, SUBJECTS, bare_stream, by_request, events_per_s, subject_of
+from benchmarks.ceiling import LIBRARY, STREAM, SUBJECTS, bare_stream, by_request, events_per_s, measure_library
 from benchmarks.experiments.costs import LOAD, SERVERS, per_event, spent, stages_us
 from benchmarks.experiments.harness import Bench, Row, Setup, running, warm_up
 from benchmarks.load import IN_FLIGHT, Message, Pipeline, closed_loop, make_messages
@@ -61,8 +57,7 @@ def _variants(settings: Settings) -> dict[str, Measured]:
             subject_transform=transform, max_bytes=settings.events_bytes_max, duplicate_window=settings.dedup_window_s
         ),
         "… without message ids, so that a retry is stored twice": _bare(ids=False),
-        f"bare stream, nats-py's publish, {IN_FLIGHT} under way": _library(_awaited),
-        f"bare stream, nats-py's publish_async, {IN_FLIGHT} under way": _library(_unawaited),
+        **{f"bare stream, nats-py's {way}, {IN_FLIGHT} under way": partial(measure_library, way) for way in LIBRARY},
     }
 
 
@@ -78,67 +73,6 @@ def _bare(*, ids: bool = True, **differences: object) -> Measured:
             return await events_per_s(messages, by_request(pipeline, ids=ids))
 
     return publish_all
-
-
-def _library(publish_all: Callable[[Sequence[JetStreamContext], Sequence[Message]], Awaitable[float]]) -> Measured:
-    """nats-py as it comes, with as many connections to the same servers as the gateways have."""
-
-    async def over_new_connections(pipeline: Pipeline, messages: Sequence[Message]) -> float:
-        async with bare_stream(pipeline), _library_connections(pipeline) as contexts:
-            return await publish_all(contexts, messages)
-
-    return over_new_connections
-
-
-@asynccontextmanager
-async def _library_connections(pipeline: Pipeline) -> AsyncIterator[list[JetStreamContext]]:
-    async with AsyncExitStack() as stack:
-        contexts = []
-        for gateway in pipeline.gateways:
-            url = gateway.client.connected_url
-            if url is None:
-                raise RuntimeError("a gateway has lost its connection")
-            client = await nats.connect(url.geturl())
-            stack.push_async_callback(client.close)
-            pending_max = IN_FLIGHT // len(pipeline.gateways)
-            contexts.append(client.jetstream(timeout=ANSWER_S, publish_async_max_pending=pending_max))
-        yield contexts
-
-
-async def _awaited(contexts: Sequence[JetStreamContext], messages: Sequence[Message]) -> float:
-    async def publish(message: Message) -> None:
-        await _context(contexts, message).publish(
-            subject_of(message.consultation), message.data, headers={"Nats-Msg-Id": message.message_id}
-        )
-
-    return await events_per_s(messages, publish)
-
-
-async def _unawaited(contexts: Sequence[JetStreamContext], messages: Sequence[Message]) -> float:
-    async def publish_all(context: JetStreamContext) -> None:
-        for message in messages:
-            if _context(contexts, message) is context:
-                future = await context.publish_async(
-                    subject_of(message.consultation),
-                    message.data,
-                    wait_stall=ANSWER_S,
-                    headers={"Nats-Msg-Id": message.message_id},
-                )
-                answers.append(future)
-
-    answers: list[Awaitable[object]] = []
-    start_s = time.perf_counter()
-    async with asyncio.TaskGroup() as tasks:
-        for context in contexts:
-            tasks.create_task(publish_all(context))
-    # A refused one never ends its future (nats-py #985).
-    async with asyncio.timeout(ANSWER_S):
-        await asyncio.gather(*answers)
-    return len(messages) / (time.perf_counter() - start_s)
-
-
-def _context(contexts: Sequence[JetStreamContext], message: Message) -> JetStreamContext:
-    return contexts[hash(message.consultation) % len(contexts)]
 
 
 def present(rows: Sequence[Row]) -> str:

@@ -27,12 +27,14 @@ from benchmarks.experiments.fit import fit_slope
 from benchmarks.experiments.harness import Setup, closed, running
 from benchmarks.experiments.messages import renewed
 from benchmarks.experiments.plots import plot_soak
-from benchmarks.load import Pipeline, make_messages
+from benchmarks.load import Message, Pipeline, make_messages
 from benchmarks.report import RESULTS, Say, environment_of, markdown_table
 from stages.runtime.tasks import end_tasks
 
 WINDOW_EVENTS = 50_000
 QUICK_WINDOW_EVENTS = 200
+REFUSED_IN_WINDOW = 20
+"""Events that are refused, by ingest and segment in turn: what these leave behind shows as well."""
 SAMPLES = 720
 BLOCKS = 20
 """Samples are taken together in so many medians before a line is fitted: live shards fill and are sealed in between."""
@@ -78,7 +80,7 @@ async def soak(
 ) -> dict[str, Any]:
     """Windows of load for `seconds`, with samples of memory beside it; see `judge` for the verdicts."""
     environment = await asyncio.to_thread(environment_of, scratch)
-    template = make_messages(_SEED, window_events // batch, batch)
+    template = _with_refused(make_messages(_SEED, window_events // batch, batch))
     samples: list[dict[str, Any]] = []
     windows: list[dict[str, Any]] = []
     async with running(scratch / "pipeline", Setup()) as pipeline:
@@ -112,6 +114,19 @@ async def soak(
         "windows": windows,
         "samples": samples,
     }
+
+
+def _with_refused(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, but for some of which the events are refused."""
+    made = list(messages)
+    by_ingest = b'"event_type":"', b'"event_type":"NO_'
+    by_segment = b'"message_role":"user"', b'"message_role":"nobody"'
+    for number in range(REFUSED_IN_WINDOW):
+        good, bad = (by_ingest, by_segment)[number % 2]
+        start = number * len(made) // REFUSED_IN_WINDOW
+        at = next(at for at in range(start, len(made)) if good in made[at].data)
+        made[at] = made[at]._replace(data=made[at].data.replace(good, bad))
+    return made
 
 
 def _pids(pipeline: Pipeline) -> dict[str, int | None]:

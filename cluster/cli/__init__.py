@@ -2,6 +2,7 @@
 
 The script is there as `fi` too, for callers by path: as a bare word that is a keyword of every shell.
 Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 failed, 2 usage, 3 not ready, 4 corruption found.
+With --json stdout has JSON in any case: the verb's answer, or where there is none, `error` and `exit_code`.
 A process runs one verb, and each stage is one: the verb's module is imported and its command built when it is asked
 for. A verb imports what is heavy when it runs, so that ``fictl --help`` stays quick.
 """
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cluster.cli.common import FAILED, USAGE, config_option, exit_code, say
+from cluster.cli.common import FAILED, USAGE, answered, config_option, exit_code, print_error, say
 from contracts.errors import FiError
 
 
@@ -198,18 +199,41 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The interpreter's end would look for garbage in all that was imported: a seventh of a short verb's CPU.
     atexit.register(gc.freeze)
+    given = sys.argv[1:] if arguments is None else arguments
+    answered.set(False)
+    code, error = _run(given)
+    if error and "--json" in given:
+        print_error(error, code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    """Runs the verb and tells what went wrong on stderr. Gives its exit code, and the error in words; "" without."""
     try:
-        app(arguments)
+        return app(arguments, standalone_mode=False) or 0, ""
+    except typer.Abort:
+        # The end of input where something was asked.
+        return _failed("aborted", FAILED)
     except UnicodeEncodeError:
         # A file may have any name; what is sent, stored or printed as JSON is text.
-        for argument in sys.argv[1:] if arguments is None else arguments:
+        for argument in arguments:
             if any("\ud800" <= char <= "\udfff" for char in argument):
-                say(f"fi: the argument {argument!a} is not UTF-8, and cannot be used here")
-                sys.exit(USAGE)
+                return _failed(f"the argument {argument!a} is not UTF-8, and cannot be used here", USAGE)
         raise
     except FiError as error:
-        say(f"fi: {error}")
-        sys.exit(exit_code(error))
+        return _failed(str(error), exit_code(error))
     except OSError as error:
-        say(f"fi: {error.filename}: {error.strerror}" if error.filename else f"fi: {error}")
-        sys.exit(FAILED)
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED)
+    except Exception as error:
+        # Of the class of what typer says about usage only this is the same in all its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        from typer.rich_utils import rich_format_error
+
+        rich_format_error(error)  # type: ignore[arg-type]
+        return USAGE, error.format_message()
+
+
+def _failed(error: str, code: int) -> tuple[int, str]:
+    say(f"fi: {error}")
+    return code, error

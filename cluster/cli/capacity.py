@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
-from cluster.cli.common import JsonOption, console, make_table, print_json
+from cluster.cli.common import JsonOption, above_zero, console, make_table, print_json
 from contracts.errors import SettingsError
 from contracts.subjects import EVENTS
 from stages.persist.files import read_small
@@ -18,30 +19,32 @@ if TYPE_CHECKING:
     from cluster.capacity import Measured
 
 _SENT = "events_per_s_batch_"
+_number = partial(typer.Option, callback=above_zero)
+"""An option that takes a measured number."""
 
 
 def capacity(
-    rate: Annotated[float | None, typer.Option("--rate", help="Sustained events/s, measured.")] = None,
+    rate: Annotated[float | None, _number("--rate", help="Sustained events/s, measured.")] = None,
     source: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="What `make bench` wrote, instead of --rate.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="With --from: the rate at so many events a message.")] = 1,
-    workers: Annotated[float, typer.Option(help="Pipelines like the measured one, side by side.")] = 1.0,
-    servers_cpus: Annotated[float | None, typer.Option(help="CPUs the servers kept busy at that rate.")] = None,
-    stages_cpus: Annotated[float | None, typer.Option(help="CPUs the stages kept busy at that rate.")] = None,
-    cpus: Annotated[float | None, typer.Option(help="CPUs there are. With --from: the measured machine's.")] = None,
-    disk_write: Annotated[float | None, typer.Option(help="Bytes/s written to the disk at that rate.")] = None,
-    disk_write_max: Annotated[float | None, typer.Option(help="Bytes/s the disk takes.")] = None,
-    free: Annotated[float | None, typer.Option(help="Free bytes for shards.")] = None,
-    stored_bytes: Annotated[float | None, typer.Option(help="Bytes of an event in a sealed shard.")] = None,
-    keep_days: Annotated[float, typer.Option(help="How long shards stay on that disk.")] = 1.0,
-    event_bytes: Annotated[float | None, typer.Option(help="Bytes of an event in its stream.")] = None,
+    workers: Annotated[float, _number(help="Pipelines like the measured one, side by side.")] = 1.0,
+    servers_cpus: Annotated[float | None, _number(help="CPUs the servers kept busy at that rate.")] = None,
+    stages_cpus: Annotated[float | None, _number(help="CPUs the stages kept busy at that rate.")] = None,
+    cpus: Annotated[float | None, _number(help="CPUs there are. With --from: the measured machine's.")] = None,
+    disk_write: Annotated[float | None, _number(help="Bytes/s written to the disk at that rate.")] = None,
+    disk_write_max: Annotated[float | None, _number(help="Bytes/s the disk takes.")] = None,
+    free: Annotated[float | None, _number(help="Free bytes for shards.")] = None,
+    stored_bytes: Annotated[float | None, _number(help="Bytes of an event in a sealed shard.")] = None,
+    keep_days: Annotated[float, _number(help="How long shards stay on that disk.")] = 1.0,
+    event_bytes: Annotated[float | None, _number(help="Bytes of an event in its stream.")] = None,
     stream: Annotated[
         list[str] | None, typer.Option(metavar="NAME=BYTES", help="Limit of a stream; repeatable.", show_default=False)
     ] = None,
-    hold_s: Annotated[float, typer.Option(help="Seconds a stream must hold while nothing is taken from it.")] = 3600.0,
-    session_events: Annotated[float, typer.Option(help="Events a session.")] = 20.0,
-    peak: Annotated[float, typer.Option(help="Rate of the busiest time over the day's mean.")] = 1.0,
+    hold_s: Annotated[float, _number(help="Seconds a stream must hold while nothing is taken from it.")] = 3600.0,
+    session_events: Annotated[float, _number(help="Events a session.")] = 20.0,
+    peak: Annotated[float, _number(help="Rate of the busiest time over the day's mean.")] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Says how many sessions a day a measured pipeline carries, and which resource runs out first.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
@@ -50,6 +51,8 @@ CORRUPT: Final = 4
 
 DEFAULT_DIRECTORY = Path(".fi")
 REDIRECTED_WIDTH: Final = 160
+_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_AGO: Final = re.compile(r"(\d{1,9})([smhd])")
 
 
 DirectoryOption = Annotated[Path, typer.Option("--dir", help="Use what `fictl up --dir DIR` started.")]
@@ -81,6 +84,17 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def above_zero(value: float | None) -> float | None:
+    """For the `callback` of options that take a measured number.
+
+    Raises:
+        typer.BadParameter: 0 or less, nan or inf.
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 def not_empty(value: str | None) -> str | None:
     """For the `callback` of options that filter: a script's unset variable must not choose everything.
 
@@ -94,6 +108,12 @@ def not_empty(value: str | None) -> str | None:
 
 config_option: ContextVar[str | None] = ContextVar("config_option", default=None)
 """What `--config` names in this command; None without it."""
+
+
+_has_bar: ContextVar[bool] = ContextVar("has_bar", default=False)
+
+answered: ContextVar[bool] = ContextVar("answered", default=False)
+"""Whether this command has printed its answer as JSON."""
 
 
 class NotReadyError(DefiniteError):
@@ -175,6 +195,22 @@ def named_stage(text: str) -> Stage:
     raise SettingsError(f"no stage is called {text!r}; use one of {', '.join(STAGES)}")
 
 
+def parse_when(option: str, text: str, now_ns: int) -> int:
+    """A time, or a time ago, as nanoseconds since the epoch.
+
+    Raises:
+        SettingsError: neither. Names the option.
+    """
+    from contracts.events import parse_rfc3339
+
+    if (ago := _AGO.fullmatch(text)) is not None:
+        return now_ns - int(ago[1]) * _UNITS_S[ago[2]] * 1_000_000_000
+    try:
+        return parse_rfc3339(text)
+    except (ValueError, OverflowError) as error:
+        raise SettingsError(f"{option} {text}: {error}; write 2026-01-31T08:00:00Z, or 90s, 30m, 2h, 3d") from None
+
+
 def check_partitions(option: str, chosen: Iterable[int], partitions: int) -> None:
     """Holds that a cluster of so many `partitions` has all that were `chosen`. Raises `SettingsError` naming them."""
     if unknown := [partition for partition in chosen if partition >= partitions]:
@@ -200,10 +236,11 @@ async def connected(servers: Servers, *, beside: str | None = None) -> AsyncIter
     """
     from stages.runtime.connection import connect, connect_beside
 
-    if beside is None:
-        client = await connect(servers.urls, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
-    else:
-        client = await connect_beside(servers.urls, beside, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
+    with progress_bar("connecting"):
+        if beside is None:
+            client = await connect(servers.urls, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
+        else:
+            client = await connect_beside(servers.urls, beside, "fi", access=servers.access, wait_s=COMMAND_CONNECT.s)
     try:
         yield client
     finally:
@@ -232,9 +269,12 @@ def trusted_keys(chosen: list[str] | None) -> tuple[str, ...]:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
-    """A terminal's stderr shows a bar after `PROGRESS`. Gives what to tell (done, total) to; until told, it pulses."""
+    """A terminal's stderr shows a bar after `PROGRESS`. Gives what to tell (done, total) to; until told, it pulses.
+
+    Within another one it shows nothing: a terminal has room for one.
+    """
     screen = console(stderr=True)
-    if not screen.is_terminal:
+    if _has_bar.get() or not screen.is_terminal:
         yield lambda done, total: None
         return
     from rich.progress import Progress
@@ -244,9 +284,11 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
     starting = threading.Timer(PROGRESS.s, bar.start)
     starting.daemon = True
     starting.start()
+    before = _has_bar.set(True)
     try:
         yield lambda done, total: bar.update(task, completed=done, total=total)
     finally:
+        _has_bar.reset(before)
         starting.cancel()
         starting.join()
         bar.stop()
@@ -282,9 +324,18 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout."""
+    """One JSON value on one line of stdout: the answer of a verb with --json."""
+    answered.set(True)
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
+
+
+def print_error(error: str, code: int) -> None:
+    """Why a verb with --json has no answer, as JSON on stdout. Nothing after an answer, which `code` is about then."""
+    # Where the error is that stdout cannot be written, it was told on stderr.
+    with suppress(OSError):
+        if not answered.get():
+            print_json({"error": error, "exit_code": code})
 
 
 def say(text: str) -> None:

@@ -29,6 +29,7 @@ from cluster.cli.common import (
     given_settings,
     make_table,
     print_json,
+    progress_bar,
     run_async,
     say,
 )
@@ -255,7 +256,8 @@ def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] |
             return [greeted, await _try_async("streams", _look_at_streams(client, settings))]
 
     try:
-        return run_async(look())
+        with progress_bar("asking the servers"):
+            return run_async(look())
     except FiError as error:
         return [_failed("servers", error), Check(name="streams", result="not checked", detail="no server to ask")]
 

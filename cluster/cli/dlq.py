@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import time
 from collections import deque
@@ -21,18 +20,19 @@ from cluster.cli.common import (
     DirectoryOption,
     JsonOption,
     NatsOption,
+    check_partitions,
     command_api,
     connected,
     find_servers,
     not_empty,
+    parse_when,
     print_json,
     progress_bar,
     run_async,
     say,
 )
 from contracts.budgets import COMMAND_READY
-from contracts.errors import SettingsError
-from contracts.events import parse_rfc3339
+from contracts.errors import DefiniteError, SettingsError
 from contracts.subjects import STAGES, publish_subject
 from contracts.wire import plain
 from stages.persist.files import read_small
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 SHOWN_MAX: Final = 100
 LIMIT_MAX: Final = 10**9
 SEQ_MAX: Final = 2**64 - 1
-_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_AGO = re.compile(r"(\d{1,9})([smhd])")
 
 SeqArgument = Annotated[
     list[int] | None,
@@ -106,7 +104,7 @@ def ls(
     newest: deque[str] = deque(maxlen=limit or None)
 
     async def work() -> None:
-        async with _opened(servers) as dead:
+        async with _opened(servers, partition) as dead:
             span = await dead.span(selection)
             if not as_json and not only_summary:
                 print(shown.HEADINGS)
@@ -153,10 +151,10 @@ def show(
         async with _opened(servers) as dead:
             return await dead.find(seq)
 
-    letter = run_async(work())
+    with progress_bar("reading"):
+        letter = run_async(work())
     if letter is None:
-        _missing([seq])
-        raise typer.Exit(FAILED)
+        raise DefiniteError(_gone([seq]))
     if raw:
         sys.stdout.buffer.write(letter.data)
         sys.stdout.buffer.flush()
@@ -273,10 +271,10 @@ def drop(
     _check_chosen(seqs, selection, everything, unasked=dry_run or yes)
     report = {"matched": 0, "dropped": 0}
     from cluster.cli.letters import append, line
-    from stages.persist.output import check_name
+    from stages.persist.output import check_place
 
     if output is not None:
-        check_name(output)
+        check_place(output)
 
     async def act(dead: DeadLetters, page: Sequence[Letter]) -> None:
         report["matched"] += len(page)
@@ -316,7 +314,7 @@ async def _go(
     from cluster.dlq import PAGE, Counts
 
     counts, ask = Counts(), not (dry_run or yes)
-    async with _opened(servers) as dead:
+    async with _opened(servers, selection.partition) as dead:
         if seqs:
             found = [(seq, await dead.find(seq)) for seq in sorted(set(seqs))]
             letters = [letter for _, letter in found if letter is not None]
@@ -346,19 +344,23 @@ async def _go(
 
 
 async def _confirm(verb: str, counts: Counts) -> None:
-    """Asks before `counts` letters are acted upon; leaves with exit code 1 unless told yes."""
+    """Asks before `counts` letters are acted upon. Raises `DefiniteError` unless told yes."""
     if not counts.letters:
         return
     from cluster.cli.letters import counted_lines
 
     say(counted_lines(counts))
     if not await asyncio.to_thread(typer.confirm, f"{verb} them?", err=True):
-        raise typer.Exit(FAILED)
+        raise DefiniteError("nothing was changed")
 
 
 def _missing(seqs: Sequence[int]) -> None:
     if seqs:
-        say(f"no letter {', '.join(map(str, seqs))}: replayed or dropped meanwhile? `fictl dlq ls` shows what is there")
+        say(f"fi: {_gone(seqs)}")
+
+
+def _gone(seqs: Sequence[int]) -> str:
+    return f"no letter {', '.join(map(str, seqs))}: replayed or dropped meanwhile? `fictl dlq ls` shows what is there"
 
 
 def _selection(
@@ -393,25 +395,13 @@ def _check_chosen(seqs: list[int] | None, selection: Selection, everything: bool
         raise SettingsError("this asks for confirmation on a terminal only; give --yes, or --dry-run to look first")
 
 
-def parse_when(option: str, text: str, now_ns: int) -> int:
-    """A time, or a time ago, as nanoseconds since the epoch.
-
-    Raises:
-        SettingsError: neither. Names the option.
-    """
-    if (ago := _AGO.fullmatch(text)) is not None:
-        return now_ns - int(ago[1]) * _UNITS_S[ago[2]] * 1_000_000_000
-    try:
-        return parse_rfc3339(text)
-    except (ValueError, OverflowError) as error:
-        raise SettingsError(f"{option} {text}: {error}; write 2026-01-31T08:00:00Z, or 90s, 30m, 2h, 3d") from None
-
-
 @asynccontextmanager
-async def _opened(servers: Servers) -> AsyncIterator[DeadLetters]:
+async def _opened(servers: Servers, partition: int | None = None) -> AsyncIterator[DeadLetters]:
+    """The letters of the cluster. Raises `SettingsError`: it has no such `partition`."""
     from cluster.dlq import DeadLetters
     from stages.runtime.facts import read_cluster
 
     async with connected(servers) as client:
         facts = await read_cluster(client, wait_s=COMMAND_READY.s)
+        check_partitions("--partition", [] if partition is None else [partition], facts.partitions)
         yield DeadLetters(command_api(client), facts.cluster_id)

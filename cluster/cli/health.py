@@ -12,6 +12,7 @@ from cluster.cli.common import (
     console,
     make_table,
     print_json,
+    progress_bar,
     run_async,
     say,
 )
@@ -27,7 +28,8 @@ def health(directory: DirectoryOption = DEFAULT_DIRECTORY, as_json: JsonOption =
     """
     from cluster.health import look
 
-    found = run_async(look(directory))
+    with progress_bar("asking"):
+        found = run_async(look(directory))
     ready = bool(found) and all(process.ready for process in found)
     if as_json:
         print_json({"ready": ready, "processes": found})

@@ -83,7 +83,7 @@ def scale(
 
     Example: fictl scale segment=4 hash=2 --dir .fi
     """
-    wanted = parse_scale(",".join(counts))
+    wanted = parse_scale("STAGE=N", ",".join(counts))
     if not wanted:
         raise SettingsError("say what to scale, e.g. `fictl scale segment=4`")
     state = _controlled(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cluster.rewind import Rewind, Rewinder
     from contracts.receipts import Receipt
     from stages.persist.storedir import Store
+    from stages.runtime.api import Api
 
 PASSED_OVER: Final = "persist works on it, and its files were not looked at"
 
@@ -98,7 +100,7 @@ def rebuild(
 
     A partition that persist is working on is passed over, or refused when it was named; one whose damage persist has
     found is free. Exits 1 if something cannot be rebuilt, or if partitions were passed over and nothing was rebuilt.
-    With --json a list: what went back, then the partitions that were passed over.
+    With --json a list: what went back, then the partitions that were `passed_over`, and those that `failed`.
 
     Example: fictl rebuild 3 --dir .fi --dry-run
     """
@@ -208,29 +210,13 @@ def list_partitions(
     servers = find_servers(directory, nats)
 
     async def read() -> list[dict[str, Any]]:
-        from cluster.backlog import sealed_end
-        from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
+        from stages.runtime.tasks import some_at_a_time
 
-        rows = []
         async with connected(servers) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
             api = command_api(client)
-            for partition in range(facts.partitions):
-                receipt, _ = await last_receipt(api, partition)
-                row: dict[str, Any] = {"partition": partition, "store": None, "node": None}
-                if receipt is not None:
-                    seal = await sealed_end(api, receipt)
-                    row |= {
-                        "store": receipt.store,
-                        "node": receipt.node,
-                        "origin": receipt.origin,
-                        "events": receipt.persisted,
-                        "sealed_events": 0 if seal is None else seal.tree_size,
-                        "committed_ns": receipt.committed_ns,
-                    }
-                rows.append(row)
-        return rows
+            return await some_at_a_time(partial(_row, api, partition) for partition in range(facts.partitions))
 
     with progress_bar("reading receipts"):
         found = run_async(read())
@@ -242,6 +228,72 @@ def list_partitions(
         names = ("partition", "store", "node", "origin", "events", "sealed_events")
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
     console().print(table)
+
+
+async def _row(api: Api, partition: int) -> dict[str, Any]:
+    """What `fictl partitions ls --json` says of a partition."""
+    from cluster.backlog import sealed_end
+    from stages.runtime.checkpoint import last_receipt
+
+    receipt, _ = await last_receipt(api, partition)
+    if receipt is None:
+        return {"partition": partition, "store": None, "node": None}
+    seal = await sealed_end(api, receipt)
+    return {
+        "partition": partition,
+        "store": receipt.store,
+        "node": receipt.node,
+        "origin": receipt.origin,
+        "events": receipt.persisted,
+        "sealed_events": 0 if seal is None else seal.tree_size,
+        "committed_ns": receipt.committed_ns,
+    }
+
+
+class _Outcome:
+    """What came of taking partitions back.
+
+    Attributes:
+        done: what went back.
+        failed: by partition, why it could not be done.
+        passed: partitions that were passed over, because persist works on them.
+        looked_at: how many partitions it was about.
+        late: why what went back has not caught up; None when it has, or nobody waited.
+    """
+
+    def __init__(self) -> None:
+        self.done: list[Rewind] = []
+        self.failed: dict[int, str] = {}
+        self.passed: list[int] = []
+        self.looked_at = 0
+        self.late: ClusterUnavailableError | None = None
+
+    async def take(self, partition: int, work: Callable[[int], Awaitable[Rewind | None]], *, named: bool) -> bool:
+        """Does `work` for a partition; False when it is in vain to go on with others."""
+        self.looked_at += 1
+        try:
+            rewind = await work(partition)
+        except NotOursError as error:
+            if named:
+                self.failed[partition] = str(error)
+            else:
+                self.passed.append(partition)
+        except FiError as error:
+            self.failed[partition] = str(error)
+            return not isinstance(error, ClusterUnavailableError)
+        else:
+            if rewind is not None:
+                self.done.append(rewind)
+        return True
+
+
+async def _concerned(api: Api, store: Store, partitions: int, unnamed: Unnamed) -> list[int]:
+    """Those of a cluster's partitions that a verb is for which was told none."""
+    from stages.runtime.checkpoint import last_receipt
+    from stages.runtime.tasks import some_at_a_time
+
+    found = await some_at_a_time(partial(last_receipt, api, partition) for partition in range(partitions))
+    return [partition for partition, (last, _) in enumerate(found) if unnamed.concerns(last, store, partition)]
 
 
 def _take_back(
@@ -264,22 +316,17 @@ def _take_back(
         raise SettingsError("which store? Give --shards DIR, the directory of this node's own")
     servers, settings = find_servers(directory, nats), find_settings(directory, nats, None)
 
-    late: list[ClusterUnavailableError] = []
-
-    async def run() -> tuple[list[Rewind], list[str], list[int], int]:
+    async def run() -> _Outcome:
         from cluster.rewind import Rewinder, wait_caught_up
         from stages.persist.keys import load_key
         from stages.persist.storedir import existing_store, open_store, planned_store
-        from stages.runtime.checkpoint import last_receipt
         from stages.runtime.facts import read_cluster
 
-        done: list[Rewind] = []
-        failed: list[str] = []
-        passed: list[int] = []
-        looked_at = 0
+        outcome = _Outcome()
         async with connected(servers) as client:
             facts = await read_cluster(client, wait_s=COMMAND_CONNECT.s)
-            check_partitions("partition", sorted(set(partitions or ())), facts.partitions)
+            named = sorted(set(partitions or ()))
+            check_partitions("partition", named, facts.partitions)
             api = command_api(client, settings)
             place = shards or directory / SHARDS
             if store_is == "made":
@@ -288,53 +335,37 @@ def _take_back(
                 store = (planned_store if store_is == "planned" else existing_store)(place, facts.cluster_id)
             signer = load_key(Path(settings.signing_key_file)) if settings.signing_key_file else None
             rewinder = Rewinder(api, store, signer)
-            for partition in range(facts.partitions) if partitions is None else sorted(set(partitions)):
-                if unnamed is not None:
-                    receipt, _ = await last_receipt(api, partition)
-                    if not unnamed.concerns(receipt, store, partition):
-                        continue
-                looked_at += 1
+            for partition in named if unnamed is None else await _concerned(api, store, facts.partitions, unnamed):
+                if not await outcome.take(partition, partial(work, rewinder), named=unnamed is None):
+                    break
+            if wait_s and outcome.done and not dry_run:
                 try:
-                    rewind = await work(rewinder, partition)
-                except NotOursError as error:
-                    if unnamed is not None:
-                        passed.append(partition)
-                    else:
-                        failed.append(str(error))
-                    continue
-                except FiError as error:
-                    failed.append(str(error))
-                    if isinstance(error, ClusterUnavailableError):
-                        break
-                    continue
-                if rewind is not None:
-                    done.append(rewind)
-            if wait_s and done and not dry_run:
-                try:
-                    await wait_caught_up(api, done, wait_s=wait_s, on_progress=progress)
+                    await wait_caught_up(api, outcome.done, wait_s=wait_s, on_progress=progress)
                 except ClusterUnavailableError as error:
                     # What was done is shown first.
-                    late.append(error)
-        return done, failed, passed, looked_at
+                    outcome.late = error
+        return outcome
 
     with progress_bar("reading shards" if dry_run else "making events again") as progress:
-        done, failed, passed, looked_at = run_async(run())
+        outcome = run_async(run())
     if as_json:
-        rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in done]
-        print_json([*rows, *({"partition": partition, "passed_over": PASSED_OVER} for partition in passed)])
+        rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in outcome.done]
+        rows += [{"partition": partition, "passed_over": PASSED_OVER} for partition in outcome.passed]
+        rows += [{"partition": partition, "failed": why} for partition, why in outcome.failed.items()]
+        print_json(rows)
     else:
-        _show(done, dry_run)
-        if unnamed is not None and not looked_at:
+        _show(outcome.done, dry_run)
+        if unnamed is not None and not outcome.looked_at:
             print(f"nothing to do: {unnamed.nothing}; `fictl partitions ls` shows which store owns which")
-        elif not (done or failed or passed):
+        elif not (outcome.done or outcome.failed or outcome.passed):
             print("nothing to do: every file is as the records say")
-    for partition in passed:
+    for partition in outcome.passed:
         say(f"fi: partition {partition} is passed over: {PASSED_OVER}")
-    for reason in failed:
+    for reason in outcome.failed.values():
         say(f"fi: {reason}")
-    for error in late:
-        raise error
-    if failed or (passed and not done):
+    if outcome.late is not None:
+        raise outcome.late
+    if outcome.failed or (outcome.passed and not outcome.done):
         raise typer.Exit(FAILED)
 
 

@@ -65,7 +65,8 @@ def show(
         policy = versions.in_force if version is None else await find_version(api, version)
         return policy, versions, await look_at_spread(api)
 
-    policy, versions, spread = run_async(with_api(find_servers(directory, nats), work))
+    with progress_bar("reading"):
+        policy, versions, spread = run_async(with_api(find_servers(directory, nats), work))
     _warn(versions)
     if as_json:
         print_json(
@@ -146,29 +147,13 @@ def set_(
     given = None if file is None else _read_rules(file)
 
     async def work(api: Api) -> tuple[Policy, list[Difference], Spread | None]:
-        from cluster.policies import find_version, read_versions, set_policy, wait_for_spread
+        from cluster.policies import set_policy, wait_for_spread
 
-        versions = await read_versions(api, lambda done, total: None, only_in_force=True)
-        _warn(versions)
-        before = versions.in_force
-        base = before if start is None else await find_version(api, start)
-        rules = change_rules(base.rules, given or {})
-        rules = change_rules(rules, parse_rules(words or [], rules))
-        changes = diff_rules(before.rules, rules)
-        if not changes:
-            raise DefiniteError(f"nothing changes: policy {before.version}, which is in force, says just that")
-        policy = Policy(
-            version=versions.newest + 1,
-            rules=rules,
-            since_ns=time.time_ns(),
-            by=login_place(),
-            note=note,
-            follows=before.version,
-        )
-        if dry_run:
-            return policy, changes, None
-        await set_policy(api, policy)
-        if not wait:
+        with progress_bar("setting"):
+            policy, changes = await _next(api, start, given or {}, words or [], note)
+            if not dry_run:
+                await set_policy(api, policy)
+        if dry_run or not wait:
             return policy, changes, None
         with progress_bar("waiting for segment") as tell:
             return policy, changes, await wait_for_spread(api, policy.version, limit_s, tell)
@@ -190,6 +175,29 @@ def set_(
         raise NotReadyError(
             f"policy {policy.version} is set, but after {limit_s:g} s {late}; `fictl health` and its log say why"
         )
+
+
+async def _next(
+    api: Api, start: int | None, given: dict[str, Any], words: list[str], note: str
+) -> tuple[Policy, list[Difference]]:
+    """The version after the newest: the rules in force, or of version `start`, with what `given` and `words` change.
+
+    Gives it, and in what it differs from the one in force. Raises `DefiniteError`: in nothing.
+    """
+    from cluster.policies import find_version, read_versions
+
+    versions = await read_versions(api, lambda done, total: None, only_in_force=True)
+    _warn(versions)
+    before = versions.in_force
+    base = before if start is None else await find_version(api, start)
+    rules = change_rules(base.rules, given)
+    rules = change_rules(rules, parse_rules(words, rules))
+    changes = diff_rules(before.rules, rules)
+    if not changes:
+        raise DefiniteError(f"nothing changes: policy {before.version}, which is in force, says just that")
+    by, since_ns = login_place(), time.time_ns()
+    version = versions.newest + 1
+    return Policy(version=version, rules=rules, since_ns=since_ns, by=by, note=note, follows=before.version), changes
 
 
 def _spread_words(spread: Spread | None) -> str:

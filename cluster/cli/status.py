@@ -18,8 +18,10 @@ from cluster.cli.common import (
     find_servers,
     finite,
     print_json,
+    progress_bar,
     run_async,
 )
+from cluster.state import NotRunningError
 from contracts.budgets import STATUS_FIRST_LOOK, STATUS_WINDOW
 from contracts.settings import hide_credentials
 from stages.runtime.access import Servers
@@ -66,7 +68,8 @@ def status(
     """Shows what is wrong and what to do, then stages, streams, shards, dead letters and processes, on one screen.
 
     Exits 0 when all is well and 3 when something is not. It takes about two seconds, and no more than about five
-    whatever is down; what could not be read is a ? and named. With --json: `well`, `problems`, and every number.
+    whatever is down; what could not be read is a ? and named. With --json: `well`, `problems`, and every number, of
+    which there is none where nothing runs.
 
     Waiting counts accepted messages (of FI_EVENTS) that the stage before has finished and this one has not; accepted is
     in messages a second, persisted in events. Latencies are percentiles over the window, from the processes of the run
@@ -78,12 +81,21 @@ def status(
 
     Example: fictl status --dir /var/lib/fi
     """
+    from cluster.problem import Problem
     from cluster.screen import Page, render
     from cluster.summary import summarize
     from cluster.verdict import judge
 
-    servers, run = find_run(directory, nats)
-    summary = summarize(run_async(_look_twice(servers, run, window_s)))
+    try:
+        servers, run = find_run(directory, nats)
+    except NotRunningError as error:
+        if as_json:
+            start = f"`fictl up --dir {directory or DEFAULT_DIRECTORY}`"
+            problem = Problem(urgency=1, kind="not_running", what=str(error), next=start)
+            print_json({"well": False, "problems": (problem,)})
+        raise
+    with progress_bar("looking"):
+        summary = summarize(run_async(_look_twice(servers, run, window_s)))
     problems = judge(summary)
     if as_json:
         print_json(as_values(summary, problems))

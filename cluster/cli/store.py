@@ -16,7 +16,6 @@ import typer
 from cluster.cli.common import (
     CORRUPT,
     DEFAULT_DIRECTORY,
-    FAILED,
     JsonOption,
     NatsOption,
     PublicKeyOption,
@@ -28,12 +27,11 @@ from cluster.cli.common import (
     print_json,
     progress_bar,
     run_async,
-    say,
     trusted_keys,
 )
 from cluster.cli.export import verify_export
 from contracts.budgets import SHARD_CHECK
-from contracts.errors import SettingsError, ShardError
+from contracts.errors import DefiniteError, SettingsError, ShardError
 from contracts.wire import plain
 from stages.runtime.access import Servers
 
@@ -75,11 +73,12 @@ def events(
         raise SettingsError(
             f"{consultation_id!r} is not a UUID; `fictl export` shows the ids that are stored"
         ) from None
-    with EventStore(directory) as store:
+    with EventStore(directory) as store, progress_bar("reading shards"):
         found = store.consultation(wanted)
     if not found:
-        say(f"fi: no event of consultation {wanted} is stored in {directory}; was it published to this cluster?")
-        raise typer.Exit(FAILED)
+        raise DefiniteError(
+            f"no event of consultation {wanted} is stored in {directory}; was it published to this cluster?"
+        )
     if as_json or not sys.stdout.isatty():
         write_ndjson(found, sys.stdout.buffer)
     else:
@@ -93,7 +92,7 @@ def shards(directory: StoreArgument, as_json: JsonOption = False) -> None:
     """
     from stages.persist.store import EventStore
 
-    with EventStore(directory) as store:
+    with EventStore(directory) as store, progress_bar("reading shards"):
         found = store.shards()
     if as_json:
         print_json([{**asdict(info), "path": str(info.path)} for info in found])
@@ -131,12 +130,14 @@ def verify(
     So far the store is held against itself and the seal records beside it: that finds damage and careless changes. Who
     can write the store can forge all of it so that it agrees, and remove events from its end.
 
-    With --public-key every sealed shard must have a record signed by that key beside it; this needs no cluster, and
-    leaves open only whether newer shards are missing, and live ones.
+    With --public-key every sealed shard must have a record beside it, and from the first one that is signed by that key
+    on each must be: its root is over all that came before. This needs no cluster, and leaves open only whether newer
+    shards are missing, and live ones. Repeat it for several keys.
 
     With --receipts every receipt and seal record that the cluster retains must agree too: totals, origins, Merkle
-    roots and files. That leaves open what somebody can forge who publishes and deletes receipts. With both, the last
-    receipt, and everything after the first signed record, must be signed.
+    roots, files, and the rows that say when each commit came. That leaves open what somebody can forge who publishes
+    and deletes receipts. With both, the last receipt, and everything after the first record signed by that key, must
+    be signed by it.
 
     A file that `fictl export --output` wrote is held against its manifest; so are those that lie in DIR.
 
@@ -144,7 +145,6 @@ def verify(
 
     Example: fictl verify .fi --receipts --public-key fi.pub
     """
-    from contracts.events import format_rfc3339
     from stages.persist.export.manifest import find_manifest
     from stages.persist.verify import verify_store
 
@@ -180,25 +180,7 @@ def verify(
                 f"{report.signed_records} of them signed; --receipts finds what that cannot"
             )
         else:
-            print(
-                f"held against {audit.receipts} receipts and {audit.seals} seal records of this store, "
-                f"{audit.signed} of them signed"
-            )
-            for partition, owner in audit.elsewhere.items():
-                print(f"partition {partition} belongs to {owner}: what is there was not read")
-            for partition, what in audit.unshown.items():
-                print(f"partition {partition}: {what}")
-            if audit.lost:
-                print(
-                    f"the cluster's receipts were lost by {audit.lost} and begun again from the stores: for what was "
-                    "stored before, they say no more than the stores said then"
-                )
-            for rewind in audit.rewinds:
-                print(
-                    f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) "
-                    f"on {rewind.node} at {format_rfc3339(rewind.committed_ns)}; what was committed after that was "
-                    "made again"
-                )
+            _show_audit(audit)
     if not report.ok:
         raise typer.Exit(CORRUPT)
 
@@ -224,3 +206,26 @@ def _show_report(report: VerifyReport) -> None:
     verdict = "all is well" if report.ok else f"{len(report.problems)} problems"
     exports = f", {report.exports} exports" if report.exports else ""
     print(f"{report.shards} shards, {report.events} events{exports}: {verdict}")
+
+
+def _show_audit(audit: AuditReport) -> None:
+    from contracts.events import format_rfc3339
+
+    print(
+        f"held against {audit.receipts} receipts and {audit.seals} seal records of this store, {audit.signed} of them "
+        "signed"
+    )
+    for partition, owner in audit.elsewhere.items():
+        print(f"partition {partition} belongs to {owner}: what is there was not read")
+    for partition, what in audit.unshown.items():
+        print(f"partition {partition}: {what}")
+    if audit.lost:
+        print(
+            f"the cluster's receipts were lost by {audit.lost} and begun again from the stores: for what was stored "
+            "before, they say no more than the stores said then"
+        )
+    for rewind in audit.rewinds:
+        print(
+            f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) on "
+            f"{rewind.node} at {format_rfc3339(rewind.committed_ns)}; what was committed after that was made again"
+        )

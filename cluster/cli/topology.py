@@ -112,7 +112,8 @@ def status(
         async with connected(servers) as client:
             return await look(client, servers.urls)
 
-    found = run_async(work())
+    with progress_bar("looking"):
+        found = run_async(work())
     if as_json:
         print_json({"healthy": found.healthy, **msgspec.structs.asdict(found)})
     else:

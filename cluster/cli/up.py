@@ -55,7 +55,7 @@ def up(
 
     Example: fictl up --dir /var/lib/fi --scale segment=2,hash=2 --detach
     """
-    counts = parse_scale(scale)
+    counts = parse_scale("--scale", scale)
     check_directory("--dir", directory)
     settings = given_settings(chosen, defaults=Settings(health_port=0)).settings
     if detach:
@@ -102,8 +102,8 @@ async def unless_interrupted(supervisor: Supervisor, work: Coroutine[Any, Any, T
         await end_tasks(task, interrupted)
 
 
-def parse_scale(text: str | None) -> dict[Stage, int]:
-    """``ingest=1,segment=2`` → counts by stage.
+def parse_scale(option: str, text: str | None) -> dict[Stage, int]:
+    """``ingest=1,segment=2``, given for `option` → counts by stage.
 
     Raises:
         SettingsError: an unknown stage, or not a count.
@@ -113,7 +113,7 @@ def parse_scale(text: str | None) -> dict[Stage, int]:
         name, _, count = part.partition("=")
         stage = next((stage for stage in STAGES if stage == name.strip()), None)
         if stage is None or not count.strip().isdecimal():
-            raise SettingsError(f"--scale {part!r}: write STAGE=COUNT with a stage of {', '.join(STAGES)}")
+            raise SettingsError(f"{option} {part!r}: write STAGE=COUNT with a stage of {', '.join(STAGES)}")
         counts[stage] = int(count)
     return counts
 
@@ -124,7 +124,7 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
     directory.mkdir(parents=True, exist_ok=True)
     log_path = directory / "supervisor.log"
     config = config_option.get()
-    command = [sys.executable, "-m", "cluster", *(["--config", config] if config is not None else [])]
+    command = [sys.executable, "-P", "-m", "cluster", *(["--config", config] if config is not None else [])]
     command += ["up", "--dir", str(directory), "--servers", str(servers), *(["--scale", scale] if scale else [])]
     command += [part for text in chosen or [] for part in ("--set", text)]
     with log_path.open("ab") as log:

@@ -324,7 +324,7 @@ def _context(base_name: str, app: Tree) -> bytes:
         "WORKDIR /data",
         "VOLUME /data",
         f"USER {USER_ID}:{USER_ID}",
-        f'ENTRYPOINT ["{PYTHON}", "-m", "cluster"]',
+        f'ENTRYPOINT ["{PYTHON}", "-P", "-m", "cluster"]',
     ]
     return layer({"Dockerfile": ("\n".join(lines) + "\n").encode(), "app.tar": layer(app)})
 

@@ -100,10 +100,10 @@ def quantile(share: float, what: Instrument, *by: str, window: str = RATE_WINDOW
     return f"histogram_quantile({share:g}, {buckets})"
 
 
-def mean(what: Instrument, *by: str, where: str = "", window: str = RATE_WINDOW) -> str:
+def mean(what: Instrument, *by: str, where: str = "") -> str:
     """The mean of a histogram's values; NaN without values."""
-    sums = over("sum", f"rate({series(what, where, '_sum')}[{window}])", *_checked(what, by))
-    return f"{sums} / {rate(what, *by, where=where, window=window)}"
+    sums = over("sum", f"rate({series(what, where, '_sum')}[{RATE_WINDOW}])", *_checked(what, by))
+    return f"{sums} / {rate(what, *by, where=where)}"
 
 
 def heat(what: Instrument) -> str:

@@ -50,7 +50,7 @@ class Plan:
         module = ["cluster.testing.stage", str(self.clock(name))] if self.clocks else ["cluster"]
         servers = [part for url in urls for part in ("--nats", url)]
         shards = ["--shards", str(self.shards)] if stage == "persist" else []
-        return [python, "-m", *module, "run", stage, *servers, "--name", name, *shards]
+        return [python, "-P", "-m", *module, "run", stage, *servers, "--name", name, *shards]
 
     def clock(self, name: str) -> Path:
         """The file that says how far off a stage process's wall clock is (`cluster.testing.clock`)."""

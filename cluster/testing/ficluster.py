@@ -12,6 +12,7 @@ Always true: inside the block all servers and stages are ready; after it nothing
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import shutil
@@ -40,6 +41,7 @@ BackendName = Literal["auto", "embedded", "docker"]
 ENVIRONMENT: Final = "FICLUSTER_BACKEND"
 """Names the backend where nothing else does. (``FI_…`` names settings of stages alone.)"""
 _CONNECT_LIMIT_S: Final = 30.0
+_NOT_OPEN: Final = "the cluster is not open: use `async with FiCluster(…) as cluster`, or `await cluster.open()`"
 
 opened: weakref.WeakSet[FiCluster] = weakref.WeakSet()
 """Those that run now: whose logs belong to a test that fails."""
@@ -112,10 +114,12 @@ class FiCluster(Reading):
         if directory is None:
             directory = Path(tempfile.gettempdir()) / f"ficluster-{secrets.token_hex(6)}"
         self.directory = directory.absolute()
-        if nodes < 1:
+        if nodes not in (1, 3, 5):
             raise SettingsError(f"FiCluster: nodes = {nodes}: give 1, 3 or 5")
         if strangers := sorted(set(scale or {}) - set(STAGES)):
             raise SettingsError(f"FiCluster: scale names {', '.join(strangers)}; the stages are {', '.join(STAGES)}")
+        if disk_bytes is not None and disk_bytes <= 0:
+            raise SettingsError(f"FiCluster: disk_bytes = {disk_bytes}: give a size, or leave it out")
         if settings is not None and changes:
             raise SettingsError(f"FiCluster: settings is given, so {', '.join(changes)} would not count; leave one out")
         chosen = settings or quick_settings(**{"replicas": min(3, nodes), **changes})
@@ -217,24 +221,28 @@ class FiCluster(Reading):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     async def stop(self, name: str) -> None:
-        """SIGTERM to a server or stage, which finishes what it has in hand; it stays down until `start`."""
-        await self.backend.stop(self._known(name))
+        """SIGTERM to a server or stage, which finishes what it has in hand; it stays down until `start`.
+
+        Raises, as `start`, `kill`, `freeze` and `thaw`: `KeyError` for a name that is none; `RuntimeError` while the
+        cluster is not open.
+        """
+        await self.backend.stop(self._running(name))
 
     async def start(self, name: str) -> None:
         """Starts what was stopped or killed, and returns once it is ready."""
-        await self.backend.start(self._known(name))
+        await self.backend.start(self._running(name))
 
     async def kill(self, name: str) -> None:
         """SIGKILL to a server or stage; it stays down until `start`."""
-        await self.backend.kill(self._known(name))
+        await self.backend.kill(self._running(name))
 
     async def freeze(self, name: str) -> None:
         """Halts a server or stage where it is: it keeps its connections and beliefs, and does nothing until `thaw`."""
-        await self.backend.freeze(self._known(name))
+        await self.backend.freeze(self._running(name))
 
     async def thaw(self, name: str) -> None:
         """Lets what was frozen go on."""
-        await self.backend.thaw(self._known(name))
+        await self.backend.thaw(self._running(name))
 
     async def cut(self, name: str) -> None:
         """Cuts a server or stage off from all others and from this test, until `heal`.
@@ -253,7 +261,10 @@ class FiCluster(Reading):
 
         Raises:
             NotSupportedError: as `cut`; and on Docker always.
+            ValueError: `latency_s` is negative, or no number.
         """
+        if not 0 <= latency_s < math.inf:
+            raise ValueError(f"latency_s = {latency_s}: give seconds from 0 on")
         await self.backend.slow(self._known(name), latency_s)
 
     async def fill_disk(self, left_bytes: int = 0) -> None:
@@ -328,6 +339,19 @@ class FiCluster(Reading):
         if name not in self.servers and name not in self.stages:
             raise KeyError(f"{name!r} is none of {', '.join((*self.servers, *self.stages))}")
         return name
+
+    def _running(self, name: str) -> str:
+        """A `_known` name, while there is something to do it to."""
+        known = self._known(name)
+        if self not in opened:
+            raise RuntimeError(_NOT_OPEN)
+        return known
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not there: these are from `open` on.
+        if name in ("client", "api"):
+            raise AttributeError(_NOT_OPEN, name=name, obj=self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def _small_disk(self) -> SmallDisk:
         if self._disk is None:

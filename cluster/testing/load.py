@@ -23,8 +23,10 @@ from cluster.publish import LinePublisher, PublishReport
 from cluster.testing.checker import Attempt, defined_hash
 from cluster.testing.waiting import SETTLED_LIMIT_S
 from cluster.workload import consultations
+from contracts.wire import UNREADABLE
 from stages.runtime.client import GuardedClient
 
+_IDS: Final = ("event_id", "consultation_id")
 LINES_AFTER: Final = 100
 """What still comes once a block under load is over, so that what it did last meets events too."""
 
@@ -55,19 +57,30 @@ class Load:
     """
 
     def __init__(self, lines: Sequence[bytes]) -> None:
-        """Args: `lines` are events with ids of their own; those of a consultation in the order they are to keep."""
+        """
+        Args:
+            lines: events with ids of their own; those of a consultation in the order they are to keep.
+
+        Raises:
+            ValueError: a line is no event with its ids, or its id is that of an earlier one; names the line.
+        """
         self.lines = list(lines)
         self.gateway: Gateway | None = None
         self._sent: dict[bytes, tuple[bytes, int, bytes]] = {}
         self._acknowledged: set[bytes] = set()
         self._news = asyncio.Event()
         self._begun = 0
-        places: Counter[str] = Counter()
-        for line in self.lines:
-            event = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-            event_id, consultation = (msgspec.json.decode(event[key]) for key in ("event_id", "consultation_id"))
-            key = UUID(event_id).bytes
-            self._sent[key] = (UUID(consultation).bytes, places[consultation], defined_hash(bytes(event["payload"])))
+        places: Counter[bytes] = Counter()
+        for number, line in enumerate(self.lines, 1):
+            try:
+                event = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+                event_id, consultation = (UUID(msgspec.json.decode(event[key])).bytes for key in _IDS)
+                digest = defined_hash(bytes(event["payload"]))
+            except (*UNREADABLE, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"line {number} of the load: no event with its ids and payload ({error!r})") from error
+            if event_id in self._sent:
+                raise ValueError(f"line {number} of the load: event {UUID(bytes=event_id)} is there already")
+            self._sent[event_id] = (consultation, places[consultation], digest)
             places[consultation] += 1
 
     @property
@@ -99,11 +112,23 @@ class Load:
         self._news.set()
 
     async def reached(self, accepted: int) -> None:
-        """Returns when so many events were acknowledged. Raises `TimeoutError` after `SETTLED_LIMIT_S`."""
-        async with asyncio.timeout(SETTLED_LIMIT_S):
-            while self.accepted < accepted:
-                self._news.clear()
-                await self._news.wait()
+        """Returns when so many events were acknowledged.
+
+        Raises:
+            ValueError: the load has fewer.
+            AssertionError: it did not come to that within `SETTLED_LIMIT_S`.
+        """
+        if accepted > len(self.lines):
+            raise ValueError(f"{accepted} events can never be acknowledged: the load has {len(self.lines)}")
+        try:
+            async with asyncio.timeout(SETTLED_LIMIT_S):
+                while self.accepted < accepted:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            raise AssertionError(
+                f"not within {SETTLED_LIMIT_S:.0f} s: {accepted} events acknowledged; {self.accepted} are"
+            ) from None
 
     async def publish(
         self,

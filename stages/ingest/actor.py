@@ -41,5 +41,8 @@ class IngestCore:
             first_seen=message.headers.get(HEADER_FIRST_SEEN, ""),
         )
         dead = [Dead(message.seq, sum(row.lines for row in parsed.rejected))] if parsed.rejected else []
-        letters = [DeadLetter(message.seq, row.index, row.error, row.raw, lines=row.lines) for row in parsed.rejected]
+        letters = [
+            DeadLetter(message.seq, row.index, row.error, row.raw, lines=row.lines, original=message)
+            for row in parsed.rejected
+        ]
         return Step(message.seq, message.seq, parsed.events, dead, letters, (), self._closed)

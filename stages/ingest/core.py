@@ -187,7 +187,7 @@ def _parse_parts(message: _Message, parts: list[bytes], raw: bytes | None) -> Pa
         try:
             parsed.events.append(_parse_event(message, index, part))
         except InvalidEventError as error:
-            parsed.rejected.append(Rejection(index, part if raw is None else raw, error))
+            parsed.rejected.append(Rejection(index, part if raw is None else raw, error.unraised()))
     return parsed
 
 

@@ -13,8 +13,8 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from operator import methodcaller
-from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -26,11 +26,11 @@ from contracts.statements import Signer
 from contracts.subjects import RECEIPTS, receipt_subject, seal_subject
 from contracts.telemetry import CIRCUIT_TRIPS, EVENT_PERSIST_FAILED, EVENT_PERSISTED, TARGET_DISK
 from stages.persist.core import Group, plan_group
-from stages.persist.disk import LOCAL, Disk, Files, Lock
+from stages.persist.disk import LOCAL, Disk, Files, Lock, Turns
 from stages.persist.flush import Flushes
 from stages.persist.lost import begin
 from stages.persist.moved import let_go, signed
-from stages.persist.records import record_of
+from stages.persist.records import record_of, speaks_of
 from stages.persist.resume import BEGINNING
 from stages.persist.room import EARLY_SHARE, EventsRoom
 from stages.persist.seal import SealedInfo
@@ -46,8 +46,6 @@ from stages.runtime.writer import FencedWriter
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 GROUP_FRAMES_MAX = 64
 GROUP_BYTES_MAX = 4 * 1024 * 1024
 
@@ -56,8 +54,8 @@ class PersistLane(LaneBase):
     """Owns one partition's shards.
 
     Arguments as `LaneBase`; `store` is where they lie, `signer` who signs (None: nobody), `flushes` what is to be
-    flushed, `room` that of `FI_EVENTS`, `sealing` is held by who seals in this process, `node` the host's name, and
-    `disk` the files themselves.
+    flushed, `room` that of `FI_EVENTS`, `turns` those of this process's disk, `node` the host's name, and `disk` the
+    files themselves.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class PersistLane(LaneBase):
         signer: Signer | None = None,
         flushes: Flushes | None = None,
         room: EventsRoom | None = None,
-        sealing: asyncio.Lock | None = None,
+        turns: Turns | None = None,
         node: str = "",
         disk: Disk = LOCAL,
     ) -> None:
@@ -79,7 +77,7 @@ class PersistLane(LaneBase):
         self._flushes = flushes or Flushes(store.cluster_id)
         self._flushes.lanes[partition] = self
         self._room = room or EventsRoom(api)
-        self._sealing = sealing or asyncio.Lock()
+        self._turns = turns or Turns()
         self._store = store
         self._clock_ns = clock_ns
         self._signer = signer
@@ -200,8 +198,11 @@ class PersistLane(LaneBase):
                 await feed.reader.close()
             await self._seal_rest()
         finally:
-            await end_tasks(*self._background)
-            files.close()
+            # Cancelled again, it raises: not before all have ended.
+            try:
+                await end_tasks(*self._background)
+            finally:
+                files.close()
 
     def look_again(self) -> None:
         """Something may be due beside the commits: look before the next one, and now if nothing comes in."""
@@ -273,7 +274,7 @@ class PersistLane(LaneBase):
                 receipt = await run_blocking(self._commit, group)
         self._probe.worked()
         await self._writer.publish(encode_receipt(receipt), str(receipt.origin))
-        self._probe.committed(receipt, len(group.records), group.duplicates)
+        self._probe.committed(receipt, group.frames, len(group.records), group.duplicates)
         self._receipt, self._shown = receipt, False
         feed.cursor = Cursor(receipt.origin, receipt.trail[-1], receipt.closed)
         self._holes = 0
@@ -353,7 +354,8 @@ class PersistLane(LaneBase):
         """Prepares shards ahead, seals full ones, and publishes their records, until cancelled."""
         files = self._files
         writer = FencedWriter(self._api, RECEIPTS, seal_subject(self._partition), nonce)
-        record, writer.expected_seq = await last_seal(self._api, self._partition, self._is_ours)
+        ours = partial(speaks_of, store=self._store.store_id, first=files.end.first, trees=files.trees)
+        record, writer.expected_seq = await last_seal(self._api, self._partition, ours)
         if record is not None and record.store == self._store.store_id:
             await run_blocking(files.keep_record, record)
         for shard in sorted(files.sealed):
@@ -364,8 +366,7 @@ class PersistLane(LaneBase):
             for job in tuple(files.to_seal):
                 # A record that is there already speaks of a file with its time in it.
                 known = record if record is not None and record.shard == job.shard else None
-                # Shards of many partitions fill up together: all at once would keep the commits from their threads.
-                async with self._sealing:
+                async with self._turns.sealing:
                     begun_s = time.perf_counter()
                     info = await run_blocking(files.seal, job, None if known is None else known.sealed_ns)
                 self._probe.sealed(begun_s, info.bytes)
@@ -375,21 +376,14 @@ class PersistLane(LaneBase):
                     await run_blocking(files.finish_seal, job, info)
                 await self._settle()
             if files.wants_next():
-                async with self._prepare_lock:
-                    await run_blocking(files.prepare_next)
+                async with self._turns.preparing, self._prepare_lock:
+                    if files.wants_next():
+                        await run_blocking(files.prepare_next)
             self._seal_work.clear()
             if not files.to_seal:
                 self._all_sealed.set()
                 if not await self._summarize_next():
                     await self._seal_work.wait()
-
-    def _is_ours(self, record: SealRecord) -> bool:
-        """True when `record` is of a full shard as it is here, or of the one that the store's part begins after.
-
-        One of the same number may be of a shard that was given up, or of an owner that was fenced off while it sealed.
-        """
-        whose = record.store == self._store.store_id or record.shard < self._files.end.first
-        return whose and self._files.trees.get(record.shard) == (record.tree_size, record.root)
 
     async def _settle(self) -> None:
         """What is in sealed shards may leave `FI_EVENTS`, as far as the trimmer lets it."""
@@ -400,7 +394,7 @@ class PersistLane(LaneBase):
         summary = self._files.seen.unsummarized()
         if summary is None:
             return False
-        async with self._sealing:
+        async with self._turns.sealing:
             with disk_of(self._store):
                 await run_blocking(summary.make)
         async with self._files_lock:

@@ -16,8 +16,9 @@ from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import SealRecord, StoreEnd
 from stages.persist.files import is_lost, publish_file, sync_dir, write_new_file
-from stages.persist.live import LiveReader, create_live, open_live
+from stages.persist.live import LiveReader, open_live
 from stages.persist.names import ShardFile, list_leftovers, list_shards, parse_name, tmp_path
+from stages.persist.newlive import create_live
 from stages.persist.records import record_path
 from stages.persist.storedir import Store
 

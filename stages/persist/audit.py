@@ -16,13 +16,13 @@ from uuid import UUID
 import numpy as np
 from msgspec import UNSET
 
-from contracts.errors import ProofError
 from contracts.events import format_rfc3339
 from contracts.hashing import HASH_BYTES
 from contracts.receipts import Receipt, SealRecord
-from contracts.statements import check_signature, statement_of
+from contracts.statements import Vouching, statement_of
 from stages.persist.idfilter import ID_BYTES
 from stages.persist.names import FIRST_SHARD
+from stages.persist.rowaudit import changed_rows
 from stages.persist.storedir import Store
 from stages.persist.verify import Problem, ShardContents
 
@@ -85,7 +85,7 @@ def audit_partition(
             witness of its own speaks of was added.
         shown_origin: how far readers see now, later than `shards` were read: a commit is shown just after its receipt.
         trusted: public keys (64 hex digits). With any given, the last receipt must be signed by one, and so must
-            everything after the first signed record: what came before that is vouched for by the later roots.
+            everything after the first record that one of them signed: see `Vouching`.
             Nor may the partition have gone back with an old receipt: anybody can repeat one with its signature.
     """
     audit = _Audit(f"partition {partition}", shards)
@@ -104,7 +104,11 @@ def audit_partition(
     audit.check_totals(receipts)
     for seal in seals:
         audit.check_seal(seal)
-    audit.check_roots(receipts, seals)
+    changed = audit.check_roots(receipts, seals)
+    # Where events were changed, that is told, and that the rows have their checksums need not be.
+    right = [receipt for receipt in receipts if receipt.persisted not in changed]
+    for where, what in changed_rows(shards, right, store.store_id):
+        audit.problems.append(Problem(audit.name, where, what))
     return Audited(audit.problems, unshown)
 
 
@@ -159,25 +163,20 @@ def name_record(record: Receipt | SealRecord) -> str:
 
 class _Audit:
     def __init__(self, name: str, shards: Sequence[ShardContents]) -> None:
-        self._name = name
+        self.name = name
         self._shards = shards
         self.problems: list[Problem] = []
 
     def _report(self, where: str, what: str) -> None:
-        self.problems.append(Problem(self._name, where, what))
+        self.problems.append(Problem(self.name, where, what))
 
     def check_signatures(self, records: Sequence[Receipt | SealRecord], trusted: Collection[str]) -> None:
         """Every signature that is there, and that none is missing where one must be."""
-        signed = False
+        vouching = Vouching(trusted)
         for record in records:
-            if record.signature is not UNSET:
-                signed = True
-                try:
-                    check_signature(statement_of(record), record.signature, trusted)
-                except ProofError as error:
-                    self._report(name_record(record), str(error))
-            elif trusted and (signed or (isinstance(record, Receipt) and record is records[-1])):
-                self._report(name_record(record), "is not signed")
+            is_last = isinstance(record, Receipt) and record is records[-1]
+            if wrong := vouching.wrong_with(record, must=is_last):
+                self._report(name_record(record), wrong)
 
     def check_identity(self, partition: int, records: Sequence[Receipt | SealRecord], store: Store) -> None:
         """The witnesses are of this partition and cluster, and none takes back what an earlier one said."""
@@ -324,24 +323,32 @@ class _Audit:
                 + ", recorded was {}, origins {} to {} with {} events".format(*told),
             )
 
-    def check_roots(self, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> None:
-        """Every root is that over the stored events; where one is not, the events it could be are named."""
+    def check_roots(self, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> set[int]:
+        """Every root is that over the stored events; where one is not, the events it could be are named.
+
+        Returns:
+            the sizes of tree whose root is another.
+        """
         by_size: dict[int, list[Receipt | SealRecord]] = {}
         records: list[Receipt | SealRecord] = [*receipts, *seals]
         for record in records:
             by_size.setdefault(statement_of(record).tree_size, []).append(record)
         right, blamed = 0, False
+        changed = set()
         for size, root in self._roots(sorted(by_size)):
             wrong = [record for record in by_size[size] if record.root != root]
             if not wrong:
                 right, blamed = size, False
-            elif not blamed:
+                continue
+            changed.add(size)
+            if not blamed:
                 blamed = True
                 self._report(
                     self._name_events(right, size),
                     f"not what was committed: the {name_record(wrong[0])} says root {wrong[0].root} "
                     f"over {size} events, the shards give {root}; up to event {right} they agree",
                 )
+        return changed
 
     def _roots(self, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
         """(size, root in hex) at those of the ascending sizes that the shards reach."""

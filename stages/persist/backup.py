@@ -2,7 +2,8 @@
 
 Sealed shards do not change, so a copy is made once, beside a working persister. Live shards are not copied: `FI_EVENTS`
 has what is in them. A copy is never deleted; one that the store does not have any more is moved aside once another
-shard has its number. The store is told what is copied: until then `FI_EVENTS` keeps it, while it has room to spare.
+shard has its number. The store is told what is copied: until then `FI_EVENTS` keeps it, while it has room to spare. So
+it does when the store is put back from its copies, which have the same mark and claim nothing in it.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from stages.persist.files import (
     SYNC_EVERY_BYTES,
     is_lost,
     publish_file,
+    read_own,
     sync_data,
     sync_file,
+    told_of,
     write_all_at,
     write_new_file,
 )
-from stages.persist.header import HEADER_BYTES, read_live_header, read_sealed_header
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, tmp_path
-from stages.persist.records import record_path
+from stages.persist.header import HEADER_BYTES, is_named, read_live_header, read_sealed_header
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
+from stages.persist.records import kept_record, record_path
 from stages.persist.store import find_store
-from stages.persist.storedir import STORE_FILE, make_directory, read_store
+from stages.persist.storedir import STORE_FILE, Store, make_directory, read_store
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,8 @@ def back_up(
 ) -> Backup:
     """Copies what is sealed in the store at `path` to the directory `target`, where it is not there yet.
 
-    When that is all there is, and on another disk, the store is marked with it (`contracts.backups`).
+    When that is all there is, and on another disk, the store is marked with it (`contracts.backups`), and `target` with
+    the time.
 
     If the process dies or the power fails here: what has its name in `target` is whole; run it again.
 
@@ -104,7 +108,7 @@ def back_up(
         gaps = _gaps(source)
         sealed = [file for files in list_shards(source).values() for file in files if file.sealed]
         total = sum(_size(file.path) for file in sealed)
-        run = _Run(target, now_ns)
+        run = _Run(store, target, now_ns)
         looked_at = 0
         for file in sealed:
             on_progress(looked_at, total)
@@ -122,7 +126,11 @@ def back_up(
             unmarked = "not all of it is copied to another disk"
         else:
             copied = {file.partition: file.shard for file in sealed}
-            unmarked = _mark(source, LastBackup(at_ns=now_ns, to=str(target.absolute()), copied=copied))
+            last = LastBackup(at_ns=now_ns, to=str(target.absolute()), copied=copied)
+            unmarked = _mark(source, last)
+            if not unmarked:
+                # For a store that is put back from the copies, which may be moved: none of it counts as copied.
+                _write_mark(target / BACKUP_FILE, msgspec.structs.replace(last, copied={}))
     return Backup(
         store=store.store_id,
         shards=shards,
@@ -143,7 +151,7 @@ def forget_copies(directory: Path, partition: int, shard: int) -> None:
     """
     mark = directory / BACKUP_FILE
     with suppress(FileNotFoundError, WireFormatError):
-        last = decode_last_backup(mark.read_bytes())
+        last = decode_last_backup(read_own(mark))
         if last.copied.get(partition, 0) >= shard:
             _write_mark(mark, msgspec.structs.replace(last, copied={**last.copied, partition: shard - 1}))
 
@@ -154,7 +162,7 @@ def copied_shard(directory: Path, partition: int) -> int | None:
     None for a store that never was; 0 where nobody knows, so that nothing counts as copied that may not be.
     """
     try:
-        return decode_last_backup((directory / BACKUP_FILE).read_bytes()).copied.get(partition, 0)
+        return decode_last_backup(read_own(directory / BACKUP_FILE)).copied.get(partition, 0)
     except FileNotFoundError:
         return None
     except (OSError, WireFormatError) as error:
@@ -171,7 +179,7 @@ def _check_apart(source: Path, target: Path) -> None:
 def _check_mounted(source: Path, target: Path) -> None:
     """Raises `ShardError` if the copies that the last run made are not in `target`."""
     try:
-        last = decode_last_backup((source / BACKUP_FILE).read_bytes())
+        last = decode_last_backup(read_own(source / BACKUP_FILE))
     except (OSError, WireFormatError):
         return
     if last.to == str(target.absolute()) and not (target / STORE_FILE).exists():
@@ -184,7 +192,8 @@ def _check_mounted(source: Path, target: Path) -> None:
 class _Run:
     """One run: what it did so far."""
 
-    def __init__(self, target: Path, now_ns: int) -> None:
+    def __init__(self, store: Store, target: Path, now_ns: int) -> None:
+        self._store = store
         self._target = target
         self._now_ns = now_ns
         self._there = list_shards(target)
@@ -199,6 +208,7 @@ class _Run:
         final = self._target / file.path.name
         same_number = [one for one in self._there.get(file.partition, ()) if one.shard == file.shard]
         try:
+            self._check_own(file)
             if not (final.exists() and _is_copy(file.path, final)):
                 size = _copy(file.path, final, lambda: self._move_aside(same_number))
                 self.copied += 1
@@ -211,6 +221,17 @@ class _Run:
             self.gone += 1
         except ShardError as error:
             self.problems.append(NotCopied(file.path.name, str(error)))
+
+    def _check_own(self, file: ShardFile) -> None:
+        """Holds that it is the shard that its name says, of this store: it may stand for another one that is lost."""
+        with _reading(file.path):
+            header = read_sealed_header(file.path)
+        store = self._store
+        if not is_named(header, file) or (header.store, header.cluster) != (store.store_id, store.cluster_id):
+            raise ShardError(
+                f"{file.path}: is not the shard that its name and place say (`fictl verify` tells what it is); put the "
+                "right one in its place, or run `fictl rebuild`"
+            )
 
     def missing(self, source: Path, partition: int, shard: int) -> NotCopied:
         """What is to be said of a shard that the store should have and has not."""
@@ -228,7 +249,8 @@ def _locked(target: Path) -> Iterator[None]:
     fd = os.open(target / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with told_of(target):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise NotOursError(f"{target}: another backup is at work there; let it end") from error
         yield
@@ -245,7 +267,7 @@ def _identify(source: Path, target: Path) -> None:
         if shards:
             raise ShardError(f"{target}: has shards and no {STORE_FILE}: nobody knows of which store; choose another")
         tmp = tmp_path(target / STORE_FILE)
-        write_new_file(tmp, (source / STORE_FILE).read_bytes())
+        write_new_file(tmp, read_own(source / STORE_FILE))
         publish_file(tmp, target / STORE_FILE)
     own, there = read_store(source), read_store(target)
     if (own.store_id, own.cluster_id) != (there.store_id, there.cluster_id):
@@ -268,7 +290,7 @@ def _gaps(source: Path) -> list[tuple[int, int]]:
 def _begins(file: ShardFile) -> bool:
     try:
         return (read_sealed_header if file.sealed else read_live_header)(file.path).begins
-    except (FileNotFoundError, ShardError):
+    except (OSError, ShardError):
         return False
 
 
@@ -290,30 +312,38 @@ def _write_mark(mark: Path, last: LastBackup) -> None:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 
 def _is_copy(path: Path, copy: Path) -> bool:
     """By length and header, which has the check sum of everything after it: what is in the copy is not read."""
-    if _size(path) != _size(copy):
-        return False
-    with path.open("rb") as one, copy.open("rb") as other:
-        return one.read(HEADER_BYTES) == other.read(HEADER_BYTES)
+    with _reading(path):
+        wanted = _length_and_header(path)
+    with told_of(copy):
+        return _length_and_header(copy) == wanted
+
+
+def _length_and_header(path: Path) -> tuple[int, bytes]:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
 
 
 def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
-    """Copies a sealed shard, whose every byte is held against its check sum; gives its length in bytes.
+    """Copies a sealed shard, whose every byte is held against its check sum, and the record's; gives its length.
 
     `make_room` is called before the copy gets its name.
     """
-    header = read_sealed_header(path)
+    with _reading(path):
+        header = read_sealed_header(path)
+        read = path.open("rb")
     tmp = tmp_path(final)
-    body = sha256()
+    body, whole = sha256(), sha256()
     size = unsynced = 0
     try:
-        with path.open("rb") as read, tmp.open("wb") as write, _told_of(tmp):
+        with read, tmp.open("wb") as write, told_of(tmp):
             while data := _read(read, _READ_BYTES if size else HEADER_BYTES):
+                whole.update(data)
                 if size:
                     body.update(data)
                 write_all_at(write.fileno(), data, size)
@@ -324,6 +354,11 @@ def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
                     unsynced = 0
             if body.hexdigest() != header.body_sha256:
                 raise ShardCorruptError(f"{path}: its bytes are not those that were sealed; run `fictl rebuild`")
+            record = kept_record(path)
+            live = path.with_name(live_name(header.partition, header.shard))
+            # While that is there, the record may still be that of a file that had the name before.
+            if record is not None and record.sha256 != whole.hexdigest() and not live.exists():
+                raise ShardCorruptError(f"{path}: is not the file that the record beside it is of; run `fictl verify`")
             sync_file(write.fileno())
     except BaseException:
         tmp.unlink(missing_ok=True)
@@ -334,33 +369,31 @@ def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
-    """Raises `ShardCorruptError` where the disk cannot give what it has."""
-    try:
+    with _reading(Path(file.name)):
         return file.read(size)
-    except OSError as error:
-        if not is_lost(error):
-            error.filename = file.name
-            raise
-        raise ShardCorruptError(f"{file.name}: {error.strerror}; run `fictl rebuild`") from error
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Names the file in errors of the system that do not."""
+def _reading(path: Path) -> Iterator[None]:
+    """What cannot be read of the store is told of, and keeps no other shard from being copied. Raises `ShardError`."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        if is_lost(error):
+            raise ShardCorruptError(f"{path}: {error.strerror}; run `fictl rebuild`") from error
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); put that right, and run it again") from error
 
 
 def _copy_record(path: Path, final: Path) -> None:
     """The record comes a moment after its shard: until the next run there may be none."""
     try:
-        data = path.read_bytes()
+        data = read_own(path)
     except FileNotFoundError:
         return
-    if not final.exists() or final.read_bytes() != data:
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); put that right, and run it again") from error
+    if not final.exists() or read_own(final) != data:
         write_new_file(tmp_path(final), data)
         publish_file(tmp_path(final), final)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from stages.persist.columns import Array, ColumnsBuilder
 from stages.persist.header import LiveHeader, SealedHeader, is_padding
 from stages.persist.live import LiveReader
 from stages.persist.names import parse_name
-from stages.persist.rows import CommitRow, blob_bytes, pack_blob, row_crc32, split_blob
+from stages.persist.rows import CommitRow, blob_bytes, encode_row, pack_blob, row_crc32, split_blob
 from stages.persist.seal import areas_of, sealed_info
 from stages.persist.sealed import SealedReader
 from stages.persist.structure import structure_problems
@@ -59,6 +60,7 @@ class ShardCheck(msgspec.Struct, kw_only=True):
         settled: for each commit, its origin, events, duplicates and dead-lettered events, as little-endian i64.
         leaves: its events' leaf hashes, joined.
         ids: its events' ids, joined.
+        rows: for each commit, SHA-256 of the index rows up to its own, joined.
         sha256: of a sealed file's bytes, hex; empty where it is damaged.
     """
 
@@ -80,6 +82,7 @@ class ShardCheck(msgspec.Struct, kw_only=True):
     settled: bytes = b""
     leaves: bytes = b""
     ids: bytes = b""
+    rows: bytes = b""
     sha256: str = ""
 
     def report(self, where: str, what: str) -> None:
@@ -120,6 +123,8 @@ class _Contents:
         self._settled: list[bytes] = []
         self._leaves: list[bytes] = []
         self._ids: list[bytes] = []
+        self._rows: list[bytes] = []
+        self._rows_so_far = sha256()
         self.columns: ColumnsBuilder | None = ColumnsBuilder()
         """None once a record was found that gives no columns."""
 
@@ -138,6 +143,8 @@ class _Contents:
             check.report(where, f"says it holds {row.events} events, but holds {len(records)}")
         check.last_origin = row.origin
         check.commits += 1
+        self._rows_so_far.update(encode_row(row))
+        self._rows.append(self._rows_so_far.digest())
         self._settled.append(_SETTLED.pack(row.origin, len(records), row.duplicates, row.dead_lettered))
         events = [event for record in records if (event := self._take_record(row, record)) is not None]
         if self.columns is not None and len(events) == len(records):
@@ -151,6 +158,7 @@ class _Contents:
         self._check.settled = b"".join(self._settled)
         self._check.leaves = b"".join(self._leaves)
         self._check.ids = b"".join(self._ids)
+        self._check.rows = b"".join(self._rows)
         self._check.events = len(self._leaves)
 
     def _take_record(self, row: CommitRow, record: bytes) -> Event | None:

@@ -12,6 +12,7 @@ from contracts.frames import decode_packed_frame
 from contracts.hashing import HASH_BYTES
 from stages.runtime.checkpoint import check_joined, read_frame
 from stages.runtime.messages import StoredMessage
+from stages.runtime.telemetry import FrameTimes
 
 
 class Group(NamedTuple):
@@ -26,6 +27,7 @@ class Group(NamedTuple):
         trail: sequences in the three hop streams of the last frame.
         closed: segment's memory at `origin`.
         dropped_bytes: of the records that are not stored again.
+        frames: the times of those that have events.
     """
 
     prev_origin: int
@@ -37,6 +39,7 @@ class Group(NamedTuple):
     trail: tuple[int, ...]
     closed: bytes
     dropped_bytes: int = 0
+    frames: Sequence[FrameTimes] = ()
 
 
 def plan_group(
@@ -56,6 +59,7 @@ def plan_group(
     origin = cursor
     records: list[bytes] = []
     ids: list[bytes] = []
+    frames: list[FrameTimes] = []
     dead_lettered = 0
     trail: tuple[int, ...] = ()
     closed = b""
@@ -64,17 +68,19 @@ def plan_group(
         check_joined(message.subject, frame, origin)
         if frame.last <= origin:
             continue
-        reached = frame.prev
+        reached, accepted_ns = frame.prev, 0
         for raw in frame.events:
             event = _read_event(message, raw)
             if not reached <= event.origin <= frame.last:
                 raise StrayFrameError(
                     message.subject, message.seq, f"an event of origin {event.origin} is out of place"
                 )
-            reached = event.origin
+            reached, accepted_ns = event.origin, accepted_ns or event.accepted_ns
             if event.origin > origin:
                 records.append(bytes(raw))
                 ids.append(event.event_id)
+        if frame.events:
+            frames.append(FrameTimes(frame.made_ns, accepted_ns, len(frame.events)))
         dead_lettered += sum(row.count for row in frame.dead if row.origin > origin)
         origin, trail, closed = frame.last, (*frame.trail, message.seq), frame.closed
     if not trail:
@@ -82,7 +88,9 @@ def plan_group(
     fresh_records, fresh_ids = _without_duplicates(records, ids, seen(ids))
     duplicates = len(records) - len(fresh_records)
     dropped_bytes = sum(map(len, records)) - sum(map(len, fresh_records)) if duplicates else 0
-    return Group(cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed, dropped_bytes)
+    return Group(
+        cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed, dropped_bytes, frames
+    )
 
 
 def count_settled(shards: Sequence[int], kept: int, copied: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from stages.persist.core import Group
 from stages.persist.lost import last_place
 from stages.persist.names import ShardFile, list_shards, partition_state
 from stages.persist.partition import PartitionFiles
-from stages.persist.rewind import Damage, Place, begin_at, last_good_place
+from stages.persist.rewind import Damage, Place, begin_at, last_good_place, prepare_begin
 from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store, lock_partition, probe_disk
 
@@ -137,6 +138,21 @@ class Files(Protocol):
         """Lets go of the files."""
 
 
+class Turns:
+    """Work on a process's disk beside commits, one partition at a time.
+
+    Shards of many partitions fill up together: all at once would keep the commits from their threads, and the disk.
+
+    Attributes:
+        sealing: held by who seals, or summarizes what is sealed.
+        preparing: held by who makes the next shard's file, which must not wait for all seals.
+    """
+
+    def __init__(self) -> None:
+        self.sealing = asyncio.Lock()
+        self.preparing = asyncio.Lock()
+
+
 class Disk(NamedTuple):
     """A node's disk, as far as a lane uses it itself. All of it blocks.
 
@@ -165,7 +181,7 @@ class StoreFiles(NamedTuple):
     Attributes:
         lock: as `lock_partition`.
         shards: as `list_shards`.
-        last_place, last_good_place, begin_at: as those of `stages.persist`.
+        last_place, last_good_place, prepare_begin, begin_at: as those of `stages.persist`.
         given_up, prepare_aside, set_aside: as those of `stages.persist.aside`.
         forget_copies: as that of `stages.persist.backup`.
     """
@@ -174,6 +190,7 @@ class StoreFiles(NamedTuple):
     shards: Callable[[Path], dict[int, list[ShardFile]]]
     last_place: Callable[[Sequence[ShardFile]], tuple[Place, Damage | None]]
     last_good_place: Callable[..., tuple[Place, Damage | None]]
+    prepare_begin: Callable[..., None]
     begin_at: Callable[..., None]
     given_up: Callable[..., list[ShardFile]]
     prepare_aside: Callable[[Store, Sequence[ShardFile], StoreEnd], None]
@@ -186,6 +203,7 @@ LOCAL_STORE: Final = StoreFiles(
     list_shards,
     last_place,
     last_good_place,
+    prepare_begin,
     begin_at,
     given_up,
     prepare_aside,

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from contracts.errors import ShardCorruptError
@@ -34,6 +35,32 @@ def is_lost(error: OSError) -> bool:
     return error.errno == errno.EIO
 
 
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Names `path` in errors of the system that name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def why_not_at(path: Path, fd: int) -> str:
+    """Why `path` does not lead to the open file `fd` any more; empty while it does. Raises `OSError`: nobody knows."""
+    try:
+        return "" if os.path.samestat(os.stat(path), os.fstat(fd)) else "another file has its name"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return str(error.strerror)
+
+
+def close_file(fd: int) -> None:
+    """Closes it (-1: nothing), whatever the system says: it is closed then too, and what counts was synced before."""
+    with suppress(OSError):
+        if fd >= 0:
+            os.close(fd)
+
+
 def check_regular(path: Path) -> None:
     """Holds that `path` is a file: opening a pipe in its place would wait for ever. Raises `OSError`."""
     if not stat.S_ISREG(path.stat().st_mode):
@@ -46,11 +73,17 @@ def read_small(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read, or holds more than `SMALL_BYTES_MAX`: a device such as /dev/zero never ends.
     """
-    with path.open("rb") as file:
+    with told_of(path), path.open("rb") as file:
         data = file.read(SMALL_BYTES_MAX + 1)
     if len(data) > SMALL_BYTES_MAX:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     return data
+
+
+def read_own(path: Path) -> bytes:
+    """All bytes of a small file of the store's own. Raises as `check_regular` and `read_small`."""
+    check_regular(path)
+    return read_small(path)
 
 
 def write_all_at(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -141,7 +174,8 @@ def sync_dir(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with told_of(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -161,7 +195,7 @@ def write_new_file(path: Path, data: bytes) -> None:
 
     If the process dies or the power fails here: the file may hold any part of `data`, under its temporary name.
     """
-    with path.open("wb") as file:
+    with told_of(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         sync_file(file.fileno())

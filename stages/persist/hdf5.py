@@ -1,4 +1,4 @@
-"""Making HDF5 files: one place for the format that every stock reader opens, and for what happens on a full disk."""
+"""HDF5 files: the format that every stock reader opens, what happens on a full disk, and why one cannot be read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,60 @@ import contextlib
 import errno
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import h5py
 
-from stages.persist.files import SYNC_EVERY_BYTES, sync_data, write_all_at
+from contracts.errors import ShardCorruptError
+from stages.persist.files import SYNC_EVERY_BYTES, close_file, sync_data, write_all_at
 from stages.persist.header import HEADER_BYTES
 
 _LIBVER = ("earliest", "v110")
 """HDF5 2.0's own format is not readable by the 1.10 tools."""
+
+
+READ_ERRORS = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+)
+"""What reading a file raises, by h5py and numpy, be it damaged or refused by the system."""
+
+_REFUSED = re.compile(r"\berrno = ([1-9]\d*), error message = ")
+
+
+def refused(error: Exception, path: Path) -> OSError | None:
+    """What the system refused while HDF5 read the file; None where it refused nothing: what was read makes no sense.
+
+    The library says so in the text of its errors alone, whatever kind of error h5py makes of it.
+    """
+    found = _REFUSED.search(str(error))
+    number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+    return OSError(number, os.strerror(number), str(path)) if number else None
+
+
+@contextlib.contextmanager
+def read_back(path: Path) -> Iterator[None]:
+    """For reading a file that was just written.
+
+    Raises:
+        OSError: the system refused.
+        ShardCorruptError: it makes no sense.
+    """
+    try:
+        yield
+    except READ_ERRORS as error:
+        if (why := refused(error, path)) is not None:
+            raise why from error
+        raise ShardCorruptError(f"{path}: did not read back as written ({error}); check disk and memory") from error
 
 
 @contextlib.contextmanager
@@ -115,7 +158,6 @@ class _Disk(io.RawIOBase):
         return self._size
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        close_file(self._fd)
+        self._fd = -1
         super().close()

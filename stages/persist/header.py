@@ -16,6 +16,8 @@ import msgspec
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier
 from contracts.wire import UNREADABLE, Count, HexHash, Sequence, TimeNs
+from stages.persist.files import check_regular, read_all_at, told_of
+from stages.persist.names import ShardFile
 from stages.persist.rows import ROW_BYTES
 
 HEADER_BYTES = 8192
@@ -25,6 +27,7 @@ WATERMARK_BYTES = 8
 _ID_BYTES = 16
 _MAGIC = b"FI-SHARD\n"
 _CRC_CHARS = 9
+_PIECE_BYTES = 1024 * 1024
 
 
 class Area(msgspec.Struct, frozen=True, array_like=True):
@@ -191,7 +194,8 @@ def _check_trees(header: LiveHeader | SealedHeader) -> None:
 
 def read_header(path: Path) -> LiveHeader | SealedHeader:
     """The header of the file at `path`, whose length must be what it says. Raises as `decode_header`, and `OSError`."""
-    with path.open("rb") as file:
+    check_regular(path)
+    with told_of(path), path.open("rb") as file:
         header = decode_header(file.read(HEADER_BYTES), path)
         size = file.seek(0, 2)
     if size != header.file_bytes:
@@ -199,6 +203,16 @@ def read_header(path: Path) -> LiveHeader | SealedHeader:
             f"{path}: is {size} bytes long but was written with {header.file_bytes}; rebuild it from the stream"
         )
     return header
+
+
+def is_named(header: LiveHeader | SealedHeader, shard: ShardFile) -> bool:
+    """Whether a shard's name says what its header says: under another one its events would be taken for others."""
+    if (header.partition, header.shard) != (shard.partition, shard.shard):
+        return False
+    return not isinstance(header, SealedHeader) or (header.first_origin, header.last_origin) == (
+        shard.first_origin,
+        shard.last_origin,
+    )
 
 
 def is_padding(path: Path) -> bool:
@@ -223,3 +237,17 @@ def read_sealed_header(path: Path) -> SealedHeader:
     if not isinstance(header, SealedHeader):
         raise ShardError(f"{path}: is a live shard under the name of a sealed one; give it its name back")
     return header
+
+
+def structure_crc32(fd: int, path: Path, size: int, areas: list[Area]) -> int:
+    """CRC-32 of what HDF5 wrote: the bytes after the header and outside `areas`."""
+    crc = 0
+    at = HEADER_BYTES
+    for area in [*sorted(areas, key=lambda area: area.offset), Area(size, 0)]:
+        # A forged header may place them at the end of a file that is terabytes long and takes no room.
+        while at < area.offset:
+            piece = read_all_at(fd, min(_PIECE_BYTES, area.offset - at), at, path)
+            crc = zlib.crc32(piece, crc)
+            at += len(piece)
+        at = area.offset + area.bytes
+    return crc

@@ -13,6 +13,7 @@ group is asked each time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -64,21 +65,18 @@ class SeenIds:
 
         Raises:
             ShardCorruptError: a sealed shard was removed or cut short.
-            OSError: the disk refused.
+            OSError: the disk refused, or a sealed shard is not the file any more that was added.
         """
-        if not ids:
-            return []
         live = self._live.values()
         answers = [any(event_id in noted for noted in live) for event_id in ids]
-        if self._groups or self._summarized:
-            rows = as_rows(list(ids), ID_BYTES)
-            text = as_text(rows)
-            for group in self._groups:
-                for needle in group.find(rows, text):
-                    answers[needle] = True
-            for group, needles in self._perhaps_in(rows):
-                for needle in group.find(rows[needles], text[needles]):
-                    answers[needles[needle]] = True
+        rows = as_rows(list(ids), ID_BYTES)
+        text = as_text(rows)
+        for group in self._groups:
+            for needle in group.find(rows, text):
+                answers[needle] = True
+        for group, needles in self._perhaps_in(rows):
+            for needle in group.find(rows[needles], text[needles]):
+                answers[needles[needle]] = True
         return answers
 
     def _perhaps_in(self, rows: Bytes2D) -> Iterator[tuple[IdGroup, Words]]:
@@ -178,7 +176,7 @@ class IdGroup:
             raise ShardCorruptError(f"{path}: its header contradicts itself; rebuild it from the stream")
         with _opened(path) as fd:
             self.filters.add(np.frombuffer(read_all_at(fd, words.bytes, words.offset, path), "<u8"))
-        self._sorted.append(_SortedIds(path, ids.offset, header.events))
+            self._sorted.append(_SortedIds(path, _state(fd), ids.offset, header.events))
 
     def find(self, rows: Bytes2D, text: Text) -> list[int]:
         """Positions in `rows` (n×16 u1; `text` is the same as strings) of ids that are in one of the shards."""
@@ -191,18 +189,19 @@ class IdGroup:
 
 
 class _SortedIds:
-    """A sealed shard's sorted ids, where they lie."""
+    """A sealed shard's sorted ids, where they lie, in a file that stays what it was: in another they lie elsewhere."""
 
-    def __init__(self, path: Path, offset: int, events: int) -> None:
+    def __init__(self, path: Path, state: tuple[int, int], offset: int, events: int) -> None:
         self.events = events
         self._path = path
+        self._state = state
         self._offset = offset
         self._firsts: Text | None = None
         """Of each page, once it was asked."""
 
     def read(self) -> Bytes2D:
         """All of them (n×16 u1). Raises as `SeenIds.seen`."""
-        with _opened(self._path) as fd:
+        with self._opened() as fd:
             return np.frombuffer(self._ids(fd, 0, self.events), np.uint8).reshape(self.events, ID_BYTES)
 
     def hold(self, wanted: Text) -> Flags:
@@ -214,9 +213,16 @@ class _SortedIds:
             found: Flags = stored[at] == wanted
             return found
         pages = np.searchsorted(self._firsts, wanted, "right") - 1
-        with _opened(self._path) as fd:
+        with self._opened() as fd:
             asked = zip(pages.tolist(), wanted.tolist(), strict=True)
             return np.array([page >= 0 and self._page_holds(fd, page, one) for page, one in asked])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        with _opened(self._path) as fd:
+            if _state(fd) != self._state:
+                raise OSError(errno.ESTALE, "was replaced or written to while in use", str(self._path))
+            yield fd
 
     def _page_holds(self, fd: int, page: int, wanted: bytes) -> bool:
         first = page * PAGE_IDS
@@ -242,6 +248,12 @@ def _opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _state(fd: int) -> tuple[int, int]:
+    # Not the inode's number: on some file systems a file that nobody has open comes back with another.
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns
 
 
 def _area(path: Path, header: SealedHeader, name: str) -> Area:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from contracts.errors import SettingsError
 from contracts.statements import Signer
-from stages.persist.files import read_small, sync_dir, sync_file, write_all_at
+from stages.persist.files import close_file, read_small, sync_dir, sync_file, told_of, write_all_at
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,14 @@ def create_key(path: Path) -> Signer:
     except FileExistsError:
         raise SettingsError(f"{path}: is there already and is not replaced; choose another name") from None
     try:
-        write_all_at(fd, pem, 0)
-        sync_file(fd)
+        with told_of(path):
+            write_all_at(fd, pem, 0)
+            sync_file(fd)
+    except BaseException:
+        path.unlink()
+        raise
     finally:
-        os.close(fd)
+        close_file(fd)
     sync_dir(path.parent)
     return Signer(key)
 
@@ -49,10 +53,9 @@ def load_key(path: Path) -> Signer:
         SettingsError: it cannot be read, or is not such a key.
     """
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & _OTHERS:
-                log.warning("signing key %s can be read by others than its owner; chmod 600 it", path)
-            key = serialization.load_pem_private_key(file.read(), None)
+        if path.stat().st_mode & _OTHERS:
+            log.warning("signing key %s can be read by others than its owner; chmod 600 it", path)
+        key = serialization.load_pem_private_key(read_small(path), None)
     except OSError as error:
         raise SettingsError(f"signing key {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

@@ -1,7 +1,7 @@
 """The live shard: an HDF5 file that is its own journal.
 
-HDF5 lays it out once (`create_live`) and never writes it again: commits go with `pwrite` into its contiguous arrays, so
-the file's structure cannot tear and any HDF5 reader can open it at any moment. Always true of a live shard:
+HDF5 lays it out once (`stages.persist.newlive`) and never writes it again: commits go with `pwrite` into its contiguous
+arrays, so the file's structure cannot tear and any HDF5 reader can open it at any moment. Always true of a live shard:
 
 * row *k* of `index` is written after its blob, and both are on disk once `sync` has returned;
 * a row that is not whole, or whose blob is not, fails its CRC-32: rows count up to the first that is empty or fails;
@@ -11,36 +11,26 @@ the file's structure cannot tear and any HDF5 reader can open it at any moment. 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-import h5py
-
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
-from contracts.events import format_rfc3339
-from contracts.hashing import MerkleFrontier
-from stages.persist.columns import RECORD_ABOUT
 from stages.persist.files import (
-    PAGE_BYTES,
     Window,
+    close_file,
     is_lost,
     is_zero,
-    publish_file,
     read_all_at,
     sync_data,
-    sync_file,
+    why_not_at,
     write_all_at,
     zero_dirty,
-    zero_fill,
 )
-from stages.persist.hdf5 import new_hdf5
-from stages.persist.header import HEADER_BYTES, WATERMARK_BYTES, Area, LiveHeader, encode_header, read_live_header
-from stages.persist.names import tmp_path
+from stages.persist.header import WATERMARK_BYTES, Area, read_live_header, structure_crc32
 from stages.persist.rows import (
     ROW_BYTES,
-    ROW_COLUMNS,
     CommitRow,
     decode_rows,
     encode_row,
@@ -48,108 +38,7 @@ from stages.persist.rows import (
     row_crc32,
     split_blob,
 )
-from stages.persist.storedir import COPIED, Store
-
-_ABOUT = (
-    "Live shard: being appended to. Only the first watermark[0] rows of index hold. Row k covers the bytes of frames "
-    "from the end_bytes of row k-1 (0 for the first) to its own: for each event a little-endian u32 length and a "
-    f"record of that many bytes, {RECORD_ABOUT}. crc32 is the CRC-32 of the row's other eight columns and then of "
-    "those bytes. ordinal 0 is an empty row."
-)
-
-
-def create_live(
-    path: Path,
-    *,
-    store: Store,
-    partition: int,
-    shard: int,
-    capacity_bytes: int,
-    rows: int,
-    created_ns: int,
-    begins_after: MerkleFrontier | None = None,
-) -> None:
-    """Makes an empty live shard at `path`, zero-filled and durable before it has its name. As slow as writing it all.
-
-    If the process dies or the power fails here: a `.tmp` file that nobody reads, or the whole file.
-
-    Args:
-        path: final path, under a live or a prepared name.
-        store: whose shard it is.
-        partition, shard: which one.
-        capacity_bytes: room for blobs.
-        rows: room for commits.
-        created_ns: now.
-        begins_after: the partition's Merkle tree so far, where the store takes over from another one.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    tmp = tmp_path(path)
-    arrays = {"frames": (capacity_bytes,), "index": (rows, len(ROW_COLUMNS)), "watermark": (1,)}
-    with new_hdf5(tmp, align_from_bytes=PAGE_BYTES, align_to_bytes=PAGE_BYTES) as file:
-        file.attrs.update(
-            {
-                "about": _ABOUT,
-                "format": "fi.live.1",
-                "partition": partition,
-                "shard": shard,
-                "store": store.store_id,
-                "cluster": store.cluster_id,
-                "created": format_rfc3339(created_ns),
-            }
-        )
-        offsets = {name: _allocate(file, name, shape) for name, shape in arrays.items()}
-        file["index"].attrs["columns"] = ",".join(ROW_COLUMNS)
-    areas = {
-        "frames": Area(offsets["frames"], capacity_bytes),
-        "index": Area(offsets["index"], rows * ROW_BYTES),
-        "watermark": Area(offsets["watermark"], WATERMARK_BYTES),
-    }
-    fd = os.open(tmp, os.O_RDWR)
-    try:
-        for area in areas.values():
-            zero_fill(fd, area.offset, area.bytes)
-        size = os.fstat(fd).st_size
-        header = LiveHeader(
-            partition=partition,
-            shard=shard,
-            store=store.store_id,
-            cluster=store.cluster_id,
-            created_ns=created_ns,
-            **areas,
-            file_bytes=size,
-            structure_crc32=_structure_crc32(fd, tmp, size, list(areas.values())),
-            begins=begins_after is not None,
-            tree_size_before=begins_after.size if begins_after is not None else 0,
-            frontier_before=begins_after.to_bytes() if begins_after is not None else b"",
-        )
-        write_all_at(fd, encode_header(header), 0)
-        sync_file(fd)
-    finally:
-        os.close(fd)
-    publish_file(tmp, path)
-
-
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
-    """Makes a contiguous dataset with its room in the file taken now, and gives the room's offset in bytes."""
-    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_layout(h5py.h5d.CONTIGUOUS)
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    kind = h5py.h5t.STD_U8LE if name == "frames" else h5py.h5t.STD_I64LE
-    dataset = h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), layout)
-    return int(dataset.get_offset())
-
-
-def _structure_crc32(fd: int, path: Path, size: int, areas: list[Area]) -> int:
-    """CRC-32 of what HDF5 wrote: the bytes after the header and outside `areas`."""
-    crc = 0
-    at = HEADER_BYTES
-    for area in [*sorted(areas, key=lambda area: area.offset), Area(size, 0)]:
-        crc = zlib.crc32(read_all_at(fd, area.offset - at, at, path), crc)
-        at = area.offset + area.bytes
-    return crc
+from stages.persist.storedir import COPIED
 
 
 class LiveReader:
@@ -175,7 +64,7 @@ class LiveReader:
         header = self.header
         try:
             areas = [header.frames, header.index, header.watermark]
-            found = _structure_crc32(self._fd, path, header.file_bytes, areas)
+            found = structure_crc32(self._fd, path, header.file_bytes, areas)
             if found != header.structure_crc32:
                 raise ShardCorruptError(f"{path}: its HDF5 structure is damaged; rebuild it from the stream")
         except BaseException:
@@ -233,9 +122,8 @@ class LiveReader:
 
     def close(self) -> None:
         """Closes the file. Closing again does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        close_file(self._fd)
+        self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -254,6 +142,7 @@ class LiveShard(LiveReader):
         end_bytes: where the next blob begins.
         events: in those rows.
         prev_origin: the first row's; None without rows.
+        rows: SHA-256 over those rows' bytes.
         last_origin: the last row's origin; None without rows.
         torn: what lies after the last valid row is not empty, or cannot be read. `cut` before appending.
         lost: why the row after the last valid one cannot be read, where the disk cannot give it.
@@ -273,6 +162,7 @@ class LiveShard(LiveReader):
 
     def _settle(self, commits: int | None) -> None:
         self.commits = self.end_bytes = self.events = 0
+        self.rows = sha256()
         self.prev_origin: int | None = None
         self.last_origin: int | None = None
         self.lost: OSError | None = None
@@ -282,6 +172,7 @@ class LiveShard(LiveReader):
                     self.prev_origin = row.prev_origin
                 self.commits, self.end_bytes, self.last_origin = row.ordinal, row.end_bytes, row.origin
                 self.events += row.events
+                self.rows.update(encode_row(row))
         except OSError as error:
             if not is_lost(error):
                 raise
@@ -310,10 +201,15 @@ class LiveShard(LiveReader):
 
         Raises:
             ShardError: no room, a torn tail, or an origin that does not follow: the caller's mistake; nothing written.
-            StoreFailedError: an earlier write failed.
+            StoreFailedError: an earlier write failed, or somebody removed or replaced the file; nothing written.
             OSError: the disk refused.
         """
         self._writable()
+        if why := why_not_at(self.path, self._fd):
+            raise StoreFailedError(
+                f"{self.path}: is no longer the file that this process appends to ({why}): somebody moved, removed or "
+                "replaced it. Nothing more is written there; put it back, or run `fictl rebuild`"
+            )
         blob = pack_blob(records)
         last = self.last_origin
         if self.torn or not self.fits(len(blob)):
@@ -328,7 +224,9 @@ class LiveShard(LiveReader):
         )
         row = row._replace(crc32=row_crc32(row, blob))
         self._write(blob, self.header.frames.offset + self.end_bytes)
-        self._write(encode_row(row), self.header.index.offset + self.commits * ROW_BYTES)
+        encoded = encode_row(row)
+        self._write(encoded, self.header.index.offset + self.commits * ROW_BYTES)
+        self.rows.update(encoded)
         if self.prev_origin is None:
             self.prev_origin = prev_origin
         self.commits, self.end_bytes, self.last_origin = row.ordinal, end, origin

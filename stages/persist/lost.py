@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -27,8 +28,9 @@ from stages.persist.names import FIRST_SHARD, ShardFile
 from stages.persist.records import kept_record
 from stages.persist.resume import CLOSING_TYPES, resume_after
 from stages.persist.rewind import Damage, Place
+from stages.persist.rows import encode_row
 from stages.persist.seal import events_of_sealed
-from stages.persist.storedir import Store
+from stages.persist.storedir import Store, disk_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
 from stages.runtime.facts import META_RECEIPTS_LOST
@@ -105,10 +107,13 @@ async def begin(
 
     Raises:
         NotOursError: it may have had some.
+        StoreFailedError: the store cannot be read.
     As `receipts_lost` besides.
     """
     # A claim that says "nothing" would be a receipt, and stand in the way of what the shards say.
-    if await run_blocking(files, store.directory, partition):
+    with disk_of(store):
+        found = await run_blocking(files, store.directory, partition)
+    if found:
         raise NotOursError(
             f"the receipts of partition {partition} were lost: {store.directory} has shards of it, and {RECEIPTS} has "
             f"no receipt; run `fictl partitions restore {partition}` there"
@@ -169,7 +174,14 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
         )
         point = resume_after(before, file.path)
     return Place(
-        header.last_origin, file.shard + 1, 0, info.frontier, point.duplicates, point.dead_lettered, point.closed
+        header.last_origin,
+        file.shard + 1,
+        0,
+        info.frontier,
+        point.duplicates,
+        point.dead_lettered,
+        point.closed,
+        place.rows,
     )
 
 
@@ -179,8 +191,9 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
     duplicates, dead_lettered = place.duplicates, place.dead_lettered
     closed = ClosedConsultations(place.closed, CLOSED_REMEMBERED_MAX)
     with closing(LiveReader(file.path)) as reader:
-        shown, whole = reader.watermark(), 0
+        shown, whole, digest = reader.watermark(), 0, sha256()
         for row, records in reader.scan(None if is_full else shown):
+            digest.update(encode_row(row))
             tree.extend(records)
             for event in map(decode_event, records):
                 if event.event_type in CLOSING_TYPES:
@@ -191,4 +204,5 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
     if whole < shown:
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
-    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed)
+    rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
+    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows)

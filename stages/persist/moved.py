@@ -9,7 +9,7 @@ from operator import methodcaller
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError, ShardError, StoreFailedError
+from contracts.errors import FencedError, NotOursError, SettingsError, ShardError, StoreFailedError
 from contracts.receipts import Receipt, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject
@@ -25,7 +25,28 @@ log = logging.getLogger(__name__)
 
 def signed(record: Record, signer: Signer | None) -> Record:
     """The record with the signer's signature; without one, with none (a receipt follows from the one before)."""
-    return msgspec.structs.replace(record, signature=UNSET) if signer is None else signer.sign(record)
+    if signer is not None:
+        return signer.sign(record)
+    if record.signature is not UNSET:
+        log.warning(
+            "partition %d: receipts were signed with key %s and no longer are: signing_key_file is empty",
+            record.partition,
+            record.signature.key,
+        )
+    return msgspec.structs.replace(record, signature=UNSET)
+
+
+def check_signer(last: Receipt, signer: Signer | None) -> None:
+    """Holds that what follows a signed receipt will be signed: an auditor takes what is not for forged, for good.
+
+    Raises:
+        SettingsError: it will not.
+    """
+    if signer is None and last.signature is not UNSET:
+        raise SettingsError(
+            f"the receipts of partition {last.partition} are signed with key {last.signature.key}, and this would not "
+            "be: name the key file in FI_SIGNING_KEY_FILE (`fictl key new` makes another, if that one is lost)"
+        )
 
 
 async def let_go_of_moved(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from contracts.errors import ShardCorruptError, ShardError
-from stages.persist.header import SealedHeader
+from stages.persist.header import is_named
 from stages.persist.liveview import LiveView
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.sealed import SealedReader
@@ -121,12 +121,7 @@ def _new_live(shard: ShardFile) -> LiveView:
 
 def _checked(shard: ShardFile, view: Opened) -> Opened:
     """Holds that the file has its own name: under another one its events would be shown twice, or as another lane's."""
-    header = view.header
-    told = (header.partition, header.shard)
-    if told != (shard.partition, shard.shard) or (
-        isinstance(header, SealedHeader)
-        and (header.first_origin, header.last_origin) != (shard.first_origin, shard.last_origin)
-    ):
+    if not is_named(view.header, shard):
         view.close()
         raise ShardCorruptError(f"{shard.path}: has the name of another shard; `fictl verify` says what it is")
     return view

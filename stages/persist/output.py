@@ -19,8 +19,10 @@ class OutputError(DefiniteError):
     """A file was not written; nothing is left of it. The message says why and what to do."""
 
 
-def check_name(output: Path) -> None:
-    """Holds that `output` is none of the names that a store uses in its directory. Raises `SettingsError`."""
+def check_place(output: Path) -> None:
+    """Holds that a file may be at `output`: in a directory, under no name that a store uses. Raises `SettingsError`."""
+    if not output.parent.is_dir():
+        raise SettingsError(f"{output}: there is no directory {output.parent}; make it first, or choose another place")
     place = output.resolve()
     if _STORE_NAMES.fullmatch(place.name) and (place.parent / STORE_FILE).exists():
         raise SettingsError(f"{output}: is a name that the store itself uses; choose another")
@@ -28,14 +30,12 @@ def check_name(output: Path) -> None:
 
 def check_output(output: Path) -> None:
     """Holds that a file may be made at `output`, or replaced there. Raises `SettingsError`."""
-    if not output.parent.is_dir():
-        raise SettingsError(f"{output}: there is no directory {output.parent}; make it first, or choose another place")
+    check_place(output)
     if output.is_dir():
         raise SettingsError(f"{output}: is a directory; name a file in it")
     # What is there is replaced: a link, pipe or device would be gone, and whoever reads it would get nothing.
     if output.is_symlink() or (output.exists() and not output.is_file()):
         raise SettingsError(f"{output}: is not a regular file; choose another place, or leave --output out for stdout")
-    check_name(output)
 
 
 def write_output(output: Path, data: bytes) -> None:
@@ -54,10 +54,17 @@ def write_output(output: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def all_or_nothing(output: Path, *temporary: Path) -> Iterator[None]:
-    """Removes the temporary files whatever happens, and says what a refused disk operation means."""
+    """Removes the temporary files whatever happens, and says what it means when the disk refuses one of the output's.
+
+    What is read meanwhile, such as a store, is another's to tell of.
+    """
     try:
         yield
     except OSError as error:
+        if error.filename is not None:
+            named = Path(str(error.filename))
+            if output.parent not in (named, named.parent):
+                raise
         reason = str(error.strerror or error).splitlines()[0]
         raise OutputError(
             f"{output}: was not written, the disk refused ({reason}); "

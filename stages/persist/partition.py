@@ -12,19 +12,27 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from contracts.errors import ShardCorruptError, ShardError
+from contracts.errors import ShardCorruptError
 from contracts.events import decode_event_key
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
 from stages.persist.aside import ASIDE, move_aside
-from stages.persist.capacity import create_shard
 from stages.persist.core import Group, count_settled
 from stages.persist.files import publish_file, remove_file, sync_dir
-from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
+from stages.persist.header import read_sealed_header
 from stages.persist.ids import SeenIds
 from stages.persist.live import LiveShard, open_live
 from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name, parse_name
+from stages.persist.newlive import create_shard, share_bytes
+from stages.persist.opening import (
+    check_belongs,
+    check_rows,
+    check_shown,
+    frontier_at_begin,
+    refuse_unaccepted,
+    sealed_rows,
+)
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
@@ -35,11 +43,6 @@ log = logging.getLogger(__name__)
 
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
-
-_OLDER = (
-    "run `fictl rebuild` if one was interrupted; else the cluster's receipts are older than the store, see `fictl "
-    "partitions restore --help`"
-)
 
 
 class PartitionFiles:
@@ -62,7 +65,12 @@ class PartitionFiles:
         self._first_ns: int | None = None
         self._dropped_bytes = 0
         """Of duplicates that came while the live shard was, as far as this object saw them."""
+        self._share_bytes = share_bytes(settings)
         self._first_shard = FIRST_SHARD
+        self._told_rows: dict[int, str] = {}
+        """As `StoreEnd.rows`, of the receipt that the partition is recovered to."""
+        self._found_rows: dict[Path, tuple[int, str]] = {}
+        """The number, and the digest of the rows, of shards that it may tell of."""
         self._next_ready = False
         self._damaged: dict[int, Path] = {}
         """Damaged sealed forms of shards whose live form is there too: nothing may be appended to those."""
@@ -103,10 +111,10 @@ class PartitionFiles:
             remove_file(unfinished)
             spare.remove(unfinished)
         end = receipt.end_of(self._store.store_id)
-        self._first_shard = end.first
+        self._first_shard, self._told_rows = end.first, end.rows
         self._take_earlier([found.pop(number) for number in sorted(found) if number < end.first])
         if end.first > FIRST_SHARD:
-            self.frontier = self._frontier_at_begin(found.get(end.first), end.first)
+            self.frontier = frontier_at_begin(self._store, self._partition, found.get(end.first), end.first)
             self._note_tree(end.first - 1)
         for number in range(end.first, end.shard):
             self._load_finished(number, found.pop(number, None))
@@ -119,6 +127,8 @@ class PartitionFiles:
                 f"{self.frontier.root().hex()[:16]}…, its last receipt says {receipt.persisted} with "
                 f"{receipt.root[:16]}…; run `fictl verify {self._store.directory}`; rebuild or restore what is damaged"
             )
+        for path, (number, rows) in self._found_rows.items():
+            check_rows(path, number, self._told_rows, rows)
         # Not before: the other form of a shard may be the true one of the two.
         for path in (*spare, *self._damaged.values()):
             remove_file(path)
@@ -137,18 +147,6 @@ class PartitionFiles:
             if file.sealed:
                 self.seen.add_sealed(file.path)
 
-    def _frontier_at_begin(self, file: ShardFile | None, number: int) -> MerkleFrontier:
-        """The tree before the store's own part, as its first shard says; the receipt's root is held against it."""
-        if file is None:
-            raise ShardCorruptError(
-                f"{self._store.directory}: shard {number} of partition {self._partition}, with which the store took it "
-                "over, is missing; run `fictl rebuild`"
-            )
-        header = read_sealed_header(file.path) if file.sealed else read_live_header(file.path)
-        if not header.begins:
-            raise ShardCorruptError(f"{file.path}: is not the shard with which the store took the partition over")
-        return MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
-
     def _load_finished(self, number: int, file: ShardFile | None) -> None:
         """A shard before the current one: sealed, or full and still to be sealed."""
         if file is None:
@@ -160,22 +158,26 @@ class PartitionFiles:
             self._load_sealed(number, file.path)
             return
         with contextlib.closing(open_live(file.path)) as live:
-            self._check_belongs(file.path, live.header, number)
+            check_belongs(file.path, live.header, self._store, self._partition, number)
             before = self.frontier.copy()
             if live.commits < live.watermark() <= live.rows_max:
                 raise live.lost or ShardCorruptError(
                     f"{file.path}: only {live.commits} of {live.watermark()} committed rows are whole; rebuild it from "
                     "the stream"
                 )
+            self._found_rows[file.path] = number, live.rows.hexdigest()
             self._replay(live)
             # A power cut may have taken it back.
             live.set_watermark(live.commits)
             self._note_tree(number)
-            self.to_seal.append(SealJob(file.path, number, live.commits, before))
+            self.to_seal.append(SealJob(file.path, number, live.commits, before, live.rows.hexdigest()))
 
     def _load_sealed(self, number: int, path: Path) -> None:
         header = read_sealed_header(path)
-        self._check_belongs(path, header, number)
+        check_belongs(path, header, self._store, self._partition, number)
+        if number in self._told_rows:
+            # Nobody may have recorded it yet.
+            self._found_rows[path] = number, sealed_rows(path)
         if header.tree_size_before != self.frontier.size or header.frontier_before != self.frontier.to_bytes():
             raise ShardCorruptError(f"{path}: does not go on from the shard before it; run `fictl verify`")
         self.frontier = MerkleFrontier.from_bytes(header.tree_size, header.frontier)
@@ -185,23 +187,6 @@ class PartitionFiles:
 
     def _note_tree(self, shard: int) -> None:
         self.trees[shard] = (self.frontier.size, self.frontier.root().hex())
-
-    def _check_belongs(self, path: Path, header: LiveHeader | SealedHeader, number: int) -> None:
-        store = self._store
-        found = (header.cluster, header.store, header.partition, header.shard)
-        if found != (store.cluster_id, store.store_id, self._partition, number):
-            raise ShardError(
-                f"{path}: is shard {header.shard} of partition {header.partition} of store {header.store} of cluster "
-                f"{header.cluster}, not what its name and place say; move it out and put the right file back"
-            )
-
-    def _check_shown(self, live: LiveShard, accepted: int) -> None:
-        """Readers are only ever shown what a receipt accepted: then it was, and must not be cut."""
-        if accepted < live.watermark() <= live.rows_max:
-            raise ShardCorruptError(
-                f"{live.path}: readers were shown {live.watermark()} commits, but its last receipt accepts {accepted}; "
-                f"{_OLDER}"
-            )
 
     def _replay(self, live: LiveShard) -> None:
         """Takes a live shard's events into the tree and the set of seen ids."""
@@ -226,9 +211,10 @@ class PartitionFiles:
             return
         live = open_live(file.path)
         self._live = live
-        self._check_belongs(file.path, live.header, end.shard)
-        self._check_shown(live, end.commits)
+        check_belongs(file.path, live.header, self._store, self._partition, end.shard)
+        check_shown(live, end.commits)
         self.cut_commits = live.cut(end.commits)
+        self._found_rows[file.path] = end.shard, live.rows.hexdigest()
         self._frontier_before = self.frontier.copy()
         self._replay(live)
         live.set_watermark(live.commits)
@@ -236,8 +222,7 @@ class PartitionFiles:
 
     def _discard_unaccepted(self, file: ShardFile) -> None:
         """A shard after the current one holds nothing that was accepted (its first receipt never was)."""
-        if file.sealed:
-            raise ShardCorruptError(f"{file.path}: is sealed, but no receipt speaks of it; {_OLDER}")
+        refuse_unaccepted(file)
         if file.path != self._live.path:
             try:
                 live = open_live(file.path)
@@ -246,7 +231,7 @@ class PartitionFiles:
                 move_aside([file], self._store.directory / ASIDE, self._clock_ns())
                 return
             with contextlib.closing(live):
-                self._check_shown(live, 0)
+                check_shown(live, 0)
             remove_file(file.path)
 
     def _create(self, path: Path, number: int) -> None:
@@ -262,8 +247,8 @@ class PartitionFiles:
         elif not used:
             self._create(path, number)
         self._live = open_live(path)
-        self._check_belongs(path, self._live.header, number)
-        self._check_shown(self._live, 0)
+        check_belongs(path, self._live.header, self._store, self._partition, number)
+        check_shown(self._live, 0)
         if used:
             # Reads all of the file; one that was just made is zero.
             self._live.cut(0)
@@ -275,23 +260,22 @@ class PartitionFiles:
     @property
     def end(self) -> StoreEnd:
         """How far the files reach: what a receipt for them says."""
-        return StoreEnd(shard=self._live.header.shard, commits=self._live.commits, first=self._first_shard)
+        live = self._live
+        shard, rows = live.header.shard, {job.shard: job.rows for job in self.to_seal}
+        if live.commits:
+            rows[shard] = live.rows.hexdigest()
+        return StoreEnd(shard=shard, commits=live.commits, first=self._first_shard, rows=rows)
 
     def fits(self, group: Group) -> bool:
-        """True when the live shard has room for the group, and `FI_EVENTS` for what the shard keeps there.
-
-        `FI_EVENTS` is purged of all but the newest sealed shards: unsealed ones may hold as much as two of those, or a
-        full stream would wait for them to grow old. It keeps duplicates too, though the shard does not.
-        """
-        settings, live = self._settings, self._live
+        """True when the live shard has room for the group, and `FI_EVENTS` for what both keep there, repeats too."""
+        live = self._live
         size_bytes = blob_bytes(group.records)
         if not live.commits:
             return live.fits(size_bytes)
-        share_bytes = settings.events_bytes_max // ((2 + settings.sealed_kept) * settings.partitions)
         return (
             live.fits(size_bytes)
-            and live.end_bytes + size_bytes + self._dropped_bytes + group.dropped_bytes <= share_bytes
-            and live.events + len(group.records) <= settings.shard_events_max
+            and live.end_bytes + size_bytes + self._dropped_bytes + group.dropped_bytes <= self._share_bytes
+            and live.events + len(group.records) <= self._settings.shard_events_max
         )
 
     def holds_events(self) -> bool:
@@ -349,8 +333,9 @@ class PartitionFiles:
         return self._first_ns is not None and abs(self._clock_ns() - self._first_ns) >= age_ns_max
 
     def wants_next(self) -> bool:
-        """True when the live shard is full enough for the next one to be prepared, and it was not yet."""
-        return not self._next_ready and self._live.end_bytes >= PREPARE_AT * self._settings.shard_bytes
+        """True when the live shard has come so near to its end that the next one is to be prepared, and was not yet."""
+        full_bytes = min(self._settings.shard_bytes, self._share_bytes)
+        return not self._next_ready and self._live.end_bytes + self._dropped_bytes >= PREPARE_AT * full_bytes
 
     def prepare_next(self) -> None:
         """Makes the next shard's file ahead of time, off the hot path. Does nothing when it is there."""
@@ -365,7 +350,7 @@ class PartitionFiles:
         """Ends the live shard, of which every commit must be accepted, and begins the next."""
         full = self._live
         self.accepted()
-        job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before)
+        job = SealJob(full.path, full.header.shard, full.commits, self._frontier_before, full.rows.hexdigest())
         self._note_tree(job.shard)
         with contextlib.closing(full), disk_of(self._store):
             self._begin(job.shard + 1)
@@ -376,7 +361,7 @@ class PartitionFiles:
 
         With the time of a record that was published before, the file is byte for byte the recorded one.
         """
-        committed, now_ns = self.trees[job.shard], sealed_ns or self._clock_ns()
+        committed, now_ns = (*self.trees[job.shard], job.rows), sealed_ns or self._clock_ns()
         with disk_of(self._store):
             return seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=now_ns, committed=committed)
 

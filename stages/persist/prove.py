@@ -64,10 +64,13 @@ def prove_consistency(
     The roots carry the statements of `records` at these very sizes, where there are any.
 
     Raises:
-        ShardError: there are not so many events, or the partition does not begin in this store.
+        ShardError: there are not so many events, the partition does not begin in this store, or has no shard in it.
         ShardCorruptError: as for `prove_event`.
     """
     with EventStore(path) as store:
+        if partition not in store.partitions():
+            there = ", ".join(map(str, store.partitions())) or "none"
+            raise ShardError(f"{path}: has no shard of partition {partition}; it has those of {there}")
         tree, _ = _tree(store, partition, None)
     size = tree.size if new_size is None else new_size
     if not 0 <= old_size <= size <= tree.size:

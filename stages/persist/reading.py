@@ -18,8 +18,10 @@ from stages.persist.check import Finding, ShardCheck, check_shard
 from stages.persist.export.manifest import MANIFEST_SUFFIX, check_export
 
 _MEMORY_BYTES_MIN = 2 * 1024 * 1024 * 1024
+_BLOCK_BYTES = 512
 _MEMORY_SHARE_MAX = 32
-"""Of a file's length. An event takes 1 KB here, and 80 bytes in a file that do not compress: its ids and hashes."""
+"""Of what a file takes on the disk: its length says nothing where it has holes. An event takes 1 KB here, and 80 bytes
+in a file that do not compress: its ids and hashes."""
 
 
 def check_file(path: Path) -> ShardCheck:
@@ -34,7 +36,9 @@ def check_file(path: Path) -> ShardCheck:
 def _limit_memory(path: Path) -> None:
     """What goes beyond the limit fails as `MemoryError`, and so becomes a finding."""
     try:
-        size_bytes = path.stat().st_size
+        found = path.stat()
+        # Some file systems do not say what is taken.
+        size_bytes = min(found.st_size, found.st_blocks * _BLOCK_BYTES or found.st_size)
     except OSError:
         size_bytes = 0
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -5,15 +5,15 @@ A copy: the stream holds the record. Persist goes by that one alone, and a lost 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from msgspec import UNSET, UnsetType
 
-from contracts.errors import ProofError, WireFormatError
+from contracts.errors import WireFormatError
 from contracts.receipts import ResumePoint, SealRecord, decode_seal, encode_receipt
-from contracts.statements import check_signature, statement_of
-from stages.persist.files import check_regular, publish_file, write_new_file
+from contracts.statements import Vouching
+from stages.persist.files import publish_file, read_own, write_new_file
 from stages.persist.names import ShardFile, live_name, tmp_path
 from stages.persist.seal import SealedInfo
 
@@ -41,6 +41,21 @@ def record_of(info: SealedInfo, resume: ResumePoint | UnsetType = UNSET) -> Seal
     )
 
 
+def speaks_of(record: SealRecord, store: str, first: int, trees: Mapping[int, tuple[int, str]]) -> bool:
+    """Whether it is of a full shard as `store` has it, or of the one that the store's part begins after.
+
+    One of the same number may be of a shard that was given up, or of an owner that was fenced off while it sealed: also
+    where that owner's shard held the same events.
+
+    Args:
+        record: to be judged.
+        store: the store's id.
+        first: the shard that its part begins with.
+        trees: as `PartitionFiles.trees`.
+    """
+    return record.is_of(store, first) and trees.get(record.shard) == (record.tree_size, record.root)
+
+
 def record_path(shard: Path) -> Path:
     """Where the record of the sealed file `shard` lies."""
     return shard.with_name(shard.name + _SUFFIX)
@@ -63,14 +78,9 @@ def keep_record(shard: Path, record: SealRecord) -> None:
 def kept_record(shard: Path) -> SealRecord | None:
     """The record beside the sealed file `shard`; None when there is none that can be read."""
     try:
-        return _read(record_path(shard))
+        return decode_seal(read_own(record_path(shard)))
     except (OSError, WireFormatError):
         return None
-
-
-def _read(path: Path) -> SealRecord:
-    check_regular(path)
-    return decode_seal(path.read_bytes())
 
 
 class KeptRecords:
@@ -78,18 +88,22 @@ class KeptRecords:
 
     Attributes:
         found: how many have one.
-        signed: how many of these are signed.
     """
 
     def __init__(self, trusted: Collection[str]) -> None:
-        """`trusted`: public keys (64 hex digits). With any given each shard must have a record, and from the first
-        signed one on each must be signed by one of them: what came before is under the later roots.
+        """`trusted`: public keys (64 hex digits). With any given each shard must have a record, and `Vouching` says
+        which must be signed by one of them.
         """
         self._trusted = trusted
+        self._vouching = Vouching(trusted)
         self._perhaps: tuple[ShardFile, str, str] | None = None
         """The shard taken last, its SHA-256, and what is wrong unless it is just being sealed."""
         self.found = 0
-        self.signed = 0
+
+    @property
+    def signed(self) -> int:
+        """How many of those found are signed."""
+        return self._vouching.signed
 
     def take(self, shard: ShardFile, sha256: str) -> Iterator[tuple[str, str]]:
         """(file name, what is wrong) of a sealed shard's record. `sha256`: of the file, hex; empty where damaged."""
@@ -98,7 +112,7 @@ class KeptRecords:
         self._perhaps = None
         name, path = shard.path.name, record_path(shard.path)
         try:
-            record = _read(path)
+            record = decode_seal(read_own(path))
         except FileNotFoundError:
             if self._trusted:
                 self._perhaps = shard, sha256, f"{path.name} is missing: nobody vouches for the file"
@@ -110,14 +124,8 @@ class KeptRecords:
         if sha256 and sha256 != record.sha256:
             what = f"{path.name} is of a file with SHA-256 {record.sha256}, this one has {sha256}"
             self._perhaps = shard, sha256, what
-        if record.signature is not UNSET:
-            self.signed += 1
-            try:
-                check_signature(statement_of(record), record.signature, self._trusted)
-            except ProofError as error:
-                yield name, f"{path.name}: {error}"
-        elif self._trusted and self.signed:
-            yield name, f"{path.name} is not signed, though one before it is"
+        if wrong := self._vouching.wrong_with(record):
+            yield name, f"{path.name}: {wrong}"
 
     def end(self) -> Iterator[tuple[str, str]]:
         """What is wrong once all were taken."""
@@ -128,5 +136,6 @@ class KeptRecords:
             record = kept_record(shard.path)
             if shard.path.exists() and not live.exists() and (record is None or record.sha256 != sha256):
                 yield shard.path.name, what
-        if self._trusted and self.found and not self.signed:
-            yield "all shards", "none is signed, so the key given says nothing about them"
+        if self._trusted and self.found and not self._vouching.begun:
+            by = ", ".join(sorted(self._vouching.keys))
+            yield "all shards", f"no record is signed by a key given, {f'but by {by}' if by else 'nor by any other'}"

@@ -8,7 +8,8 @@ after it is made again from `FI_EVENTS` by the stages themselves, and what the f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from msgspec import UNSET
@@ -18,10 +19,12 @@ from contracts.hashing import MerkleFrontier
 from contracts.receipts import Receipt, ResumePoint, SealRecord
 from contracts.settings import Settings
 from stages.persist.aside import read_through
-from stages.persist.capacity import create_shard
-from stages.persist.files import is_lost
+from stages.persist.files import is_lost, publish_file
 from stages.persist.live import LiveReader
-from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name
+from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, next_name, tmp_path
+from stages.persist.newlive import create_shard
+from stages.persist.opening import check_rows, name_changed_rows, sealed_rows
+from stages.persist.rows import encode_row
 from stages.persist.seal import events_of_sealed, sealed_info
 from stages.persist.storedir import Store
 
@@ -36,6 +39,7 @@ class Place:
         tree: the Merkle tree there.
         duplicates, dead_lettered: running totals there.
         closed: segment's memory there.
+        rows: of the shards before it that are not sealed, as `StoreEnd.rows`.
     """
 
     origin: int
@@ -45,6 +49,7 @@ class Place:
     duplicates: int
     dead_lettered: int
     closed: bytes
+    rows: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,15 @@ def place_after_seals(receipt: Receipt, seals: Sequence[SealRecord]) -> Place:
     return _place(origin, last.shard + 1, 0, tree, receipt if receipt.origin == origin else last.resume)
 
 
-def _place(origin: int, shard: int, commits: int, tree: MerkleFrontier, told: Receipt | ResumePoint) -> Place:
-    return Place(origin, shard, commits, tree, told.duplicates, told.dead_lettered, told.closed)
+def _place(
+    origin: int,
+    shard: int,
+    commits: int,
+    tree: MerkleFrontier,
+    told: Receipt | ResumePoint,
+    rows: dict[int, str] | None = None,
+) -> Place:
+    return Place(origin, shard, commits, tree, told.duplicates, told.dead_lettered, told.closed, rows or {})
 
 
 def last_good_place(
@@ -111,7 +123,7 @@ def last_good_place(
     last = receipts[-1]
     end = last.end_of(store.store_id)
     before = [seal for seal in seals if seal.shard < end.first]
-    walk = _Walk(store, place_after_seals(last, before), receipts, seals)
+    walk = _Walk(place_after_seals(last, before), store.store_id, receipts, seals)
     found = {file.shard: file for file in list_shards(store.directory).get(partition, ())}
     for number in range(end.first, end.shard + 1):
         file = found.get(number)
@@ -130,10 +142,13 @@ def last_good_place(
 class _Walk:
     """Goes through a partition's shards in order, and remembers the last place that a record vouches for."""
 
-    def __init__(self, store: Store, start: Place, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> None:
+    def __init__(self, start: Place, store_id: str, receipts: Sequence[Receipt], seals: Sequence[SealRecord]) -> None:
         self.place = start
         self.damage: Damage | None = None
-        self._store = store
+        self._store_id = store_id
+        self._told_rows = receipts[-1].end_of(store_id).rows
+        self._rows: dict[int, str] = {}
+        """Of the live shards so far."""
         self._tree = start.tree.copy()
         self._receipts = {receipt.origin: receipt for receipt in receipts}
         self._seals = {seal.shard: seal for seal in seals}
@@ -148,6 +163,7 @@ class _Walk:
             header = info.header
             if (header.tree_size_before, header.frontier_before) != (self._tree.size, self._tree.to_bytes()):
                 raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
+            rows = sealed_rows(file.path) if file.shard in self._told_rows else ""
         except (ShardError, OSError) as error:
             damage = Damage.by(file, error)
             live = file.path.with_name(live_name(file.partition, file.shard))
@@ -156,10 +172,14 @@ class _Walk:
             else:
                 self.damage = damage
             return
+        if rows != self._told_rows.get(file.shard, ""):
+            # As its owner, who takes a sealed form that agrees with itself before a live one.
+            self.damage = Damage(file.shard, file.path, name_changed_rows(file.path))
+            return
         self._tree = info.frontier
         origin = header.last_origin
         if record is not None and record.resume is not UNSET:
-            self.place = _place(origin, file.shard + 1, 0, self._tree.copy(), record.resume)
+            self.place = _place(origin, file.shard + 1, 0, self._tree.copy(), record.resume, dict(self._rows))
         self._hold(file, origin, file.shard + 1, 0)
 
     def live(self, file: ShardFile, commits: int | None) -> None:
@@ -167,15 +187,17 @@ class _Walk:
         try:
             with LiveReader(file.path) as reader:
                 expected = reader.watermark() if commits is None else commits
-                whole = 0
+                whole, rows = 0, sha256()
                 for row, records in reader.scan(commits):
                     self._tree.extend(records)
-                    whole = row.ordinal
+                    rows.update(encode_row(row))
+                    whole, self._rows[file.shard] = row.ordinal, rows.hexdigest()
                     self._hold(file, row.origin, file.shard, row.ordinal)
                     if self.damage is not None:
                         return
                 if whole < expected:
                     raise ShardCorruptError(f"{file.path}: only {whole} of {expected} committed rows are whole")
+            check_rows(file.path, file.shard, self._told_rows, rows.hexdigest())
             # Its owner reads on from there, and may not get past a page that cannot be read.
             read_through(file.path)
         except (ShardError, ValueError, OSError) as error:
@@ -190,17 +212,24 @@ class _Walk:
             why = f"{file.path}: its events up to origin {origin} are not those that were committed"
             self.damage = Damage(file.shard, file.path, why)
             return
-        self.place = _place(origin, shard, commits, self._tree.copy(), receipt)
+        found = self._rows.get(file.shard, "")
+        told = receipt.end_of(self._store_id).rows.get(file.shard, "")
+        if found and file.shard in self._told_rows and told != found:
+            # Changed at or before this commit; or an older build's, of which only a later receipt tells.
+            return
+        self.place = _place(origin, shard, commits, self._tree.copy(), receipt, dict(self._rows))
 
 
-def begin_at(store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]) -> None:
-    """Makes the live shard with which `store` takes the partition over at `place`. The lock must be held.
+def prepare_begin(store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]) -> None:
+    """Makes the live shard with which `store` takes the partition over at `place`; it has its name with `begin_at`.
+
+    To be called before the receipt that says so, for it needs room. The lock must be held, until `begin_at` is done.
 
     Raises:
         OSError: the disk refused.
     """
     create_shard(
-        store.directory / live_name(partition, place.shard),
+        _unbegun(store, partition, place),
         store,
         partition,
         place.shard,
@@ -208,3 +237,13 @@ def begin_at(store: Store, partition: int, place: Place, settings: Settings, clo
         clock_ns(),
         begins_after=place.tree,
     )
+
+
+def begin_at(store: Store, partition: int, place: Place) -> None:
+    """Gives what `prepare_begin` made its name. Interrupted as `publish_file`. Raises `OSError`."""
+    publish_file(_unbegun(store, partition, place), store.directory / live_name(partition, place.shard))
+
+
+def _unbegun(store: Store, partition: int, place: Place) -> Path:
+    # Not the unfinished form of the live name: that is another's, which `prepare_aside` makes and takes away.
+    return tmp_path(store.directory / next_name(partition, place.shard))

@@ -14,6 +14,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from contracts.subjects import EVENTS
+from contracts.wire import UNREADABLE
 from stages.runtime.api import Api
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class EventsRoom:
                 # Once: what waits for this must go on trimming, also while nobody leads the stream.
                 answer = await self._api.client.request(subject, b"", timeout=settings.api_timeout_s)
                 info = _decode_info(answer.data)
-            except (NatsError, msgspec.MsgspecError) as error:
+            except (NatsError, *UNREADABLE) as error:
                 log.debug("%s: %r", subject, error)
                 return
             finally:

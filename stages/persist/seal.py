@@ -24,10 +24,11 @@ from contracts.events import decode_event, format_rfc3339
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.columns import COMPRESSED, DESCRIPTIONS, Array, ColumnsBuilder
 from stages.persist.files import is_lost, publish_file, remove_file, sync_file, write_all_at
-from stages.persist.hdf5 import new_hdf5
+from stages.persist.hdf5 import new_hdf5, read_back
 from stages.persist.header import HEADER_BYTES, Area, SealedHeader, encode_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import list_shards, sealed_name, tmp_path
+from stages.persist.opening import check_committed, sealed_rows
 from stages.persist.rows import ROW_COLUMNS, CommitRow
 from stages.persist.sealed import SealedReader
 
@@ -41,12 +42,15 @@ _READ_BYTES = 1024 * 1024
 
 
 class SealJob(NamedTuple):
-    """A full live shard that waits to be sealed: its file, number, commits, and the tree before its first event."""
+    """A full live shard that waits to be sealed: its file, number, commits, the tree before its first event, and the
+    digest of its rows (`opening.rows_digest`).
+    """
 
     path: Path
     shard: int
     commits: int
     frontier: MerkleFrontier
+    rows: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def seal(
     commits: int,
     frontier: MerkleFrontier,
     sealed_ns: int,
-    committed: tuple[int, str] | None = None,
+    committed: tuple[int, str, str] | None = None,
 ) -> SealedInfo:
     """Writes the sealed form of the first `commits` rows of a live shard beside it, durable before it has its name.
 
@@ -92,8 +96,8 @@ def seal(
         commits: how many rows are committed; at least 1.
         frontier: the partition's Merkle tree before this shard; not changed.
         sealed_ns: now.
-        committed: size and root of the tree after it, as they were committed: rows that somebody changed on disk since,
-            and their checksums with them, must not get a seal record. None: nobody knows.
+        committed: size and root of the tree after it, and the digest of the rows, as they were committed: what somebody
+            changed on disk since, and its checksums with it, must not get a seal record. None: nobody knows.
 
     Raises:
         ShardCorruptError: committed rows are damaged or changed, an event cannot be decoded, or the file does not read
@@ -108,14 +112,15 @@ def seal(
         header = live.header
         final = live_path.with_name(sealed_name(header.partition, header.shard, first, last))
         if final.exists() and (there := _already_sealed(final, commits, frontier)) is not None:
-            _check_committed(final, there.frontier, committed)
+            check_committed(final, header.shard, there.frontier, sealed_rows(final), committed)
             return there
         for shard in list_shards(live_path.parent).get(header.partition, ()):
             if shard.shard == header.shard and shard.sealed and shard.path != final:
                 raise ShardError(f"{shard.path}: has the number of {live_path}, covering other origins; move one away")
         tmp = tmp_path(final)
         written = _write_body(live, tmp, commits, frontier, sealed_ns)
-        _check_committed(live_path, written.frontier, committed)
+        digest = sha256(written.datasets["commits"].tobytes()).hexdigest()
+        check_committed(live_path, header.shard, written.frontier, digest, committed)
         _check_body(tmp, written)
         return _finish(live, tmp, final, written, (first, last), frontier, sealed_ns)
 
@@ -191,15 +196,6 @@ def _span(live: LiveReader, commits: int) -> tuple[int, int]:
     if commits > live.rows_max:
         raise ShardCorruptError(f"{live.path}: has room for {live.rows_max} commits, so {commits} cannot be sealed")
     return live.read_rows(0, 1)[0].prev_origin + 1, live.read_rows(commits - 1, commits)[0].origin
-
-
-def _check_committed(path: Path, tree: MerkleFrontier, committed: tuple[int, str] | None) -> None:
-    found = tree.size, tree.root().hex()
-    if committed is not None and found != committed:
-        raise ShardCorruptError(
-            f"{path}: holds {found[0]} events with root {found[1][:16]}… up to its end, but {committed[0]} with "
-            f"{committed[1][:16]}… were committed: it was changed since; run `fictl rebuild`"
-        )
 
 
 def _already_sealed(path: Path, commits: int, frontier: MerkleFrontier) -> SealedInfo | None:
@@ -338,7 +334,7 @@ def write_dataset(file: h5py.File, name: str, array: Array) -> None:
 
 def _check_body(tmp: Path, written: _Written) -> None:
     """Reads every dataset back through HDF5's own filters and compares."""
-    with h5py.File(tmp, "r", locking=False) as file:
+    with read_back(tmp), h5py.File(tmp, "r", locking=False) as file:
         records = file["records"]
         digest = sha256()
         for start in range(0, written.record_bytes, _READ_BYTES):
@@ -360,6 +356,8 @@ def _finish(
     sealed_ns: int,
 ) -> SealedInfo:
     """Puts the header before the body, syncs, checks, and publishes."""
+    with read_back(tmp):
+        areas = areas_of(tmp)
     timestamps = written.datasets["timestamp_ns"]
     body = sha256()
     with tmp.open("rb") as file:
@@ -384,7 +382,7 @@ def _finish(
         tree_size=written.frontier.size,
         frontier=written.frontier.to_bytes(),
         root=written.frontier.root().hex(),
-        areas=areas_of(tmp),
+        areas=areas,
         file_bytes=tmp.stat().st_size,
         body_sha256=body.hexdigest(),
         begins=live.header.begins,

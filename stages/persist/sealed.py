@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,11 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from contracts.errors import ShardCorruptError, WireFormatError
+from contracts.errors import ShardCorruptError, ShardLostError, WireFormatError
 from contracts.events import Event, decode_event
 from stages.persist.columns import Array
-from stages.persist.files import read_all_at
+from stages.persist.files import close_file, is_lost, read_all_at
+from stages.persist.hdf5 import READ_ERRORS, refused
 from stages.persist.header import HEADER_BYTES, Area, read_sealed_header
 from stages.persist.idfilter import ID_BYTES
 
@@ -35,18 +36,8 @@ _IDS_AT_ONCE = 1024
 # isal's type stub calls this class an instance.
 _DECOMPRESS_ERROR = cast(type[Exception], isal_zlib.error)
 _NO_ROWS: Array = np.empty(0, "<u4")
-_READ_ERRORS = (
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    WireFormatError,
-    _DECOMPRESS_ERROR,
-)
-"""What reading a damaged file raises, by h5py, numpy and ourselves; and `OSError`, which may have other reasons."""
+_READ_ERRORS = (*READ_ERRORS, WireFormatError, _DECOMPRESS_ERROR)
+"""What reading a damaged file raises, by h5py, numpy and ourselves; not always because it is damaged."""
 _NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESTALE)
 _CHUNK_BYTES_MAX = 1024 * 1024
 """We write chunks of a quarter of that."""
@@ -131,7 +122,7 @@ class _OpenFile:
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close_file(self.fd)
 
 
 class SealedReader:
@@ -164,7 +155,9 @@ class SealedReader:
         self._chunked.clear()
         self._offsets = None
         if self._file is not None:
-            self._file.close()
+            # Nothing was written to it: what goes wrong now is of no consequence.
+            with suppress(*READ_ERRORS):
+                self._file.close()
             self._file = None
 
     def read(self, name: str) -> Array:
@@ -383,11 +376,13 @@ class SealedReader:
         """Whatever goes wrong in the block is the file's fault, but for what the system refuses."""
         try:
             yield
-        except OSError as error:
-            if error.errno in _NOT_THE_FILES_FAULT:
-                raise
-            raise self._unreadable(name, error) from error
         except _READ_ERRORS as error:
+            why = refused(error, self.path)
+            if why is not None and why.errno in _NOT_THE_FILES_FAULT:
+                raise why from error
+            if why is not None and is_lost(why):
+                what = f"{self.path}: {name} cannot be read ({why.strerror}); rebuild the shard from the stream"
+                raise ShardLostError(what) from why
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> ShardCorruptError:

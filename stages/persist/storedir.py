@@ -20,10 +20,21 @@ from uuid import uuid4
 
 import msgspec
 
-from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
+from contracts.errors import NotOursError, ShardCorruptError, ShardError, ShardLostError, StoreFailedError
 from contracts.events import format_rfc3339
 from contracts.wire import UNREADABLE
-from stages.persist.files import is_lost, publish_file, remove_file, sync_dir, write_all_at, write_new_file
+from stages.persist.files import (
+    close_file,
+    is_lost,
+    publish_file,
+    read_own,
+    remove_file,
+    sync_dir,
+    told_of,
+    why_not_at,
+    write_all_at,
+    write_new_file,
+)
 from stages.persist.names import SHARDS, lock_name, probe_name, tmp_path
 
 STORE_FILE = "store.json"
@@ -35,6 +46,12 @@ COPIED: Final = (
 )
 """Said where receipts commit more than whole files hold: nothing was damaged."""
 
+HALF_DONE: Final = (
+    "Free space or mend the disk, then run `fictl rebuild`, which does the rest: until then persist waits"
+)
+"""To be done where a receipt was accepted, and the files are not as it says yet."""
+
+_GOES_ON = "Free space or mend the disk: the partition goes on by itself"
 _STORE_LOCK = "store.lock"
 _PROBE_BYTES = 4096
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -92,9 +109,10 @@ def open_store(directory: Path, cluster_id: str, *, now_ns: int) -> Store:
             f"{directory}: may not be written ({error.strerror}); give this user access or choose another store"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / STORE_FILE).exists():
-            _create(directory, cluster_id, now_ns)
+        with told_of(directory):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (directory / STORE_FILE).exists():
+                _create(directory, cluster_id, now_ns)
     finally:
         os.close(lock)
     return existing_store(directory, cluster_id)
@@ -144,7 +162,7 @@ def read_store(directory: Path) -> Store:
     path = directory / STORE_FILE
     _check_not_around(directory)
     try:
-        data = path.read_bytes()
+        data = read_own(path)
     except FileNotFoundError as error:
         raise ShardError(f"{directory}: is not a store ({STORE_FILE} is missing)") from error
     try:
@@ -197,21 +215,20 @@ class PartitionLock:
             StoreFailedError: it is not. Nothing more may be written to the partition's files.
         """
         try:
-            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
-                return
-            why = "another file has its name"
+            why = why_not_at(self._path, self._fd)
         except OSError as error:
             why = str(error.strerror)
-        raise StoreFailedError(
-            f"{self._path}: is no longer the file that this process locked ({why}). Was it removed, or the store moved "
-            "or mounted over? Nothing more is written there; the partition goes on by itself once the store is back"
-        )
+        if why:
+            raise StoreFailedError(
+                f"{self._path}: is no longer the file that this process locked ({why}). Was it removed, or the store "
+                "moved or mounted over? Nothing more is written there; the partition goes on by itself once the store "
+                "is back"
+            )
 
     def close(self) -> None:
         """Lets go. Closing again does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        close_file(self._fd)
+        self._fd = -1
 
 
 def lock_partition(store: Store, partition: int) -> PartitionLock:
@@ -234,16 +251,17 @@ def lock_partition(store: Store, partition: int) -> PartitionLock:
 
 
 @contextlib.contextmanager
-def disk_of(store: Store) -> Iterator[None]:
-    """Turns a disk operation that was refused into the error that stops a partition."""
+def disk_of(store: Store, then: str = _GOES_ON) -> Iterator[None]:
+    """Turns a disk operation that was refused into the error that stops a partition. `then`: what to do."""
     try:
         yield
-    except OSError as error:
-        lost = ". Where a shard lies on a bad sector, run `fictl rebuild`" if is_lost(error) else ""
+    except (OSError, ShardLostError) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        is_bad = isinstance(refused, OSError) and is_lost(refused)
+        lost = ". Where a shard lies on a bad sector, run `fictl rebuild`" if is_bad else ""
         raise StoreFailedError(
-            f"{store.directory}: {error}; nothing that is not durable was acknowledged. Free space or mend the disk: "
-            f"the partition goes on by itself{lost}"
-        ) from error
+            f"{store.directory}: {error}; nothing that is not durable was acknowledged. {then}{lost}"
+        ) from refused
 
 
 def probe_disk(store: Store, partition: int, room_bytes: int) -> None:

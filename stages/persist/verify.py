@@ -40,7 +40,7 @@ from stages.persist.records import KeptRecords
 from stages.persist.store import PartitionEnd, find_store
 from stages.persist.storedir import Store, read_store
 
-READER_COMMAND = [sys.executable, "-m", "stages.persist.reading"]
+READER_COMMAND = [sys.executable, "-P", "-m", "stages.persist.reading"]
 """The process that reads files: paths in, results out, one JSON value a line."""
 
 EXPORT_PART_BYTES = 256 * 1024 * 1024

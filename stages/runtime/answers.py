@@ -21,7 +21,8 @@ from contracts.errors import AccessDeniedError, ClusterUnavailableError
 _QUOTED: Final = "' \r\n"
 _ROUNDING: Final = 0.001
 """Seconds by which a timer may be early: uvloop counts milliseconds."""
-_NO_JETSTREAM: Final = frozenset({10039, 10076})
+_ACCOUNT_WITHOUT: Final = 10039
+_NO_JETSTREAM: Final = frozenset({_ACCOUNT_WITHOUT, 10076})
 NO_PEERS: Final = 10005
 """Error code of a server: a stream cannot have as many copies as it shall, now."""
 
@@ -71,6 +72,14 @@ def step_after(met: object) -> str:
     if wordless or isinstance(met, NoRespondersError):
         return "is JetStream off? It needs `jetstream {…}` in each server's configuration, and a failed disk ends it"
     return ""
+
+
+def is_lasting(met: object) -> bool:
+    """Whether what was `met`, as for `why_silent`, stays as it is until somebody changes the user or the account.
+
+    A server of which JetStream still starts says something else.
+    """
+    return isinstance(met, DeniedError) or getattr(met, "err_code", None) == _ACCOUNT_WITHOUT
 
 
 def unavailable(what: str, met: object) -> ClusterUnavailableError:

@@ -29,7 +29,7 @@ from contracts.settings import Settings
 from contracts.subjects import HOPS, MEMBERS
 from contracts.telemetry import CIRCUIT_TRIPS
 from contracts.wire import UNREADABLE
-from stages.runtime.answers import DeniedError, unavailable, why_silent
+from stages.runtime.answers import is_lasting, unavailable, why_silent
 from stages.runtime.circuit import Circuit, Gate
 from stages.runtime.client import GuardedClient
 from stages.runtime.headers import parse_headers
@@ -84,14 +84,26 @@ class _RawMessage(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
+    type: str = ""
     error: ApiError | None = None
     message: _RawMessage | None = None
 
 
-_FOREIGN: Final = ApiError(
+FOREIGN: Final = ApiError(
     503, description="Something else than JetStream answers there: end what subscribes to $JS.API"
 )
+_OURS: Final = "io.nats.jetstream.api."
+"""What the type of everything that JetStream answers begins with."""
 _answer_decoder = msgspec.json.Decoder(_Answer)
+
+
+def _error_in(data: bytes) -> ApiError | None:
+    """The error that an answer tells of, or is: what is no answer of JetStream's at all."""
+    try:
+        answer = _answer_decoder.decode(data)
+    except UNREADABLE:
+        return FOREIGN
+    return FOREIGN if answer.error is None and not answer.type.startswith(_OURS) else answer.error
 
 
 class Api:
@@ -153,13 +165,14 @@ class Api:
         except builtins.TimeoutError:
             raise unavailable(f"{stream} does not answer within {self._give_up_s:g} s", self._met.get(stream)) from None
 
-    def end_if_denied(self, what: str, error: Exception) -> None:
-        """Raises `AccessDeniedError` about `what` if `error` is a server's refusal and this gives up some time.
+    def end_if_lasting(self, what: str, met: object) -> None:
+        """Raises `ClusterUnavailableError` about `what` if what was `met` lasts, and this gives up some time.
 
-        A stage asks on, and shows it at /readyz: permissions can be changed while it runs.
+        That is a user who may not, or an account without JetStream. A stage asks on, and shows it at /readyz: both can
+        be changed while it runs.
         """
-        if isinstance(error, DeniedError) and self._give_up_s is not None:
-            raise unavailable(what, error) from error
+        if self._give_up_s is not None and is_lasting(met):
+            raise unavailable(what, met) from (met if isinstance(met, Exception) else None)
 
     async def request(self, stream: str, subject: str, body: bytes) -> bytes:
         """One request about `stream`, repeated until something answers. Only for what may safely be repeated.
@@ -167,7 +180,7 @@ class Api:
         Raises:
             RequestRefusedError: the API answered with an error that waiting does not cure.
             ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`. With `give_up_s`
-                also at once where a server refuses.
+                also at once as `end_if_lasting`.
         """
         loop = asyncio.get_running_loop()
         missing_s: float | None = None
@@ -197,15 +210,13 @@ class Api:
         except (TimeoutError, OutboundBufferLimitError, NatsError) as error:
             gate.failed(begun_s, why_silent(error))
             self._met[stream] = error
-            self.end_if_denied(stream, error)
+            self.end_if_lasting(stream, error)
             return None, None
-        try:
-            error_part = _answer_decoder.decode(answer.data).error
-        except UNREADABLE:
-            error_part = _FOREIGN
+        error_part = _error_in(answer.data)
         if error_part is not None and error_part.code in NOT_NOW:
             gate.failed(begun_s, f"{subject}: {error_part}")
             self._met[stream] = error_part
+            self.end_if_lasting(stream, error_part)
         else:
             gate.answered()
         return answer.data, error_part
@@ -221,7 +232,7 @@ class Api:
             raise
         raw = _answer_decoder.decode(data).message
         if raw is None:
-            raise DefiniteError(f"{stream}: a read was answered without a message. {_FOREIGN.description}")
+            raise DefiniteError(f"{stream}: a read was answered without a message. {FOREIGN.description}")
         return StoredMessage(raw.subject, raw.seq, parse_rfc3339(raw.time), raw.data, parse_headers(raw.hdrs))
 
     async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
@@ -297,7 +308,7 @@ class Api:
             finally:
                 await subscription.unsubscribe()
         except (KeyError, ValueError):
-            raise unavailable(stream, _FOREIGN) from None
+            raise unavailable(stream, FOREIGN) from None
         except (builtins.TimeoutError, NatsError) as error:
             raise unavailable(stream, self.client.denial(subject) or error) from error
         if headers[_STATUS] not in (_END_OF_ANSWERS, _NOTHING_FOUND):

@@ -16,6 +16,7 @@ from contracts.telemetry import EVENT_WORKER_STARTED
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import Cursor, check_counting, last_receipt, locate, read_frame
 from stages.runtime.reader import OrderedReader
+from stages.runtime.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class InputFeed:
         self._partition = partition
         self.cursor = cursor
         self._known = known
+        self._nonce = nonce
+        self._witnesses = 0
         settings = api.settings
         self.reader = OrderedReader(
             api,
@@ -50,6 +53,18 @@ class InputFeed:
             locate=self._locate,
             nonce=nonce,
             weigh=message_work if stage == "ingest" else held_bytes,
+            witness=self._witness if stage == "ingest" else None,
+        )
+
+    def _witness(self, first: OrderedReader) -> Witness:
+        self._witnesses += 1
+        return Witness(
+            self._api,
+            INPUT_STREAM[self._stage],
+            input_filter(self._stage, self._partition),
+            batch=self._api.settings.pull_batch,
+            nonce=f"{self._nonce}_w{self._witnesses}",
+            first=first,
         )
 
     async def _locate(self) -> int:
@@ -64,7 +79,7 @@ class InputFeed:
         """
         stage = self._stage
         last = await self._api.last_message(INPUT_STREAM[stage], input_filter(stage, self._partition))
-        if last is None or self.reader.buffered:
+        if last is None or self.reader.buffered or self.reader.held:
             return
         reached = last.seq if stage == "ingest" else read_frame(last, decode_frame_head).last
         if reached > self.cursor.origin:

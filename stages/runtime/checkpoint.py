@@ -189,24 +189,31 @@ async def check_counting(api: Api, partition: int, cursor: Cursor) -> None:
     """
     if not cursor.origin:
         return
-    message = await api.message_at(EVENTS, cursor.origin)
+    message, found = await api.message_at(EVENTS, cursor.origin), ""
     if message is None:
         info = await api.request(EVENTS, f"$JS.API.STREAM.INFO.{EVENTS}", b"")
-        last_seq = msgspec.json.decode(info, type=_Info).state.last_seq
-        found = "it has not come so far" if last_seq < cursor.origin else ""
-    elif not message.subject.startswith(raw_filter(partition).removesuffix(">")):
-        found = "that message is of another partition now"
-    elif cursor.stored_ns not in (0, message.time_ns):
-        found = f"that message is one of {format_rfc3339(message.time_ns)} now, and was of "
-        found += format_rfc3339(cursor.stored_ns)
-    else:
-        return
+        if msgspec.json.decode(info, type=_Info).state.last_seq < cursor.origin:
+            found = "it has not come so far"
+        else:
+            # Trimmed; or another one got its sequence between the two answers.
+            message = await api.message_at(EVENTS, cursor.origin)
+    if message is not None:
+        found = _other_than(message, partition, cursor.stored_ns)
     if found:
         raise CountsAnewError(
             f"{EVENTS} was rolled back or made by hand: partition {partition} is settled up to message "
             f"{cursor.origin}, but {found}. Nothing of it is read or deleted; put the right one back, or see "
             "FiPartitionStalled in the runbooks"
         )
+
+
+def _other_than(message: StoredMessage, partition: int, stored_ns: int) -> str:
+    """Why it is not the partition's message that was stored then (0: nobody knows when); empty if it may be."""
+    if not message.subject.startswith(raw_filter(partition).removesuffix(">")):
+        return "that message is of another partition now"
+    if stored_ns in (0, message.time_ns):
+        return ""
+    return f"that message is one of {format_rfc3339(message.time_ns)} now, and was of {format_rfc3339(stored_ns)}"
 
 
 def read_frame(message: StoredMessage, decode: Callable[[bytes], F]) -> F:

@@ -48,21 +48,14 @@ async def connect(
         ClusterUnavailableError: no server took the connection within `wait_s`; says so where one refused it.
         SettingsError: a file of `access` is not what it should be.
     """
-
-    refused = met = tls = ""
+    met = _Met()
 
     async def on_error(error: Exception) -> None:
-        nonlocal refused, met, tls
-        met = repr(error)
-        if isinstance(error, ssl.SSLError):
-            tls = error.reason or met
-        # What a server itself says has no class of its own.
-        if type(error) is NatsError:
-            refused = words_of(str(error))
-            client.note_trouble(f"a server refuses: {refused}")
+        if met.note(error):
+            client.note_trouble(f"a server refuses: {met.refused}")
         elif client.reconnects:
-            client.note_trouble(f"no connection: {met}")
-        log.debug("connection error: %s", met)
+            client.note_trouble(f"no connection: {met.last}")
+        log.debug("connection error: %s", met.last)
 
     async def on_disconnect() -> None:
         if not client.is_closed:
@@ -98,18 +91,44 @@ async def connect(
         async with asyncio.timeout(wait_s):
             await _unless_cancelled(connecting, client)
     except (NatsError, OSError, TimeoutError) as error:
+        raise ClusterUnavailableError(met.words(urls, wait_s)) from error
+    return client
+
+
+class _Met:
+    """What the attempts of one connection met.
+
+    Attributes:
+        refused: what a server said itself; empty if none did.
+        tls: what the handshake failed at.
+        last: the last error.
+    """
+
+    def __init__(self) -> None:
+        self.refused = self.tls = self.last = ""
+
+    def note(self, error: Exception) -> bool:
+        """Keeps an attempt's error. True when a server refuses."""
+        self.last = repr(error)
+        if isinstance(error, ssl.SSLError):
+            self.tls = error.reason or self.last
+        # What a server itself says has no class of its own.
+        if type(error) is not NatsError:
+            return False
+        self.refused = words_of(str(error))
+        return True
+
+    def words(self, urls: Sequence[str], wait_s: float) -> str:
+        """Why there is no connection to `urls` after `wait_s`, and the next step."""
         shown = ", ".join(map(hide_credentials, urls))
-        if refused:
-            text = f"{shown} refused the connection: {refused}; see the URL, its user, or FI_NATS_CREDS_FILE"
-        elif tls:
-            text = (
-                f"no TLS with {shown}: {tls}; FI_NATS_CA_FILE names who signs the servers' certificates, "
+        if self.refused:
+            return f"{shown} refused the connection: {self.refused}; see the URL, its user, or FI_NATS_CREDS_FILE"
+        if self.tls:
+            return (
+                f"no TLS with {shown}: {self.tls}; FI_NATS_CA_FILE names who signs the servers' certificates, "
                 "FI_NATS_CERT_FILE our own"
             )
-        else:
-            text = f"no NATS server answers at {shown} within {wait_s:g} s ({met}); see `fictl cluster status`"
-        raise ClusterUnavailableError(text) from error
-    return client
+        return f"no NATS server answers at {shown} within {wait_s:g} s ({self.last}); see `fictl cluster status`"
 
 
 async def _unless_cancelled(connecting: asyncio.Task[None], client: GuardedClient) -> None:
@@ -153,19 +172,18 @@ async def connect_beside(
     *,
     access: Access = OPEN,
     wait_s: float = FIRST_CONNECTION.s,
-    reconnected: Callable[[], None] | None = None,
 ) -> GuardedClient:
     """As `connect`, but to the first server by name that does not lead `stream` now, if that can be found out.
 
     For those who publish many small messages: this server hands them on to the leader many at a time. All of them
     choose the same one (ADR 29). Any other server serves as well: nothing is done when the leader moves.
     """
-    client = await connect(urls, name, access=access, wait_s=wait_s, reconnected=reconnected)
+    client = await connect(urls, name, access=access, wait_s=wait_s)
     leader, urls_by_name = await _leader_and_names(client, urls, stream)
     others = urls_by_name.keys() - {leader}
     if not leader or not others:
         return client
-    return await _reconnect(client, urls_by_name[min(others)], urls, name, access, reconnected)
+    return await _reconnect(client, urls_by_name[min(others)], urls, name, access, None)
 
 
 async def _leader_and_names(client: GuardedClient, urls: Sequence[str], stream: str) -> tuple[str, dict[str, str]]:

@@ -15,7 +15,7 @@ from contracts.budgets import FACTS_PAUSE, FACTS_REQUEST, FIRST_FACTS
 from contracts.errors import NotAppliedError
 from contracts.subjects import EVENTS, PartitionBy
 from stages.runtime.answers import DeniedError, unavailable
-from stages.runtime.api import NO_STREAM
+from stages.runtime.api import FOREIGN, NO_STREAM
 from stages.runtime.client import GuardedClient
 
 META_CLUSTER_ID = "fi.cluster_id"
@@ -78,14 +78,16 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
     deadline_s = now_s() + wait_s
     while True:
         try:
-            info = await jetstream.stream_info(EVENTS)
-        except NatsError as error:
+            metadata = (await jetstream.stream_info(EVENTS)).config.metadata
+        # What something else than JetStream says to it, nats-py takes apart unguarded.
+        except (NatsError, KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
                 raise NotAppliedError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
             if isinstance(error, DeniedError):
                 raise unavailable(EVENTS, error) from error
             if now_s() > deadline_s:
-                raise unavailable(f"no leader of {EVENTS} answered within {wait_s:.0f} s", error) from error
+                met = error if isinstance(error, NatsError) else FOREIGN
+                raise unavailable(f"no leader of {EVENTS} answered within {wait_s:.0f} s", met) from error
             await asyncio.sleep(FACTS_PAUSE.s)
         else:
-            return facts_from_metadata(info.config.metadata)
+            return facts_from_metadata(metadata)

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Final
+from uuid import UUID
 
 from contracts.budgets import LETTER_ORIGINAL
 from contracts.errors import FencedError
-from contracts.events import split_body
+from contracts.events import Event, gateway_line, split_body
 from contracts.letters import FirstSeen, parse_first_seen, read_letter
-from contracts.subjects import DLQ, EVENTS, Stage, dlq_subject
+from contracts.subjects import DLQ, EVENTS, Stage, dlq_subject, raw_subject
 from contracts.telemetry import (
     DEAD_DETAIL,
     DEAD_FIELD,
@@ -51,6 +53,7 @@ class Graveyard:
     def __init__(self, api: Api, stage: Stage, partition: int, nonce: str) -> None:
         self._api = api
         self._stage: Stage = stage
+        self._partition = partition
         self._subject = dlq_subject(stage, partition)
         self._nonce = nonce
         self._openings = 0
@@ -149,9 +152,8 @@ class Graveyard:
         return writer
 
     async def _compose(self, letter: DeadLetter) -> tuple[dict[str, str], bytes]:
-        """Headers and original bytes."""
-        await self._fetch(letter.origin)
-        original = self._original
+        """Headers and original bytes; where these are nowhere any more, the events as ingest handed them on."""
+        original = letter.original or await self._fetch(letter)
         error = letter.error
         headers = {
             DEAD_STAGE: self._stage,
@@ -176,26 +178,45 @@ class Graveyard:
             if data is None:
                 lines = self._lines[letter.index : letter.index + letter.lines]
                 data = b"\n".join(lines) if lines else original.data
+        elif letter.events:
+            headers |= self._told_by(letter.events)
+            data = b"\n".join(map(gateway_line, letter.events))
         return headers, data or b""
 
-    async def _fetch(self, origin: int) -> None:
+    def _told_by(self, events: Sequence[Event]) -> dict[str, str]:
+        """What the message's own headers would have said, by events that came in it."""
+        event = events[0]
+        # Those without a time of their own have that of the message, or of the one that it is a replay of.
+        first_ns = next((event.timestamp_ns for event in events if not event.stamped), event.accepted_ns)
+        headers = {
+            DEAD_SUBJECT: raw_subject(self._partition, event.site, str(UUID(bytes=event.consultation_id))),
+            HEADER_FIRST_SEEN: str(FirstSeen(event.origin, first_ns, event.index)),
+        }
+        return headers | ({HEADER_TRACEPARENT: event.traceparent} if event.traceparent else {})
+
+    async def _fetch(self, letter: DeadLetter) -> StoredMessage | None:
         """The message is still in `FI_EVENTS`: it is purged only after it is sealed.
 
-        So a read that ends before it is stale (a leader frozen and thawed, or cut off), and is repeated: a letter
-        without its event would be all that is left of it. Somebody may have deleted the message by hand: a later one
-        in its place shows that, and so does time.
+        So a read that ends before it is stale (a leader frozen and thawed, or cut off), and is repeated. Somebody may
+        have deleted the message by hand: a later one in its place shows that, and so does time. Or the stream was
+        rolled back, or made again, and has another message there: that was stored at another time.
         Kept for the next letter: thousands may be of one large message.
         """
+        origin = letter.origin
         if origin != self._origin:
             now_s = asyncio.get_running_loop().time
             until_s = now_s() + LETTER_ORIGINAL.s
             while (found := await self._api.first_message(EVENTS, ">", from_seq=origin)) is None and now_s() < until_s:
                 await self._api.pause()
-            self._original = None if found is None or found.seq != origin else found
+            stored_ns = {event.accepted_ns for event in letter.events}
+            is_it = found is not None and found.seq == origin and stored_ns <= {found.time_ns}
+            self._original = found if is_it else None
             if self._original is None:
-                log.error("%s has no message %d any more: its dead letters do not hold it", EVENTS, origin)
+                what = "what ingest handed on of it" if letter.events else "nothing of it"
+                log.error("%s does not have message %d any more: its dead letters hold %s", EVENTS, origin, what)
             self._lines = [] if self._original is None else split_body(self._original.data)
             self._origin = origin
+        return self._original
 
 
 def place_of(message: StoredMessage) -> tuple[int, int]:

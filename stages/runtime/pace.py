@@ -40,4 +40,4 @@ class Pace:
 
     def _rate(self, now_s: float) -> float:
         """Messages a second: each counts the less the longer ago it came."""
-        return self._level * FADE_HZ * math.exp((self._begun_s - now_s) * FADE_HZ) if self._level else 0.0
+        return self._level * FADE_HZ * math.exp((self._begun_s - now_s) * FADE_HZ)

@@ -9,11 +9,8 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Final, Protocol
 
-import msgspec
-
 from contracts.errors import StoreFailedError
-from contracts.events import Event
-from contracts.frames import Frame, decode_frame_head, decode_packed_frame
+from contracts.frames import Frame, decode_frame_head
 from contracts.receipts import Receipt
 from contracts.subjects import INPUT_STREAM, Stage, input_filter
 from contracts.telemetry import (
@@ -41,7 +38,7 @@ from contracts.telemetry import (
 from stages.runtime.circuit import Circuit
 from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.messages import StoredMessage
-from stages.runtime.telemetry import Feed, LaneProbe, ReaderProbe, WriterProbe
+from stages.runtime.telemetry import Feed, FrameTimes, LaneProbe, ReaderProbe, WriterProbe
 from stages.runtime.tracing import FrameTrace, Tracer
 
 _NS: Final = 1e-9
@@ -212,7 +209,7 @@ class LaneMeter(LaneProbe):
         """See `LaneProbe.synced`."""
         self._synced = (time.perf_counter() - begun_s, events)
 
-    def committed(self, receipt: Receipt, events: int, duplicates: int) -> None:
+    def committed(self, receipt: Receipt, frames: Sequence[FrameTimes], events: int, duplicates: int) -> None:
         """See `LaneProbe.committed`."""
         self._appended.add(events)
         self._duplicates.add(duplicates)
@@ -220,14 +217,9 @@ class LaneMeter(LaneProbe):
         self._commit_duration.record(duration_s)
         self._commit_events.record(count)
         now_ns = time.time_ns()
-        before = self.origin() or 0
-        for message in self._messages:
-            frame = decode_packed_frame(message.data)
-            # A frame may come twice, when the reader was opened anew.
-            if frame.events and frame.last > before:
-                oldest = _decode_stored(frame.events[0])
-                self._latency.record(max(0.0, (receipt.committed_ns - frame.made_ns) * _NS), len(frame.events))
-                self._durable.record(max(0.0, (now_ns - oldest.accepted_ns) * _NS), len(frame.events))
+        for frame in frames:
+            self._latency.record(max(0.0, (receipt.committed_ns - frame.made_ns) * _NS), frame.events)
+            self._durable.record(max(0.0, (now_ns - frame.accepted_ns) * _NS), frame.events)
         if self._trace is not None:
             first = decode_frame_head(self._messages[0].data).first
             self._trace.finished(first, receipt.origin, events, durable_ns=receipt.committed_ns)
@@ -243,26 +235,6 @@ class LaneMeter(LaneProbe):
         if self._trace is not None:
             self._trace.abandoned(error)
             self._trace = None
-
-
-class _Stored(msgspec.Struct, array_like=True, tag=1):
-    """The leading fields of an encoded `Event`, down to when it was stored, the long ones left alone."""
-
-    origin: int
-    index: int
-    event_id: msgspec.Raw
-    consultation_id: msgspec.Raw
-    site: msgspec.Raw
-    event_type: msgspec.Raw
-    timestamp_ns: int
-    stamped: bool
-    payload: msgspec.Raw
-    metadata: msgspec.Raw
-    accepted_ns: int
-
-
-assert Event.__struct_fields__[: len(_Stored.__struct_fields__)] == _Stored.__struct_fields__
-_decode_stored = msgspec.msgpack.Decoder(_Stored).decode
 
 
 class WriterMeter(WriterProbe):

@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from contracts.errors import SettingsError
 from contracts.membership import Member
 from contracts.settings import Settings
@@ -94,7 +96,7 @@ class StageProcess:
     Args:
         stage: which stage.
         servers: NATS servers.
-        settings: this process's settings.
+        settings: this process's settings; how the cluster is partitioned is for the cluster to say.
         actor: the stage's own part.
         partitions: which lanes, whatever other processes there are; None for its share.
         name: shown in logs and by the servers; unique for the stage and node.
@@ -161,7 +163,10 @@ class StageProcess:
             facts = await self._unless_stopped(read_cluster(client))
             if facts is None:
                 return
-            api = self._api = Api(client, self._settings, machine.jitter, self._watch.telemetry)
+            settings = msgspec.structs.replace(
+                self._settings, partitions=facts.partitions, partition_by=facts.partition_by
+            )
+            api = self._api = Api(client, settings, machine.jitter, self._watch.telemetry)
             control = Control(api, self._changed)
             self._watch.connected(api, control)
             listening = asyncio.create_task(control.run(), name="control")

@@ -13,14 +13,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from contracts.budgets import CONSUMER_INACTIVE
+from contracts.budgets import CONSUMER_INACTIVE, WITNESS_LAG
 from contracts.errors import CountsAnewError, FiError, TopologyError
+from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.messages import StoredMessage
@@ -34,8 +35,29 @@ _END_OF_PULL: Final = frozenset({"404", "408"})
 _END_OF_BYTES: Final = frozenset({"Message Size Exceeds MaxBytes", "Batch Completed"})
 
 
+class _Group(msgspec.Struct):
+    leader: str = ""
+
+
 class _Consumer(msgspec.Struct):
-    num_pending: int
+    num_pending: int = 0
+    cluster: _Group | None = None
+
+
+class Holding(Protocol):
+    """What holds messages back until it is certain that none is missing (`stages.runtime.witness`)."""
+
+    def __len__(self) -> int:
+        """How many it holds."""
+
+    def hold(self, message: StoredMessage) -> None:
+        """Takes a message, to release it later."""
+
+    def end(self) -> None:
+        """From now on nothing is released."""
+
+    async def close(self) -> None:
+        """Ends what it needed, after `end`."""
 
 
 _decode_consumer = msgspec.json.Decoder(_Consumer).decode
@@ -51,6 +73,11 @@ class OrderedReader:
         locate: gives the stream sequence to start from, asked anew each time a consumer is made.
         nonce: of this process; consumer names are built from it.
         weigh: what working on a message's data takes, in bytes.
+        witness: gives what holds messages back while what was stored before is read; None: nothing does.
+
+    Attributes:
+        server: which one the consumer is on; empty where there is no cluster, or none was made yet.
+        last_seq: of the last message that can be, or could be, taken.
     """
 
     def __init__(
@@ -63,9 +90,10 @@ class OrderedReader:
         locate: Callable[[], Awaitable[int]],
         nonce: str,
         weigh: Callable[[bytes], int] = len,
+        witness: Callable[[OrderedReader], Holding] | None = None,
     ) -> None:
         self._api = api
-        self._stream = stream
+        self.stream = self._stream = stream
         self._filter = filter_subject
         self._batch = batch
         self._locate = locate
@@ -77,6 +105,13 @@ class OrderedReader:
         self._clock: Callable[[], float] = time.monotonic
         self._arrived = asyncio.Event()
         self._woken_up = False
+        self._make_witness = witness
+        self._witness: Holding | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self.server = ""
+        self.last_seq = 0
+        self._current_s = 0.0
+        """When nothing waited behind what came last, or something held it back."""
         self._reset()
         self.refused = ""
         """Why the stream refuses to be read, or must not be; empty while neither is so."""
@@ -97,6 +132,7 @@ class OrderedReader:
         self._trouble: str | None = None
         self._woken = asyncio.Event()
         self._active_s = 0.0
+        self._current_s = self._clock()
 
     def start(self) -> None:
         """Begins reading. Call once."""
@@ -107,6 +143,36 @@ class OrderedReader:
         """Ends reading; the server drops the consumer by itself."""
         if self._task is not None:
             await end_tasks(self._task)
+        self.unwitness()
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def admit(self, message: StoredMessage) -> None:
+        """It may be taken, though it was not given to this reader."""
+        self._buffered_bytes += len(message.data)
+        self.release(message)
+
+    def release(self, message: StoredMessage) -> None:
+        """What this reader was given may be taken."""
+        self._buffer.append(message)
+        self.last_seq = message.seq
+        self._arrived.set()
+        if self._wants_more():
+            self._woken.set()
+
+    def unwitness(self, *, for_good: bool = False) -> None:
+        """What comes from now on may be taken at once; `for_good`: however long something waits."""
+        self._make_witness = None if for_good else self._make_witness
+        if self._witness is not None:
+            self._witness.end()
+            ending = asyncio.create_task(self._witness.close(), name=f"end witness {self._filter}")
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            self._witness = None
+
+    def peek(self) -> int:
+        """The sequence of the next message that can be taken; there must be one."""
+        return self._buffer[0].seq
 
     def reopen(self, why: str) -> None:
         """Makes a new consumer at the position that `locate` gives; what is buffered is read again."""
@@ -115,8 +181,13 @@ class OrderedReader:
 
     @property
     def buffered(self) -> int:
-        """Messages received and not taken."""
+        """Messages received that can be taken."""
         return len(self._buffer)
+
+    @property
+    def held(self) -> int:
+        """Messages received that a second reader has not come to."""
+        return len(self._witness or ())
 
     async def count_pending(self) -> None:
         """Asks the server for `pending` when nothing is on its way that would tell: this reader is full."""
@@ -126,7 +197,7 @@ class OrderedReader:
         try:
             answer = await self._api.client.request(subject, b"", timeout=self._api.settings.api_timeout_s)
             self.pending = _decode_consumer(answer.data).num_pending
-        except (NatsError, msgspec.MsgspecError) as error:
+        except (NatsError, *UNREADABLE) as error:
             log.debug("%s: pending is not known: %r", self._filter, error)
 
     def wake(self) -> None:
@@ -148,13 +219,13 @@ class OrderedReader:
         self._woken_up = False
 
     def take(self, count_max: int, bytes_max: int) -> list[StoredMessage]:
-        """What is waiting, oldest first: at least one message if there is any, else up to the limits.
+        """What is waiting, oldest first: at least one message if there is any, else up to the limits, each above 0.
 
         `bytes_max` is held against what the messages weigh.
         """
         taken: list[StoredMessage] = []
         size_bytes = weight_bytes = 0
-        while self._buffer and len(taken) < count_max and (not taken or weight_bytes < bytes_max):
+        while self._buffer and len(taken) < count_max and weight_bytes < bytes_max:
             message = self._buffer.popleft()
             size_bytes += len(message.data)
             weight_bytes += self.weigh(message.data)
@@ -168,10 +239,9 @@ class OrderedReader:
         """Takes back the end of what `take` gave last. If the reader reopened meanwhile, they will come twice."""
         self._buffer.extendleft(reversed(messages))
         self._buffered_bytes += sum(len(message.data) for message in messages)
-        self._arrived.set()
 
     def _wants_more(self) -> bool:
-        waiting = self._outstanding + len(self._buffer)
+        waiting = self._outstanding + len(self._buffer) + self.held
         return waiting <= self._batch // 4 and self._buffered_bytes < self._api.settings.pull_bytes_max
 
     async def _run(self) -> None:
@@ -210,11 +280,11 @@ class OrderedReader:
 
     async def _open(self) -> Subscription:
         self._reset()
+        self.unwitness()
         start = await self._locate()
-        self.opened += 1
+        self.last_seq = start - 1
         self._probe.opened()
-        self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
-        self._consumer_token = self._consumer.encode()
+        self._name_consumer()
         inbox = self._api.client.new_inbox()
         self._inbox, self._inbox_token = inbox, inbox.encode()
         # What is under way is bounded by what was asked for: two pulls.
@@ -225,7 +295,14 @@ class OrderedReader:
             await self._drop(subscription)
             raise
         self._note_refusal("")
+        if self._make_witness is not None and self.server and self.pending:
+            self._witness = self._make_witness(self)
         return subscription
+
+    def _name_consumer(self) -> None:
+        self.opened += 1
+        self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
+        self._consumer_token = self._consumer.encode()
 
     def _note_refusal(self, why: str) -> None:
         if why and why != self.refused:
@@ -247,7 +324,13 @@ class OrderedReader:
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
         # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
-        await self._api.request(self._stream, subject, msgspec.json.encode(request))
+        answer = await self._api.request(self._stream, subject, msgspec.json.encode(request))
+        try:
+            made = _decode_consumer(answer)
+        except msgspec.MsgspecError as error:
+            raise NatsError(f"what answered is no consumer: {error}") from error
+        self.pending = made.num_pending
+        self.server = "" if made.cluster is None else made.cluster.leader
 
     async def _feed(self) -> None:
         """Keeps a pull request standing until there is trouble."""
@@ -301,14 +384,26 @@ class OrderedReader:
         self._delivered = consumer_seq
         self._gate.poke()
         self.pending = int(tokens[8])
+        if self._make_witness is not None and self._lags():
+            self.reopen("it lags: what it is given may be on disk by now")
+            return
         self._probe.delivered()
         self._outstanding -= 1
         stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))
-        self._buffer.append(stored)
         self._buffered_bytes += len(payload)
-        self._arrived.set()
-        if self._wants_more():
-            self._woken.set()
+        self._keep(stored)
+
+    def _lags(self) -> bool:
+        """Something waited ever since `WITNESS_LAG`, and nothing holds it back."""
+        if not self.pending or self._witness is not None or not self.server:
+            self._current_s = self._active_s
+        return self._active_s > self._current_s + WITNESS_LAG.s
+
+    def _keep(self, stored: StoredMessage) -> None:
+        if self._witness is None:
+            self.release(stored)
+        else:
+            self._witness.hold(stored)
 
     def _on_status(self, headers: dict[str, str]) -> None:
         status = headers.get("Status", "")

@@ -24,6 +24,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from contracts.budgets import LEADER_GONE, LEADER_LOOK
+from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, ApiError
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Remaker:
         try:
             answer = await self._api.client.request(subject, body, timeout=self._api.settings.api_timeout_s)
             return _decode_info(answer.data)
-        except (NatsError, msgspec.MsgspecError) as error:
+        except (NatsError, *UNREADABLE) as error:
             log.debug("%s: %r", subject, error)
             return None
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Final, TypeVar
 
 from contracts.budgets import CANCEL_REPEAT
 
 T = TypeVar("T")
+
+REQUESTS_AT_ONCE: Final = 16
+"""Under way for one command: as many as hide the network, and few for the servers."""
 
 
 async def side_by_side(*jobs: Coroutine[Any, Any, T]) -> list[T]:
@@ -23,6 +26,17 @@ async def side_by_side(*jobs: Coroutine[Any, Any, T]) -> list[T]:
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+async def some_at_a_time(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """As `side_by_side`, with `REQUESTS_AT_ONCE` of them under way."""
+    limit = asyncio.Semaphore(REQUESTS_AT_ONCE)
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with limit:
+            return await call()
+
+    return await side_by_side(*map(one, calls))
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

@@ -82,6 +82,14 @@ class StreamFacts(NamedTuple):
     limit_bytes: int
 
 
+class FrameTimes(NamedTuple):
+    """When a frame was made, when the message of its first event was stored, and how many events it has."""
+
+    made_ns: int
+    accepted_ns: int
+    events: int
+
+
 class LaneProbe:
     """One lane, watched. These methods do nothing; `stages.runtime.meters` has those that do."""
 
@@ -125,8 +133,8 @@ class LaneProbe:
     def synced(self, begun_s: float, events: int) -> None:
         """A group commit of `events` is on disk; it began at `begun_s` (`time.perf_counter`). In any thread."""
 
-    def committed(self, receipt: Receipt, events: int, duplicates: int) -> None:
-        """The receipt of the present work is accepted; the lane's cursor is still where it was before."""
+    def committed(self, receipt: Receipt, frames: Sequence[FrameTimes], events: int, duplicates: int) -> None:
+        """The receipt of the present work is accepted: what is new of `frames`, all that have events."""
 
     def sealed(self, begun_s: float, size_bytes: int) -> None:
         """A shard was sealed; that began at `begun_s`."""

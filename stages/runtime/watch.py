@@ -25,6 +25,7 @@ from contracts.errors import WireFormatError
 from contracts.settings import Settings
 from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
 from contracts.telemetry import LOOP_LAG, RECONNECTS
+from contracts.wire import UNREADABLE
 from stages.runtime.api import Api, ApiError
 from stages.runtime.control import Control
 from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
@@ -252,7 +253,7 @@ class Watch:
         try:
             answer = await self._api.client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=HEALTH_ASK.s)
             told = _decode_told(answer.data)
-        except (NatsError, OSError, msgspec.MsgspecError) as error:
+        except (NatsError, OSError, *UNREADABLE) as error:
             return f"no answer within {HEALTH_ASK.s:g} s ({type(error).__name__})"
         if told.error is not None:
             return told.error.description

@@ -21,10 +21,12 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
     Attributes:
         origin, index: which event; of several the first.
-        error: why.
+        error: why, `unraised`: a raised one leads back to the `Step` that holds this, and no cycle through that ends.
         data: its original bytes; None where the stage does not have them (the lane then reads them from `FI_EVENTS`).
         policy: version of the policy it was refused under; 0 where none has a part in it.
         lines: how many events it is of.
+        original: the message it came in, where the stage has that.
+        events: what is refused, where that were events for a stage before: all of them.
     """
 
     origin: int
@@ -33,6 +35,8 @@ class DeadLetter(msgspec.Struct, frozen=True):
     data: bytes | None
     policy: int = 0
     lines: int = 1
+    original: StoredMessage | None = None
+    events: tuple[Event, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, gc=False):
@@ -112,7 +116,7 @@ def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Even
         try:
             events.append(work(event))
         except InvalidEventError as error:
-            letters.append(DeadLetter(event.origin, event.index, error, None, policy))
+            letters.append(DeadLetter(event.origin, event.index, error.unraised(), None, policy, events=(event,)))
             dead.append(Dead(event.origin, 1))
     trail = (*frame.trail, message.seq)
     return Step(max(frame.first, origin + 1), frame.last, events, dead, join_letters(letters), trail, frame.closed)
@@ -122,19 +126,24 @@ def join_letters(letters: list[DeadLetter]) -> list[DeadLetter]:
     """Of each message the first `LETTERS_APART` as they are; after them, neighbours with one reason share one.
 
     Args:
-        letters: in order, of events whose bytes the lane reads.
+        letters: in order, of one event each.
     """
     if len(letters) <= LETTERS_APART:
         return letters
-    joined: list[DeadLetter] = []
+    groups: list[list[DeadLetter]] = []
     origin = apart = 0
     for letter in letters:
         if letter.origin != origin:
             origin, apart = letter.origin, 0
         apart += 1
-        last = joined[-1] if apart > LETTERS_APART + 1 else letter
-        if last is not letter and (last.index + last.lines, last.error.reason) == (letter.index, letter.error.reason):
-            joined[-1] = msgspec.structs.replace(last, lines=last.lines + 1)
+        last = groups[-1][-1] if apart > LETTERS_APART + 1 else None
+        if last is not None and (last.index + 1, last.error.reason) == (letter.index, letter.error.reason):
+            groups[-1].append(letter)
         else:
-            joined.append(letter)
-    return joined
+            groups.append([letter])
+    return [
+        msgspec.structs.replace(
+            group[0], lines=len(group), events=tuple(event for letter in group for event in letter.events)
+        )
+        for group in groups
+    ]

@@ -32,7 +32,8 @@ WRONG_LAST_SEQUENCE: Final = 10071
 STILL_IN_PROCESS: Final = frozenset({10158, 10164})
 STREAM_FULL: Final = frozenset({10077, 10023, 10028, 10047, 10002})
 """The stream's own limit, the servers' storage or memory, the account's limits."""
-NEVER: Final = frozenset({10054, 10097, 10060, 10109})
+WRONG_STREAM: Final = 10060
+NEVER: Final = frozenset({10054, 10097, WRONG_STREAM, 10109})
 """Message too large; its headers too large; another stream's subject; stream sealed: no retry can help."""
 BAD_REQUEST: Final = 400
 
@@ -153,7 +154,7 @@ class FencedWriter:
             FencedError: the subject's last message is not the one this writer knows.
             TopologyError: the subject belongs to another stream, or something else than a stream answers there.
             DefiniteError: it can never be stored, e.g. too large.
-            ClusterUnavailableError: the connection was closed, or as `Api.end_if_denied`.
+            ClusterUnavailableError: the connection was closed, or as `Api.end_if_lasting`.
         """
         fixed = {
             **(headers or {}),
@@ -189,7 +190,7 @@ class FencedWriter:
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
             self._gate.failed(turn_s, why_silent(error))
-            self._api.end_if_denied(self._subject, error)
+            self._api.end_if_lasting(self._subject, error)
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
@@ -210,7 +211,7 @@ class FencedWriter:
             match = _LAST_SEQ.search(error.description)
             raise FencedError(self._subject, int(match.group(1)) if match else None)
         if error.err_code in NEVER:
-            kind = TopologyError if error.err_code == 10060 else DefiniteError
+            kind = TopologyError if error.err_code == WRONG_STREAM else DefiniteError
             raise kind(f"{self._subject}: refused for good: {error.description} ({error.err_code})")
         if error.err_code in STREAM_FULL:
             if self.full_since is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -178,6 +179,16 @@ def test_a_directory_that_may_not_be_written_is_refused_with_what_to_do(
         Lane(store, stand.source, stand.witness, lambda _: None).open()
     monkeypatch.undo()
     assert stand.recover().notes == []
+
+
+def test_a_store_whose_file_system_has_no_locks_is_named(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks") as refused:
+        open_store(stand.directory, CLUSTER, now_ns=NOW_NS)
+    assert refused.value.filename == str(stand.directory)
 
 
 def test_a_partition_lock_that_cannot_be_written_is_let_go(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,9 @@ SEAL = SealRecord(
     sealed_ns=1_767_323_046_000_000_007,
     bytes=12_345_678,
 )
+UNSEALED = msgspec.structs.replace(
+    RECEIPT, ends={"st-9": StoreEnd(shard=3, commits=41, rows={2: "cd" * 32, 3: "ef" * 32})}
+)
 MOVED = msgspec.structs.replace(RECEIPT, ends={"st-9": StoreEnd(shard=3, commits=41, first=2)})
 RESUMED_SEAL = msgspec.structs.replace(
     SEAL,
@@ -227,6 +230,7 @@ SAMPLES = [
     Sample("receipt.1.takeover.bin", TAKEOVER, encode_receipt, decode_receipt),
     Sample("receipt.1.signed.bin", SIGNED_RECEIPT, encode_receipt, decode_receipt),
     Sample("receipt.1.moved.bin", MOVED, encode_receipt, decode_receipt),
+    Sample("receipt.1.unsealed.bin", UNSEALED, encode_receipt, decode_receipt),
     Sample("seal.1.resume.bin", RESUMED_SEAL, encode_receipt, decode_seal),
     Sample("seal.1.bin", SEAL, encode_receipt, decode_seal),
     Sample("seal.1.signed.bin", SIGNED_SEAL, encode_receipt, decode_seal),

@@ -342,3 +342,24 @@ def test_repeats_within_and_before_a_group_are_counted_and_not_stored() -> None:
     assert decode_event(group.records[0]) == an_event(11, 0)
     # `FI_EVENTS` keeps the repeats, though the shard does not.
     assert group.dropped_bytes == len(encode_event(again)) + len(encode_event(an_event(13, 0)))
+
+
+def test_a_group_tells_the_times_of_each_frame_that_is_new_and_has_events() -> None:
+    """Latencies are measured by them: no frame is taken apart again for that."""
+
+    def frame(prev: int, last: int, *events: Event) -> Frame:
+        return Frame(PARTITION, prev, prev + 1, last, (), "w", NOW_NS + last, b"", (), events)
+
+    def stored(origin: int) -> Event:
+        return msgspec.structs.replace(an_event(origin, 0), accepted_ns=origin)
+
+    frames = [
+        frame(8, 10, stored(9)),
+        frame(9, 12, stored(10), stored(11), stored(12)),
+        frame(12, 13),
+        frame(13, 15, stored(14), stored(15)),
+    ]
+    messages = [carrying("persist", one) for one in frames]
+    group = plan_group(messages, 10, lambda ids: [False] * len(ids))
+    assert group is not None
+    assert group.frames == [(NOW_NS + 12, 10, 3), (NOW_NS + 15, 14, 2)]

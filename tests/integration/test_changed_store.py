@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,8 +35,20 @@ def forge(path: Path) -> None:
             file.write(data)
 
 
+def forge_time(path: Path) -> None:
+    """The first commit came an hour earlier, under the row's own checksum."""
+    with LiveReader(path) as reader:
+        (row,) = reader.read_rows(0, 1)
+        blob, header = reader.read_blobs(0, row.end_bytes), reader.header
+    row = row._replace(committed_ns=row.committed_ns - 3600 * 10**9)
+    with path.open("r+b") as file:
+        file.seek(header.index.offset)
+        file.write(encode_row(row._replace(crc32=row_crc32(row, blob))))
+
+
+@pytest.mark.parametrize("forge", [forge, forge_time])
 async def test_what_was_forged_under_a_persister_gets_no_seal_record_and_is_made_again(
-    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, forge: Callable[[Path], None]
 ) -> None:
     cluster = await ready(client)
     store = await new_store(client, tmp_path / "store")

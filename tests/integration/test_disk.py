@@ -21,7 +21,7 @@ from contracts.settings import MIB
 from contracts.telemetry import EVENT_PERSIST_FAILED
 from stages.persist import files
 from stages.persist.actor import PersistLane
-from stages.persist.disk import LOCAL, Disk
+from stages.persist.disk import LOCAL, Disk, Turns
 from stages.persist.header import read_live_header
 from stages.persist.names import FIRST_SHARD, live_name, partition_state
 from stages.persist.partition import PartitionFiles
@@ -71,13 +71,13 @@ async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns
 
 @contextlib.asynccontextmanager
 async def lanes_here(
-    pipeline: Pipeline, disk: Disk = LOCAL, sealing: asyncio.Lock | None = None
+    pipeline: Pipeline, disk: Disk = LOCAL, turns: Turns | None = None
 ) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Persist's lanes in this process, where its file functions can be made to fail."""
     facts = await read_cluster(pipeline.client)
     store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
     lanes = [
-        PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, sealing=sealing, disk=disk)
+        PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, turns=turns, disk=disk)
         for number in range(PARTITIONS)
     ]
     async with going(*lanes) as tasks:
@@ -226,7 +226,7 @@ async def test_a_store_that_goes_away_while_a_damaged_shard_is_waited_for_ends_n
             assert not any(task.done() for task in tasks)
 
 
-class Turns(asyncio.Lock):
+class CountedLock(asyncio.Lock):
     """A lock that tells when every partition's lane has asked for it."""
 
     def __init__(self) -> None:
@@ -242,7 +242,8 @@ class Turns(asyncio.Lock):
 
 
 async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> None:
-    sealing = Turns()
+    turns, sealing = Turns(), CountedLock()
+    turns.sealing = sealing
     under_way: set[PartitionFiles] = set()
     most: list[int] = []
 
@@ -265,7 +266,7 @@ async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> No
     chosen = settings(partitions=PARTITIONS, seal_on_drain=True)
     load = Load(workload(seed=26, events=100))
     async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
-        async with lanes_here(pipeline, LOCAL._replace(open=opened), sealing):
+        async with lanes_here(pipeline, LOCAL._replace(open=opened), turns):
             await load.publish(pipeline.client)
             await pipeline.settled()
         assert most == [1] * PARTITIONS

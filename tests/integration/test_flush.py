@@ -148,6 +148,9 @@ async def test_a_target_that_was_missed_is_obeyed_by_a_process_that_starts_later
 
 
 async def test_a_paused_stage_is_named_and_one_partition_can_be_flushed_alone(pipeline: Pipeline) -> None:
+    # Something of every partition is asked for.
+    await Load(workload(seed=808, events=600)).publish(pipeline.client)
+    assert (await fictl(pipeline, "flush"))[0] == 0
     assert (await fictl(pipeline, "pause", "hash"))[0] == 0
     load = Load(workload(seed=805, events=200))
     await load.publish(pipeline.client)

@@ -26,6 +26,7 @@ from stages.runtime.api import NO_MESSAGE, NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.control import Control
+from stages.runtime.facts import read_cluster
 from stages.runtime.watch import Watch
 from stages.runtime.writer import FencedWriter
 
@@ -218,7 +219,16 @@ async def test_a_server_whose_jetstream_still_starts_is_waited_for(plain_server:
 async def test_what_something_else_than_jetstream_answers_is_no_answer(plain_server: str) -> None:
     client = await connect([plain_server], "asks")
     answering = await connect([plain_server], "answers")
-    garbage = [b"", b"+OK", b'{"error": 1}', b"\xff", b'{"message": {"subject": 1}}']
+    garbage = [
+        b"",
+        b"+OK",
+        b'{"error": 1}',
+        b"\xff",
+        b'{"message": {"subject": 1}}',
+        b"{}",
+        b"[]",
+        b'{"success": true}',
+    ]
     try:
         none = {"code": 404, "err_code": NO_MESSAGE, "description": "no message found"}
 
@@ -233,6 +243,28 @@ async def test_what_something_else_than_jetstream_answers_is_no_answer(plain_ser
         assert garbage == []
         with pytest.raises(ClusterUnavailableError, match="Something else than JetStream answers there"):
             await Api(client, Settings()).last_messages("ANY", ["any"])
+    finally:
+        await client.close()
+        await answering.close()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{}", b"[]", b'{"config": 1}', b'{"config": {}, "state": 1}', b'{"error": 1}']
+)
+async def test_a_stage_that_starts_waits_for_jetstream_where_something_else_answers(
+    plain_server: str, garbage: bytes
+) -> None:
+    client = await connect([plain_server], "asks")
+    answering = await connect([plain_server], "answers")
+    try:
+
+        async def answer(message: Msg) -> None:
+            await message.respond(garbage)
+
+        await answering.subscribe("$JS.API.STREAM.INFO.*", cb=answer)
+        await answering.flush()
+        with pytest.raises(ClusterUnavailableError, match="Something else than JetStream answers there"):
+            await read_cluster(client, wait_s=0.1)
     finally:
         await client.close()
         await answering.close()

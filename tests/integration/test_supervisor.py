@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from stages.runtime.pids import process_started
 from stages.runtime.watch import HealthFile
 
 pytestmark = pytest.mark.cluster
+
+LIMIT_S = 60.0
 
 
 async def test_every_process_gets_the_settings_and_stages_stop_in_flow_order(tmp_path: Path) -> None:
@@ -180,12 +183,29 @@ async def test_a_stage_that_never_gets_ready_fails_the_start_and_leaves_nothing(
         read_state(tmp_path)
 
 
-async def test_a_directory_has_one_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "DIRECTORY_LOCK", msgspec.structs.replace(DIRECTORY_LOCK, s=0.2))
+async def test_a_directory_has_one_supervisor_and_a_second_one_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "DIRECTORY_LOCK", msgspec.structs.replace(DIRECTORY_LOCK, s=math.inf))
     async with make(tmp_path):
-        with pytest.raises(DirectoryBusyError, match="in use"):
-            await make(tmp_path).start()
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(DirectoryBusyError, match=f"in use .* `fictl down --dir {tmp_path}`"):
+                await make(tmp_path).start()
         assert read_state(tmp_path).status == "ready"
+
+
+async def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+    async with make(tmp_path) as supervisor:
+        state = read_state(tmp_path)
+    other = DirectoryLock(tmp_path / "lock")
+    await other.acquire(1)
+    write_state(tmp_path, msgspec.structs.replace(state, status="stopping"))
+    starting = asyncio.create_task(supervisor.start())
+    # It has found the lock taken once it has begun to wait for it.
+    await asyncio.sleep(0)
+    other.release()
+    await starting
+    await supervisor.stop()
 
 
 async def test_a_stop_that_is_requested_while_the_directory_is_another_ones_is_not_forgotten(tmp_path: Path) -> None:
@@ -298,5 +318,5 @@ def test_impossible_runs_are_refused_before_anything_starts(tmp_path: Path) -> N
 
 def test_a_real_stage_is_told_its_directory_and_name(tmp_path: Path) -> None:
     assert run_command(tmp_path)("hash", "hash-1")[1:] == [
-        *("-m", "cluster", "run", "hash", "--dir", str(tmp_path), "--name", "hash-1")
+        *("-P", "-m", "cluster", "run", "hash", "--dir", str(tmp_path), "--name", "hash-1")
     ]

@@ -29,6 +29,7 @@ STRUCTS = {
     "event": ("contracts.events", "decode_event", "event.1.stored.bin"),
     "receipt": ("contracts.receipts", "decode_receipt", "receipt.1.signed.bin"),
     "takeover": ("contracts.receipts", "decode_receipt", "receipt.1.takeover.bin"),
+    "receipt with rows": ("contracts.receipts", "decode_receipt", "receipt.1.unsealed.bin"),
     "seal record": ("contracts.receipts", "decode_seal", "seal.1.signed.bin"),
     "member": ("contracts.membership", "decode_member", "member.1.json"),
     "shard header": ("stages.persist.header", "decode_header", "sealed-header.1.bin"),

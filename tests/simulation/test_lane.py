@@ -18,10 +18,12 @@ from contracts.errors import InvalidEventError
 from contracts.events import Event
 from contracts.frames import Frame, encode_frame
 from contracts.rules import DEFAULT_POLICY, Policy, Rules
-from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, SEGMENT, dlq_subject, publish_subject
+from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, PERSIST, SEGMENT, dlq_subject, publish_subject
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
+from stages.hash.core import HashCore
 from stages.ingest import core
 from stages.ingest.actor import IngestCore
+from stages.runtime.base import HOLES_BEFORE_PURGE
 from stages.runtime.breaker import Breaker
 from stages.runtime.graveyard import Graveyard
 from stages.runtime.lane import Lane
@@ -109,6 +111,21 @@ def test_what_the_breaker_held_is_passed_on_whole_once_it_is_right(monkeypatch: 
         assert (origins, ground.buried()) == (list(range(1, 21)), buried)
 
     in_virtual_time(job, dead_events_min=10, dead_share_max=0.5, breaker_pause_s=300.0)
+
+
+def test_holes_that_were_passed_do_not_count_against_the_input(caplog: pytest.LogCaptureFixture) -> None:
+    """At the third attempt it would be emptied."""
+
+    async def job(ground: Ground) -> None:
+        lane = Lane(ground.api, HashCore(), 0, "nonce", lambda _: None)
+        async with working(lane):
+            lane._holes = HOLES_BEFORE_PURGE - 1
+            await ground.publish("fi.hash.0", a_frame(an_event(1, "CONTEXT_UPDATED")))
+            await until(lambda: ground.events(PERSIST), "it is passed on")
+            await ground.publish("fi.hash.0", a_frame(an_event(3, "CONTEXT_UPDATED")))
+            await until(lambda: "(attempt 1)" in caplog.text, "it reads again")
+
+    in_virtual_time(job)
 
 
 def test_what_the_breaker_held_leaves_nothing_in_the_memory() -> None:

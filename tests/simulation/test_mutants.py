@@ -44,7 +44,8 @@ VERDICTS = (
 """What the checker and the books say of events. A mutant that merely crashes is not convicted by them."""
 
 MUTANTS = {
-    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 600),
+    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 1200),
+    "counting-anew-is-not-seen": Mutant("a FI_EVENTS that counts anew is not read", 300),
     "duplicates-forgotten": Mutant("rule 4: ids seen before", 60, quick=True),
     "fenced-writer-goes-on": Mutant("rule 2: who is refused reads the checkpoint again", 1500),
     "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 60, quick=True),
@@ -60,8 +61,9 @@ MUTANTS = {
     "no-fence": Mutant("rule 2: the fence", 60, quick=True),
     "no-takeover-receipt": Mutant("rule 2: no cut without an accepted takeover", 1500),
     "one-nonce-for-all-sessions": Mutant("rule 2: a nonce for each session", 1500),
+    "one-server-is-believed": Mutant("what waits on disk is read from two servers", 600),
     "output-is-not-checked": Mutant("an idle lane looks at its output", 120),
-    "overlap-is-not-skipped": Mutant("rule 1: overlap is skipped event by event", 200),
+    "overlap-is-not-skipped": Mutant("rule 1: overlap is skipped event by event", 600),
     "persist-skips-nothing": Mutant("rule 4: anything at or below what is committed is skipped", 200),
     "receipt-before-the-data": Mutant("a receipt is published after the data is durable", 120),
     "receipt-is-no-checkpoint": Mutant("rule 1: from the last receipt if the output is empty", 1200),

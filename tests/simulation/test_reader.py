@@ -6,6 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from nats.aio.msg import Msg
+from nats.errors import TimeoutError as NatsTimeoutError
 from virtual import Ground, in_virtual_time
 
 from cluster.testing.waiting import until
@@ -13,6 +15,7 @@ from contracts.errors import ClusterUnavailableError, CountsAnewError, TopologyE
 from contracts.frames import decode_frame
 from contracts.subjects import EVENTS, SEGMENT, publish_subject
 from stages.ingest.actor import IngestCore
+from stages.runtime.api import ApiError, RequestRefusedError
 from stages.runtime.checkpoint import Cursor, locate
 from stages.runtime.lane import Lane
 from stages.runtime.parser import Sink
@@ -52,6 +55,134 @@ def test_what_waits_in_a_reader_is_bounded_however_often_some_of_it_is_put_back(
         await reader.close()
 
     in_virtual_time(job, pull_bytes_max=128 * KIB)
+
+
+def test_what_is_taken_at_once_is_bounded_and_so_is_what_waits_until_then() -> None:
+    async def job(ground: Ground) -> None:
+        for number in range(50):
+            await ground.publish(SUBJECT, b"%04d" % number)
+        reader = reader_of(ground, batch=8)
+        await asyncio.sleep(2)
+        assert 8 <= reader.buffered <= 2 * 8
+        assert [len(reader.take(*limits)) for limits in ((3, KIB), (3, 1), (8, 9), (2, 8))] == [3, 1, 3, 1]
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_told_to_reopen_it_reads_again_at_once_what_was_not_taken() -> None:
+    async def job(ground: Ground) -> None:
+        for number in range(5):
+            await ground.publish(SUBJECT, b"%d" % number)
+        reader = reader_of(ground)
+        await until(lambda: reader.buffered == 5, "it has read all")
+        reader.reopen("somebody says so")
+        await until(lambda: reader.opened == 2 and reader.buffered == 5, "it has read all again", 0.3)
+        assert [message.data for message in reader.take(9, KIB)] == [b"%d" % number for number in range(5)]
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_woken_up_it_waits_for_nothing_once() -> None:
+    async def job(ground: Ground) -> None:
+        reader = reader_of(ground)
+        reader.wake()
+        await reader.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5):
+                await reader.wait()
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_why_it_cannot_read_is_known_as_long_as_that_is_so_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def job(ground: Ground) -> None:
+        api, request = ground.api, ground.api.request
+        errors: list[Exception] = [
+            CountsAnewError("it counts anew"),
+            RequestRefusedError("consumer", ApiError(400, 10026, "no more consumers")),
+        ]
+
+        async def refuse(*arguments: Any, **options: Any) -> Any:
+            if errors:
+                raise errors[0]
+            return await request(*arguments, **options)
+
+        api.request = refuse  # type: ignore[method-assign]
+        reader = reader_of(ground)
+        for words in ("counts anew", "no more consumers"):
+            await asyncio.sleep(5)
+            assert words in reader.refused
+            assert caplog.text.count(words) == 1
+            del errors[0]
+        await ground.publish(SUBJECT, b"x")
+        async with asyncio.timeout(5):
+            await reader.wait()
+        assert (reader.refused, len(reader.take(1, 1))) == ("", 1)
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_a_full_reader_asks_what_is_still_to_come_and_one_that_hears_of_it_does_not() -> None:
+    async def job(ground: Ground) -> None:
+        client: Any = ground.api.client
+        answers: list[bytes | Exception] = [b'{"num_pending": 77}', b"no JSON", NatsTimeoutError()]
+        request, asked = client.request, list[str]()
+
+        async def answered(subject: str, *arguments: Any, **options: Any) -> Any:
+            if ".CONSUMER.INFO." not in subject:
+                return await request(subject, *arguments, **options)
+            asked.append(subject)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return Msg(_client=None, data=answer)  # type: ignore[arg-type]
+
+        client.request = answered
+        reader = reader_of(ground, batch=8)
+        await asyncio.sleep(1)
+        await reader.count_pending()
+        assert asked == [], "whatever comes would tell"
+        for _ in range(8):
+            await ground.publish(SUBJECT, bytes(KIB))
+        await until(lambda: reader.buffered == 8, "it has what it asked for")
+        for _ in range(3):
+            await reader.count_pending()
+            assert reader.pending == 77
+        assert len(asked) == 3
+        reader.take(6, 9 * KIB)
+        await asyncio.sleep(1)
+        await reader.count_pending()
+        for _ in range(8):
+            await ground.publish(SUBJECT, bytes(KIB))
+        await until(lambda: reader.buffered == 10, "it has what it asked for")
+        reader.take(10, 11 * KIB)
+        await reader.count_pending()
+        assert len(asked) == 3
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_a_consumer_that_is_gone_is_missed_and_one_that_nothing_was_asked_of_is_not() -> None:
+    async def job(ground: Ground) -> None:
+        for _ in range(8):
+            await ground.publish(SUBJECT, b"x")
+        reader = reader_of(ground, batch=8)
+        await until(lambda: reader.buffered == 8, "it has what it asked for")
+        await asyncio.sleep(10)
+        reader.take(8, KIB)
+        await asyncio.sleep(10)
+        assert reader.opened == 1
+        ground.broker.lose_consumers(1.0, told=False)
+        settings = ground.settings
+        await until(lambda: reader.opened == 2, "it reopens", settings.heartbeat_s * settings.heartbeats_missed_max + 1)
+        await reader.close()
+
+    in_virtual_time(job)
 
 
 def test_deliveries_of_a_cluster_with_a_domain_are_read() -> None:
@@ -143,6 +274,26 @@ def test_ingest_goes_on_only_where_the_stream_goes_on_counting(
                 await locate(ground.api, "ingest", 0, cursor)
         else:
             assert await locate(ground.api, "ingest", 0, cursor) == origin + 1
+
+    in_virtual_time(job, partitions=2)
+
+
+def test_a_message_that_gets_a_settled_sequence_while_the_stream_is_looked_at_is_seen() -> None:
+    """It is not there yet, and then the stream has come as far: as if the settled one were trimmed."""
+
+    async def job(ground: Ground) -> None:
+        await counting(ground)
+        seq, request = await ground.api.last_message(EVENTS, ">"), ground.api.request
+        assert seq is not None
+
+        async def publish_first(stream: str, subject: str, data: bytes) -> bytes:
+            if ".STREAM.INFO." in subject:
+                await ground.publish(publish_subject("clinic-1", "c"), b"x")
+            return await request(stream, subject, data)
+
+        ground.api.request = publish_first  # type: ignore[method-assign]
+        with pytest.raises(CountsAnewError, match="that message is "):
+            await locate(ground.api, "ingest", 0, Cursor(seq.seq + 1, seq.seq + 1, b"", 1))
 
     in_virtual_time(job, partitions=2)
 

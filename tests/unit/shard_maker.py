@@ -7,10 +7,14 @@ import random
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
+
 from contracts.events import Event, encode_event
 from contracts.hashing import MerkleFrontier, audit_hash
-from stages.persist.live import LiveShard, create_live, open_live
-from stages.persist.names import live_name
+from stages.persist.header import encode_header, read_sealed_header
+from stages.persist.live import LiveShard, open_live
+from stages.persist.names import live_name, sealed_name
+from stages.persist.newlive import create_live
 from stages.persist.seal import SealedInfo, drop_live, seal
 from stages.persist.storedir import Store, open_store
 
@@ -133,3 +137,13 @@ def filled_store(directory: Path) -> tuple[Store, PartitionMaker]:
 
 def id_text(event: Event) -> str:
     return str(UUID(bytes=event.event_id))
+
+
+def make_again(path: Path, **changed: int) -> Path:
+    """The shard with other facts in its header, under the name that these give it."""
+    header = msgspec.structs.replace(read_sealed_header(path), **changed)
+    with path.open("r+b") as file:
+        file.write(encode_header(header))
+    return path.rename(
+        path.with_name(sealed_name(header.partition, header.shard, header.first_origin, header.last_origin))
+    )

@@ -13,11 +13,15 @@ from nats.errors import TimeoutError as NatsTimeoutError
 
 from cluster.testing.sim.loop import VirtualLoop
 from contracts.budgets import STREAM_REMADE
+from contracts.errors import ClusterUnavailableError
 from contracts.settings import Settings
 from contracts.subjects import EVENTS, SEGMENT
 from stages.runtime.api import Api, RequestRefusedError
 
+THERE = {"type": "io.nats.jetstream.api.v1.stream_msg_get_response"}
 GONE = {"error": {"code": 404, "err_code": 10059, "description": "stream not found"}}
+NO_ACCOUNT = {"error": {"code": 503, "err_code": 10039, "description": "JetStream not enabled for account"}}
+STARTING = {"error": {"code": 503, "err_code": 10076, "description": "JetStream not enabled"}}
 
 
 class Answer(NamedTuple):
@@ -25,10 +29,10 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """A cluster of which nobody answers for `silent_s`, and that knows no stream until `back_s`."""
+    """A cluster of which nobody answers for `silent_s`, and that says `wrong` until `back_s`."""
 
-    def __init__(self, silent_s: float, back_s: float) -> None:
-        self._silent_s, self._back_s = silent_s, back_s
+    def __init__(self, silent_s: float, back_s: float, wrong: dict[str, Any] = GONE) -> None:
+        self._silent_s, self._back_s, self._wrong = silent_s, back_s, wrong
 
     async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
         now_s = asyncio.get_running_loop().time()
@@ -38,7 +42,7 @@ class Client:
                     await asyncio.Event().wait()
             except TimeoutError:
                 raise NatsTimeoutError from None
-        return Answer(msgspec.json.encode({} if now_s >= self._back_s else GONE))
+        return Answer(msgspec.json.encode(THERE if now_s >= self._back_s else self._wrong))
 
 
 def in_virtual_time(job: Callable[[], Awaitable[Any]]) -> float:
@@ -67,3 +71,28 @@ def test_a_stream_in_memory_that_is_gone_is_waited_for_since_that_is_known(silen
 
 def test_a_stream_on_disk_that_is_gone_is_refused_at_once() -> None:
     assert in_virtual_time(asked(EVENTS, 0.0, back_s=1e9)) < 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "give_up_s", "took_s"),
+    [
+        # A command may be run again; a stage has nothing else to do, and accounts are changed while it runs.
+        (NO_ACCOUNT, 100.0, 0), (NO_ACCOUNT, None, 1000),
+        # Its JetStream may still start.
+        (STARTING, 100.0, 100), (STARTING, None, 1000),
+    ],
+)  # fmt: skip
+def test_a_command_does_not_wait_for_an_account_to_have_jetstream(
+    wrong: dict[str, Any], give_up_s: float | None, took_s: float
+) -> None:
+    client = Client(0.0, 1000.0, wrong)
+
+    async def job() -> None:
+        api = Api(client, Settings(), jitter=lambda: 0.5, give_up_s=give_up_s)  # type: ignore[arg-type]
+        if give_up_s is None:
+            await api.request(EVENTS, "$JS.API.STREAM.MSG.GET.X", b"")
+            return
+        with pytest.raises(ClusterUnavailableError, match=r"JetStream not enabled.*; enable JetStream for the account"):
+            await api.request(EVENTS, "$JS.API.STREAM.MSG.GET.X", b"")
+
+    assert took_s <= in_virtual_time(job) < took_s + 3

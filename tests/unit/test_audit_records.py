@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -13,6 +13,7 @@ import h5py
 import msgspec
 import pytest
 from commandline import Captured, fictl
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from shard_maker import CLUSTER, NOW_NS, PartitionMaker, id_text
 from verifying import verify_here
 from witnessed import SIGNER, Witnessed, events_of
@@ -21,6 +22,7 @@ from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import Event, encode_event
 from contracts.evidence import check_evidence, encode_evidence
 from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.statements import Signer
 from stages.persist.audit import Witnesses, audit_partition, in_force, name_record, repeated
 from stages.persist.prove import kept_seals, prove_consistency, prove_event
 from stages.persist.records import record_path
@@ -214,6 +216,26 @@ def test_receipts_from_before_there_was_a_key_are_vouched_for_by_later_ones(hone
     assert audit(honest, honest.store.directory, Witnesses(receipts, (), ()), trusted=[]) == ""
 
 
+def test_after_the_key_was_changed_the_new_one_alone_vouches_for_all_before(honest: Witnessed) -> None:
+    later = Signer(Ed25519PrivateKey.generate())
+    receipts = [*honest.receipts[:4], *map(later.sign, honest.receipts[4:])]
+
+    def told(receipts: Sequence[Receipt], *trusted: Signer) -> str:
+        witnesses, keys = Witnesses(receipts, (), honest.seals), [signer.public_key for signer in trusted]
+        return audit(honest, honest.store.directory, witnesses, keys)
+
+    assert told(receipts, later) == told(receipts, SIGNER, later) == ""
+    assert f"is signed with key {later.public_key}, which is not the one given" in told(receipts, SIGNER)
+    for place in (-1, 5):
+        stolen = [*receipts]
+        stolen[place] = SIGNER.sign(receipts[place])
+        (line,) = told(stolen, later).splitlines()
+        assert line == (
+            f"partition 3: {name_record(stolen[place])}: it is signed with key {SIGNER.public_key}, which is not the "
+            "one given"
+        )
+
+
 def test_once_there_was_a_key_an_unsigned_record_is_found_also_among_signed_ones(honest: Witnessed) -> None:
     for records in (honest.receipts, honest.seals):
         unsigned: list[Receipt | SealRecord] = [*records]
@@ -248,6 +270,8 @@ def test_a_consistency_proof_joins_any_two_receipts(honest: Witnessed) -> None:
     check_evidence(unsigned)
     with pytest.raises(ShardError, match="holds 40 events"):
         prove_consistency(honest.store.directory, 3, 5, 41, ())
+    with pytest.raises(ShardError, match=r"has no shard of partition 99; it has those of \d"):
+        prove_consistency(honest.store.directory, 99, 0, None, ())
 
 
 def test_a_proof_says_of_which_cluster_it_is_and_joins_no_roots_of_two(

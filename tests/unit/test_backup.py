@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from commandline import Captured, fictl
-from shard_maker import NOW_NS, PartitionMaker, filled_store, new_store
+from shard_maker import NOW_NS, PartitionMaker, filled_store, make_again
 from verifying import verify_here
 
 from cluster.testing.disk import flip
@@ -24,9 +24,10 @@ from contracts.errors import NotOursError, ShardError
 from stages.persist import backup as module
 from stages.persist.aside import ASIDE
 from stages.persist.backup import Backup, back_up, copied_shard, forget_copies
-from stages.persist.live import create_live
-from stages.persist.names import ShardFile, list_shards, sealed_name
+from stages.persist.header import read_sealed_header
+from stages.persist.names import ShardFile, list_shards
 from stages.persist.names import tmp_path as unfinished
+from stages.persist.newlive import create_live
 from stages.persist.records import keep_record, record_of, record_path
 from stages.persist.seal import sealed_info
 from stages.persist.store import EventStore
@@ -179,18 +180,14 @@ def test_a_copy_that_is_not_the_stores_any_more_is_moved_aside(ground: Ground) -
     ground.run()
     second, third = (file.path for file in ground.sealed()[1:])
     # Made again: the same name and other bytes; and another name.
-    other = PartitionMaker(new_store(ground.store.directory.parent / "other"), 3, seed=2)
-    other.begin()
-    other.commit(4)
-    remade = other.seal().path
-    shutil.copyfile(remade, second)
-    third.unlink()
-    shutil.copyfile(remade, third.with_name(sealed_name(3, 3, 1, 2)))
+    assert make_again(second, sealed_ns=NOW_NS + 1) == second
+    assert make_again(third, last_origin=read_sealed_header(third).last_origin + 1) != third
+    remade = second.read_bytes()
     done = ground.run()
     assert (done.copied, len(done.aside)) == (2, 2)
     assert sorted(name.rpartition(".")[0] for name in done.aside) == [second.name, third.name]
     assert {path.name for path in (ground.target / ASIDE).iterdir()} == set(done.aside)
-    assert (ground.target / second.name).read_bytes() == remade.read_bytes()
+    assert (ground.target / second.name).read_bytes() == remade
     assert [file.path.name for file in list_shards(ground.target)[3]] == [file.path.name for file in ground.sealed()]
     assert ground.run().aside == ()
 
@@ -254,7 +251,29 @@ def test_the_store_is_marked_once_nothing_of_it_is_left_to_copy_to_another_disk(
     flip(ground.sealed()[1].path, -40)
     assert elsewhere.run().unmarked == ""
     assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), copied={3: 3})
-    assert not (elsewhere.target / BACKUP_FILE).exists()
+
+
+def test_a_store_that_is_put_back_from_its_copies_keeps_what_is_not_copied_from_its_first_moment_on(
+    ground: Ground, elsewhere: Ground
+) -> None:
+    mark = elsewhere.target / BACKUP_FILE
+    flip(ground.sealed()[1].path, -40)
+    elsewhere.run()
+    assert not mark.exists(), "copies that lack a shard are no backup"
+    flip(ground.sealed()[1].path, -40)
+    elsewhere.run()
+
+    store = ground.store.directory
+    shutil.rmtree(store)
+    elsewhere.target.rename(elsewhere.target.with_name("moved"))
+    shutil.copytree(elsewhere.target.with_name("moved"), store)
+    assert last_backup(ground) == LastBackup(at_ns=NOW_NS, to=str(elsewhere.target), copied={})
+    assert copied_shard(store, 3) == 0, "who moves the copies back has no others"
+    with pytest.raises(ShardError, match=r"the copies of 2023-.*Z are not there; is its disk mounted\?"):
+        elsewhere.run()
+    elsewhere.target.with_name("moved").rename(elsewhere.target)
+    assert elsewhere.run().copied == 0
+    assert copied_shard(store, 3) == 3
 
 
 @pytest.mark.parametrize("shard", [1, 2, 3])
@@ -326,6 +345,7 @@ def test_a_store_that_may_not_be_written_is_backed_up_and_the_command_says_that_
         "fi.backup.age does not tell it, nor does FI_EVENTS keep what is not copied yet. Let this user write there"
     ]
     assert len(elsewhere.copies()) == 3
+    assert not (elsewhere.target / BACKUP_FILE).exists(), "nor would a store that is put back from them be marked anew"
 
 
 def test_a_shard_that_a_rebuild_gives_up_meanwhile_is_passed_over(ground: Ground) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import msgspec
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from shard_maker import NOW_NS, make_event, new_store
 
-from contracts.errors import ShardCorruptError
+from contracts.errors import ShardCorruptError, StoreFailedError
 from contracts.events import decode_event, encode_event
 from contracts.hashing import audit_hash
 from contracts.receipts import Receipt, first_receipt
@@ -92,6 +95,33 @@ def forge_sealed(path: Path) -> None:
     header = decode_header(data[:HEADER_BYTES], path)
     with path.open("r+b") as file:
         file.write(encode_header(msgspec.structs.replace(header, body_sha256=digest, file_bytes=len(data))))
+
+
+@pytest.mark.parametrize("how", ["removed", "an older copy"])
+def test_nothing_is_committed_to_a_live_shard_that_nobody_finds_any_more(
+    store: Store, files: PartitionFiles, how: str
+) -> None:
+    live = store.directory / live_name(PARTITION, 1)
+    kept = live.read_bytes()
+    away = live.rename(live.with_name("away"))
+    if how == "an older copy":
+        live.write_bytes(kept)
+    why = "another file has its name" if live.exists() else "No such file"
+    with pytest.raises(StoreFailedError, match=rf"{live}: is no longer the file .*{why}.*run `fictl rebuild`"):
+        files.commit(Group(6, 7, [], [], 0, 0, (1, 1, 1), b""))
+    assert away.read_bytes() == kept
+
+
+def test_a_live_shard_of_which_the_disk_tells_nothing_is_not_called_replaced(
+    files: PartitionFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **more: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(StoreFailedError, match="Input/output error") as stopped:
+        files.commit(Group(6, 7, [], [], 0, 0, (1, 1, 1), b""))
+    assert "no longer the file" not in str(stopped.value)
 
 
 def test_an_event_that_was_changed_while_its_shard_was_live_is_not_sealed(store: Store, files: PartitionFiles) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Captured, fictl
+from commandline import Captured, fictl, leave_state
 from rich.console import Console
 
 import cluster.cli
 from cluster.cli.common import exit_code, find_servers, find_settings, make_table
 from cluster.cli.run import parse_partitions
-from cluster.state import State, write_state
 from cluster.workload import consultations
 from contracts.errors import (
     ClusterUnavailableError,
@@ -30,9 +29,7 @@ from contracts.errors import (
     TopologyError,
 )
 from contracts.policy import EVENT_TYPES
-from contracts.settings import Settings
 from stages.runtime.access import Servers
-from stages.runtime.pids import process_started
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +126,7 @@ NO_URLS = (
     [
         ("nonsense",), ("publish",), ("publish", "f", "--rate", "0"), ("publish", "f", "--batch", "0"),
         ("export", ".", "--format", "xml"), ("export", ".", "--format", "hdf5-consultations"),
-        ("export", ".", "--json"), ("export", ".", "--purpose", "x"), ("export", ".", "--who", "x"),
+        ("export", ".", "--purpose", "x"), ("export", ".", "--who", "x"),
         ("export", ".", "--site", "a.b"), ("export", ".", "--type", "NONSENSE"), ("export", ".", "--since", "today"),
         ("export", ".", "--until", "2026-01-01"), ("export", ".", "--consultation", "7"),
         ("export", ".", "--since", "2026-01-02T00:00:00Z", "--until", "2026-01-01T00:00:00Z"),
@@ -250,15 +247,7 @@ def test_a_run_of_another_user_is_not_stopped_and_called_that(
         raise PermissionError(1, "Operation not permitted")
 
     pid = os.getpid()
-    state = State(
-        status="ready",
-        supervisor_pid=pid,
-        supervisor_started=process_started(pid),
-        urls=(),
-        processes=(),
-        settings=Settings(),
-    )
-    write_state(tmp_path, state)
+    leave_state(tmp_path, "ready", pid)
     monkeypatch.setattr(os, "kill", not_ours)
     assert fictl("down", "--dir", tmp_path) == 1
     assert f"process {pid}, which runs {tmp_path}, is another user's" in capsys.readouterr().err
@@ -268,15 +257,7 @@ def test_what_is_stopped_is_stopped_again_and_what_never_ran_is_not(tmp_path: Pa
     gone = subprocess.Popen(["true"])
     gone.wait()
     for status, told in (("stopped", "was stopped"), ("ready", "ended without stopping")):
-        state = State(
-            status=status,  # type: ignore[arg-type]
-            supervisor_pid=gone.pid,
-            supervisor_started=1,
-            urls=(),
-            processes=(),
-            settings=Settings(),
-        )
-        write_state(tmp_path, state)
+        leave_state(tmp_path, status, gone.pid)
         assert fictl("down", "--dir", tmp_path) == 0
         assert told in capsys.readouterr().err
     assert fictl("down", "--dir", tmp_path / "never") == 3
@@ -359,7 +340,7 @@ def test_each_kind_of_error_has_its_exit_code(error: FiError, code: int) -> None
 
 
 def test_an_error_is_one_line_without_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ShardCorruptError("p0-1.h5: wrong checksum; restore it")
 
     monkeypatch.setattr(cluster.cli, "app", fail)

@@ -189,6 +189,18 @@ def test_a_bar_shows_after_its_delay_whether_it_is_told_something_or_not(
     assert ("25%" in screen.getvalue()) == told
 
 
+def test_a_bar_within_another_shows_nothing_and_one_after_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.cli import common
+
+    for _ in range(2):
+        with bar_on(monkeypatch, delay_s=3600.0):
+            (outer,) = waiting_bars()
+            with common.progress_bar("connecting") as tell:
+                tell(0.75, 1.0)
+                assert waiting_bars() == [outer]
+        assert waiting_bars() == []
+
+
 @pytest.mark.parametrize(("delay_s", "terminal"), [(3600.0, True), (0.0, False)])
 def test_no_bar_shows_before_its_delay_or_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, delay_s: float, terminal: bool
@@ -196,7 +208,12 @@ def test_no_bar_shows_before_its_delay_or_without_a_terminal(
     with bar_on(monkeypatch, delay_s, terminal) as (tell, screen):
         tell(0.25, 1.0)
     assert not screen.shows.is_set()
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert waiting_bars() == []
+
+
+def waiting_bars() -> list[threading.Thread]:
+    """What will show a bar when its delay is over."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
 @contextmanager

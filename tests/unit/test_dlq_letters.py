@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ingest_core import a_gateway_event, body_of
 
-from cluster.cli.dlq import parse_when
+from cluster.cli.common import parse_when
 from cluster.cli.letters import advice, append, brief, first_bytes, line, page, whole
 from cluster.dlq import Selection, check_body, obstacle, replay_id
 from contracts.errors import SettingsError

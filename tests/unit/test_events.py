@@ -165,11 +165,8 @@ def test_the_published_schema_names_every_event_type_and_limit() -> None:
     assert payloads == PAYLOAD_SCHEMAS
 
 
-_VALUES = st.one_of(
-    st.sampled_from(["user", "assistant", "", True, None, {}, [], 0, 1, 5, 6, 10, 11, 100, 101, 0.5, 1.5, 100.5, -1]),
-    st.integers(-2, 120),
-    st.floats(-2, 120),
-)
+_MISSING: Any = object()
+_VALUES = ["user", "assistant", "", True, None, {}, [], -1, -0.5, 0, 0.5, 1, 1.5, 5, 6, 10, 10.5, 11, 100, 100.5, 101]
 
 
 def _fits(schema: dict[str, Any], value: Any) -> bool:
@@ -182,18 +179,20 @@ def _fits(schema: dict[str, Any], value: Any) -> bool:
     return "minimum" not in schema or schema["minimum"] <= value <= schema["maximum"]
 
 
-@given(st.sampled_from(sorted(PAYLOAD_RULES)), st.data())
-def test_the_published_schema_says_of_a_payload_what_segment_does(event_type: str, data: st.DataObject) -> None:
+@pytest.mark.parametrize("event_type", sorted(PAYLOAD_RULES))
+def test_the_published_schema_says_of_a_payload_what_segment_does(event_type: str) -> None:
+    """Of one with a single field that may be wrong: what comes before it would hide it."""
     assert set(PAYLOAD_SCHEMAS) == set(PAYLOAD_RULES)
     schema = PAYLOAD_SCHEMAS[event_type]
     assert set(schema) <= {"required", "properties"}
-    payload = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(schema["properties"], _VALUES)))
-    fits = set(schema.get("required", ())) <= set(payload) and all(
-        _fits(schema["properties"][field], value) for field, value in payload.items()
-    )
-    try:
-        PAYLOAD_RULES[event_type](payload)
-    except InvalidEventError:
-        assert not fits, payload
-    else:
-        assert fits, payload
+    fields, required = schema["properties"], schema.get("required", ())
+    right = {name: next(value for value in _VALUES if _fits(field, value)) for name, field in fields.items()}
+    for name, field in fields.items():
+        for value in [_MISSING, *_VALUES]:
+            payload = {key: one for key, one in {**right, name: value}.items() if one is not _MISSING}
+            try:
+                PAYLOAD_RULES[event_type](payload)
+                passed = True
+            except InvalidEventError:
+                passed = False
+            assert passed == (name not in required if value is _MISSING else _fits(field, value)), payload

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -259,6 +261,18 @@ def test_an_export_that_fails_leaves_nothing_under_the_name_but_what_was_there(
         exported(place, file_format)
     assert {path.name for path in place.iterdir()} == {"shards"} | ({output.name} if before else set())
     assert before is None or output.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_store", [True, False])
+def test_what_cannot_be_read_of_the_store_is_not_called_the_outputs_disk(
+    place: Path, monkeypatch: pytest.MonkeyPatch, is_store: bool
+) -> None:
+    named = place / "shards" / "p003-00000004.live.h5" if is_store else place / "tmpspill"
+    select, error = EventStore.select, OSError(errno.EIO, os.strerror(errno.EIO), str(named))
+    monkeypatch.setattr(EventStore, "select", lambda *given: broken(select(*given), error))
+    with pytest.raises((OSError, OutputError)) as raised:
+        exported(place, ExportFormat.NDJSON)
+    assert (raised.value is error) is is_store
 
 
 def test_hdf5_does_not_begin_on_a_disk_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

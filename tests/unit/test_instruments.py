@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 from commandline import Captured, fictl
 from opentelemetry.sdk.metrics.export import MetricsData
@@ -18,11 +19,13 @@ from opentelemetry.sdk.resources import Resource
 
 from contracts import telemetry as catalogue
 from contracts.errors import HoleError, SettingsError, StoreFailedError
+from contracts.receipts import first_receipt
 from contracts.settings import Settings
 from contracts.telemetry import (
     BACKPRESSURE_AGE,
     CATALOGUE,
     DURABLE_BUDGET_MS_P95,
+    DURABLE_LATENCY,
     EVENTS_APPENDED,
     EVENTS_FAILED,
     FRAME_TRACES_MAX,
@@ -42,7 +45,7 @@ from stages.runtime.logs import current_trace
 from stages.runtime.messages import StoredMessage
 from stages.runtime.meters import Meters
 from stages.runtime.probes import LaneMeter, WriterMeter
-from stages.runtime.telemetry import OFF, otlp_endpoint
+from stages.runtime.telemetry import OFF, FrameTimes, otlp_endpoint
 from stages.runtime.telemetry import Counter as Trips
 from stages.runtime.tracing import WAITING_MAX, Tracer
 
@@ -353,6 +356,20 @@ async def test_a_span_that_is_given_up_says_so_and_no_task_is_left_under_it() ->
     assert span.status.status_code.name == "ERROR"
     assert span.attributes is not None
     assert span.attributes["error.type"] == "HoleError"
+    meters.close()
+
+
+def test_a_commit_counts_every_event_of_its_frames_by_the_times_of_the_frame() -> None:
+    meters = Meters(Resource({}))
+    lane = meters.lane("persist", 0)
+    made_ns = time.time_ns()
+    receipt = msgspec.structs.replace(first_receipt(0, "c", "s", "w"), origin=9, committed_ns=made_ns + 2_000_000_000)
+    lane.begin([])
+    lane.committed(receipt, [FrameTimes(made_ns, made_ns - 60_000_000_000, 3), FrameTimes(made_ns, made_ns, 2)], 4, 1)
+    latency, durable = meters.histogram(STAGE_LATENCY["persist"], {}), meters.histogram(DURABLE_LATENCY, {})
+    assert (sum(latency.counts), latency.min, latency.max) == (5, 2.0, 2.0)
+    assert sum(durable.counts) == 5
+    assert durable.sum >= 3 * 60.0
     meters.close()
 
 

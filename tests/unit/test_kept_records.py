@@ -88,14 +88,35 @@ def test_a_record_that_is_not_signed_by_the_key_is_named(honest: Witnessed) -> N
     rewrite(second, msgspec.structs.replace(honest.seals[1], events=1))
     assert "its signature is not over what it states" in told(store, [])
     rewrite(second, msgspec.structs.replace(honest.seals[1], signature=msgspec.UNSET))
-    assert f"{second.name}.seal.json is not signed, though one before it is" in told(store)
+    assert f"{second.name}.seal.json: is not signed" in told(store)
     rewrite(first, msgspec.structs.replace(honest.seals[0], signature=msgspec.UNSET))
-    assert "none is signed, so the key given says nothing" in told(store)
+    assert "no record is signed by a key given, nor by any other" in told(store)
     # A key that came later vouches, by its roots, for what was sealed before.
     rewrite(second, honest.seals[1])
     assert told(store) == told(store, []) == ""
     record_path(second).write_bytes(b"{")
     assert f"{second.name}.seal.json cannot be read (not a seal record: " in told(store, [])
+
+
+def test_after_the_key_was_changed_the_new_one_alone_vouches_for_all_before(honest: Witnessed) -> None:
+    store, later = honest.store.directory, Signer(Ed25519PrivateKey.generate())
+    first, second = sealed_in(store)
+    rewrite(second, later.sign(honest.seals[1]))
+    for trusted in ([later.public_key], [SIGNER.public_key, later.public_key]):
+        assert told(store, trusted) == ""
+    # Who has the old key alone, as one that was stolen, adds nothing after the new one, and is no longer believed.
+    assert f"{second.name}.seal.json: it is signed with key {later.public_key}, which is not the one" in told(store)
+    rewrite(first, later.sign(honest.seals[0]))
+    rewrite(second, honest.seals[1])
+    assert f"it is signed with key {SIGNER.public_key}, which is not" in told(store, [later.public_key])
+    rewrite(first, honest.seals[0])
+    assert told(store, [later.public_key]) == (
+        f"all shards: seal record: no record is signed by a key given, but by {SIGNER.public_key}"
+    )
+    # What it signed must be what it signed all the same.
+    rewrite(second, later.sign(honest.seals[1]))
+    rewrite(first, msgspec.structs.replace(honest.seals[0], sealed_ns=7))
+    assert f"{first.name}.seal.json: its signature is not over what it states" in told(store, [later.public_key])
 
 
 def test_a_shard_that_is_just_being_sealed_needs_no_record_yet(honest: Witnessed) -> None:

@@ -21,7 +21,7 @@ class ALane:
         self.rest_s = rest_s
         self.open = opened
         self.handing_over: bool | None = None
-        self.nudged = 0
+        self.nudged = self.stops = 0
         self._stopped = asyncio.Event()
         self._failed = asyncio.get_running_loop().create_future()
 
@@ -37,6 +37,7 @@ class ALane:
 
     def stop(self, *, handing_over: bool = False) -> None:
         self.handing_over = handing_over
+        self.stops += 1
         self._stopped.set()
 
     def nudge(self) -> None:
@@ -80,6 +81,7 @@ def test_a_partition_has_one_lane_at_a_time_and_the_next_once_that_has_ended() -
     async def job(lanes: Lanes) -> None:
         for _ in range(2):
             lanes.set.start(3)
+            assert lanes.changes == 1
         lanes.set.let_go(3)
         lanes.set.start(3)
         assert (len(lanes.made), lanes.set.held, lanes.made[0].handing_over) == (1, (3,), True)
@@ -88,6 +90,9 @@ def test_a_partition_has_one_lane_at_a_time_and_the_next_once_that_has_ended() -
         assert (lanes.set.held, lanes.changes) == ((), before + 1)
         lanes.set.start(3)
         assert (len(lanes.made), lanes.set.held) == (2, (3,))
+        lanes.set.let_go(3)
+        await asyncio.sleep(0.2)
+        assert lanes.set.held == ()
 
     in_virtual_time(job)
 
@@ -117,7 +122,7 @@ def test_a_lane_that_does_not_let_go_is_cut_off_and_that_is_no_failure() -> None
         for _ in range(2):
             lanes.set.let_go(0)
         await asyncio.sleep(LET_GO.s - 0.01)
-        assert lanes.set.held == (0,)
+        assert (lanes.set.held, lanes.made[0].stops) == ((0,), 1)
         before = lanes.changes
         await asyncio.sleep(0.02)
         assert (lanes.set.held, lanes.changes) == ((), before + 1)

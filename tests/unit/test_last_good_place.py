@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from shard_maker import NOW_NS, make_event, new_store
-from witnessed import PLAN, Witnessed, events_of
+from witnessed import PLAN, Witnessed, events_of, take_over
 
 from cluster.testing.disk import flip
 from contracts.events import encode_event
@@ -27,7 +27,7 @@ from stages.persist.header import HEADER_BYTES, read_live_header
 from stages.persist.live import open_live
 from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
-from stages.persist.rewind import Place, begin_at, last_good_place, place_after_seals
+from stages.persist.rewind import Place, last_good_place, place_after_seals
 from stages.persist.rows import ROW_BYTES
 from stages.persist.seal import SealedInfo
 from stages.persist.store import EventStore
@@ -187,7 +187,7 @@ def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: 
     heir = Witnessed(tmp_path / "heir")
     settings = Settings(shard_bytes=MIB)
     receipt = rewound(maker, place, heir.store, first=place.shard)
-    begin_at(heir.store, PARTITION, place, settings, lambda: NOW_NS)
+    take_over(heir.store, PARTITION, place, settings)
     before = {2: (maker.seals[1].tree_size, maker.seals[1].root)}
     for _ in range(2):
         files = PartitionFiles.open(heir.store, PARTITION, receipt, settings, lambda: NOW_NS)
@@ -209,7 +209,7 @@ def test_the_shard_that_another_store_begins_with_says_so_when_it_is_sealed_too(
     place = place_after_seals(maker.receipts[-1], maker.seals)
     heir = new_store(tmp_path / "heir")
     receipt = rewound(maker, place, heir, first=place.shard)
-    begin_at(heir, PARTITION, place, SETTINGS, lambda: NOW_NS)
+    take_over(heir, PARTITION, place, SETTINGS)
     for _ in range(2):
         with closing(PartitionFiles.open(heir, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as files:
             if not files.sealed:
@@ -241,7 +241,7 @@ def test_a_store_that_has_the_partition_again_still_knows_the_ids_of_its_former_
     receipt = rewound(maker, place, maker.store, first=place.shard)
     settings = Settings(shard_bytes=MIB)
     take_back(maker.store, StoreEnd(shard=place.shard, commits=0))
-    begin_at(maker.store, PARTITION, place, settings, lambda: NOW_NS)
+    take_over(maker.store, PARTITION, place, settings)
     with EventStore(maker.store.directory) as store:
         former = [stored.event.event_id for stored in store.iterate()]
     assert len(former) == EVENTS[0] + EVENTS[1]

@@ -11,6 +11,7 @@ from cluster.backlog import told_before
 from contracts.errors import WireFormatError
 from contracts.receipts import SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.subjects import RECEIPTS, seal_subject
+from stages.persist.records import speaks_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_seal
 from stages.runtime.messages import StoredMessage
@@ -89,6 +90,17 @@ async def test_the_last_record_is_found_that_is_of_what_the_receipt_speaks_of(
     records: dict[int, SealRecord], shard: int, first: int, expected: tuple[int | None, int]
 ) -> None:
     assert await found(records, shard, first) == expected
+
+
+def test_a_record_is_of_the_shard_that_is_here_and_of_the_owner_who_made_it() -> None:
+    trees = {2: (2, "0" * 64), 3: (3, "0" * 64), 4: (4, "1" * 64), 5: (7, "0" * 64)}
+
+    def ours(shard: int, store: str) -> bool:
+        return speaks_of(record(shard, store), OURS, 3, trees)
+
+    assert [ours(shard, OURS) for shard in range(1, 7)] == [False, True, True, False, False, False]
+    assert ours(2, THEIRS), "the store's part begins after it"
+    assert not ours(3, THEIRS), "who was fenced off while it sealed the same events, has the shard in another store"
 
 
 async def test_a_record_that_cannot_be_read_is_named_and_not_passed_over() -> None:

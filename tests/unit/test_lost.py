@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from shard_maker import NOW_NS, PartitionMaker, new_store
+from shard_maker import PartitionMaker, new_store
+from witnessed import take_over
 
 from cluster.testing.disk import flip
 from contracts.errors import ShardError
@@ -25,7 +26,7 @@ from stages.persist.lost import last_place
 from stages.persist.names import ShardFile, list_shards
 from stages.persist.records import keep_record, record_of
 from stages.persist.resume import BEGINNING, resume_after
-from stages.persist.rewind import Place, begin_at, last_good_place
+from stages.persist.rewind import Place, last_good_place
 from stages.persist.seal import SealedInfo, sealed_info
 from stages.persist.sealed import SealedReader
 
@@ -138,7 +139,7 @@ def test_a_part_that_was_taken_over_from_another_store_is_refused(tmp_path: Path
     there = new_store(tmp_path / "there")
     tree = MerkleFrontier()
     tree.extend([b"theirs"])
-    begin_at(there, 3, Place(9, 2, 0, tree, 0, 0, b""), Settings(), lambda: NOW_NS)
+    take_over(there, 3, Place(9, 2, 0, tree, 0, 0, b""), Settings())
     with pytest.raises(ShardError, match="goes on from the shards of another store"):
         last_place(list_shards(there.directory)[3])
 

@@ -84,7 +84,7 @@ def test_a_pinned_member_holds_what_it_was_told_and_the_others_share_the_rest() 
 
 
 def test_a_pin_beyond_the_last_partition_is_nothing() -> None:
-    assert shares(members(member("a", pinned=(1, 9))), 2, {}) == {1: "a"}
+    assert shares(members(member("a", pinned=(1, 2, 9))), 2, {}) == {1: "a"}
 
 
 @given(

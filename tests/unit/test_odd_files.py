@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 from commandline import Captured, fictl
-from shard_maker import filled_store
+from shard_maker import NOW_NS, filled_store
 
 from cluster.cli.common import FAILED, USAGE
+from contracts.backups import BACKUP_FILE
+from stages.persist.backup import back_up, copied_shard
 from stages.persist.files import SMALL_BYTES_MAX, read_small
+from stages.persist.header import read_sealed_header
+from stages.persist.live import open_live
 from stages.persist.records import record_path
+from stages.persist.store import EventStore
+from stages.persist.storedir import STORE_FILE, read_store
 
 PREPARED = "p003-00000009.next.h5"
 
@@ -78,6 +84,35 @@ def test_verify_reads_on_and_names_it_in_one_line(
         assert expected in out
         assert "4 shards, 91 events" in out
         assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("shard", ["sealed", "live"])
+def test_nobody_waits_for_a_pipe_under_a_shards_name(store: Path, tmp_path: Path, capsys: Captured, shard: str) -> None:
+    path = first_sealed(store) if shard == "sealed" else next(store.glob("*.live.h5"))
+    path.unlink()
+    os.mkfifo(path)
+    assert fictl("verify", store) == 4
+    assert f"{path.name}: file: [Errno 22] is not a file" in capsys.readouterr().out
+    with EventStore(store) as events, pytest.raises(OSError, match="is not a file"):
+        events.event(bytes(16))
+    with pytest.raises(OSError, match="is not a file"):
+        (read_sealed_header if shard == "sealed" else open_live)(path)
+    done = back_up(store, tmp_path / "copy", now_ns=NOW_NS)
+    assert [problem.shard for problem in done.problems] == ([path.name] if shard == "sealed" else [])
+    assert done.copied == (2 if shard == "sealed" else 3)
+
+
+@pytest.mark.parametrize("name", [STORE_FILE, BACKUP_FILE])
+def test_nobody_waits_for_a_pipe_under_the_name_of_a_stores_own_file(made: Path, tmp_path: Path, name: str) -> None:
+    # Its path is logged, and test processes tell each other what was, as text.
+    store = Path(shutil.copytree(made, tmp_path / "store"))
+    (store / name).unlink(missing_ok=True)
+    os.mkfifo(store / name)
+    if name == STORE_FILE:
+        with pytest.raises(OSError, match="is not a file"):
+            read_store(store)
+    else:
+        assert copied_shard(store, 3) == 0
 
 
 def test_a_store_whose_path_is_no_text_is_verified(store: Path, capsys: Captured) -> None:

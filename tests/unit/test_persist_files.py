@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -7,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from shard_maker import CLUSTER, NOW_NS, new_store
+from shard_maker import CLUSTER, NOW_NS, PartitionMaker, new_store
 
 from contracts.errors import NotOursError, ShardCorruptError, ShardError, StoreFailedError
 from stages.persist import files, storedir
+from stages.persist.files import sync_dir, write_new_file
 from stages.persist.hdf5 import _Disk
+from stages.persist.live import LiveReader
 from stages.persist.names import (
     list_leftovers,
     list_shards,
@@ -21,6 +24,7 @@ from stages.persist.names import (
     partition_state,
     sealed_name,
 )
+from stages.persist.sealed import SealedReader
 from stages.persist.storedir import (
     STORE_FILE,
     Store,
@@ -58,6 +62,46 @@ def test_a_short_read_is_continued_and_a_file_that_ends_too_soon_is_named(
             files.read_all_at(fd, 9, 2, path)
     finally:
         os.close(fd)
+
+
+def test_a_close_that_the_system_says_failed_is_one_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = PartitionMaker(new_store(tmp_path), 3)
+    maker.begin()
+    maker.commit(3)
+    close, closed = os.close, []
+
+    def refuse(fd: int) -> None:
+        close(fd)
+        closed.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    live, lock = LiveReader(next(tmp_path.glob("*.live.h5"))), lock_partition(maker.store, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refuse)
+        for _ in range(2):
+            live.close()
+            lock.close()
+    assert len(closed) == 2
+    sealed = SealedReader(maker.seal().path)
+    sealed.read("origin")
+    (link,) = [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(sealed.path)]
+    os.close(int(link.name))
+    sealed.close()
+
+
+@pytest.mark.parametrize("write", [lambda path: write_new_file(path, b"x"), lambda path: sync_dir(path.parent)])
+def test_what_the_disk_does_not_take_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left") as refused:
+        write(tmp_path / "file")
+    assert refused.value.filename in (str(tmp_path / "file"), str(tmp_path))
 
 
 def test_a_read_that_ends_at_a_bad_sector_is_an_error_that_names_the_file(

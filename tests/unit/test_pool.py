@@ -5,9 +5,9 @@ from __future__ import annotations
 from urllib.parse import urlparse
 
 import pytest
-from nats.aio.client import Srv
+from nats.aio.client import Client, Srv
 
-from stages.runtime.pool import decode_user, discover
+from stages.runtime.pool import PooledClient, decode_user, discover
 
 
 def given(url: str) -> Srv:
@@ -48,3 +48,60 @@ def test_what_is_no_address_is_passed_over(address: str) -> None:
 def test_a_password_may_be_encoded() -> None:
     uri = given("nats://us%20er:p%40s%2Fs%3A%23@n1:4222").uri
     assert (uri.username, uri.password, uri.hostname, uri.port) == ("us er", "p@s/s:#", "n1", 4222)
+    client = PooledClient()
+    client.options["dont_randomize"] = True
+    client._setup_server_pool(["nats://n1:4222", "nats://u:p%2F@n2:4222"])
+    assert urls(client._server_pool) == ["nats://n1:4222", "nats://u:p/@n2:4222"]
+
+
+async def test_what_a_server_tells_when_it_likes_is_taken() -> None:
+    client = PooledClient()
+    client._server_pool = [given("nats://u:p@n1:4222")]
+    client._current_server = client._server_pool[0]
+    await client._process_info({"connect_urls": ["n1:4222", "n2:4222"], "max_payload": 4096})
+    assert urls(client._server_pool) == ["nats://u:p@n1:4222", "nats://u:p@n2:4222"]
+    assert client.max_payload == 4096
+    await client._process_info({"ldm": True})
+    assert urls(client._server_pool) == ["nats://u:p@n1:4222", "nats://u:p@n2:4222"]
+    assert client.max_payload == 4096
+
+
+class Dialled(PooledClient):
+    """Its servers' name has three addresses, and `answering` says which of them answer. `tried`: where it connected."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answering: str) -> None:
+        super().__init__()
+        self.tried: list[str] = []
+
+        async def addresses(host: str) -> list[str]:
+            return ["10.0.0.1", "::1", "10.0.0.3"]
+
+        async def connect(_: Client, server: Srv) -> None:
+            self.tried.append(server.uri.netloc)
+            if answering not in server.uri.netloc:
+                raise TimeoutError if "::1" in server.uri.netloc else OSError("refused")
+
+        monkeypatch.setattr(self._names, "addresses", addresses)
+        monkeypatch.setattr(Client, "_connect_to_server", connect)
+
+
+async def test_each_address_of_a_name_is_tried_until_one_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = given("tls://u:p@n1:4222")
+    client = Dialled(monkeypatch, "::1")
+    await client._connect_to_server(server)
+    assert client.tried == ["10.0.0.1:4222", "[::1]:4222"]
+    assert server.last_attempt is not None, "or it would be tried again without a pause"
+    client = Dialled(monkeypatch, "10.0.0.3")
+    await client._connect_to_server(server)
+    assert client.tried == ["10.0.0.1:4222", "[::1]:4222", "10.0.0.3:4222"]
+    client = Dialled(monkeypatch, "none")
+    with pytest.raises(OSError, match="refused"):
+        await client._connect_to_server(server)
+    assert len(client.tried) == 3
+
+
+@pytest.mark.parametrize("url", ["ws://n1:80", "wss://u:p@n1:443"])
+async def test_who_needs_the_name_itself_is_given_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Dialled(monkeypatch, "n1")
+    await client._connect_to_server(given(url))
+    assert client.tried == [urlparse(url).netloc]

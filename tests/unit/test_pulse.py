@@ -88,6 +88,17 @@ async def test_what_an_answered_ping_stands_behind_has_been_read(link: Link) -> 
     assert link.pulse.reached == 3 * MB
 
 
+async def test_of_a_server_that_only_takes_what_leaves_is_known_what_it_read(link: Link) -> None:
+    """Or what is still on its way to it would count as unanswered."""
+    link.beat()
+    link.given = 9 * MB
+    link.answer()
+    link.beat(heard=True)
+    link.left = MB
+    link.beat()
+    assert link.pulse.reached == 0
+
+
 async def test_where_no_answer_is_owed_what_has_left_was_read(link: Link) -> None:
     link.beat()
     link.answer()

@@ -1,21 +1,24 @@
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shard_maker import NOW_NS, PartitionMaker, new_store
 
 from contracts.errors import ShardCorruptError
 from contracts.events import Event, encode_event
-from stages.persist.header import read_sealed_header
+from stages.persist.header import Area, read_sealed_header
 from stages.persist.idfilter import build_filter, hash_ids, masks_of, word_indices
 from stages.persist.ids import PAGE_IDS, IdGroup, SeenIds
-from stages.persist.live import create_live, open_live
+from stages.persist.live import open_live
 from stages.persist.names import live_name
+from stages.persist.newlive import create_live
 from stages.persist.seal import seal
 
 STORE_ID = "00112233445566778899aabbccddeeff"
@@ -30,22 +33,23 @@ IDS = st.one_of(
 
 @settings(max_examples=25)
 @given(
-    shards=st.lists(st.tuples(st.lists(IDS, max_size=12), st.integers(0, 2)), max_size=6),
+    shards=st.lists(st.tuples(st.lists(IDS, max_size=12), st.integers(0, 2), st.booleans()), max_size=6),
     live=st.lists(IDS, max_size=8),
     asked=st.lists(IDS, max_size=30),
 )
+@example(shards=[([bytes(15) + b"1"], 0, False), ([bytes(15) + b"2"], 0, True)], live=[], asked=[])
 def test_answers_are_those_of_a_set(
     tmp_path_factory: pytest.TempPathFactory,
-    shards: list[tuple[list[bytes], int]],
+    shards: list[tuple[list[bytes], int, bool]],
     live: list[bytes],
     asked: list[bytes],
 ) -> None:
-    """After each shard some summaries are made, as they may be late; groups are of two shards."""
-    store = new_store(tmp_path_factory.mktemp("store"))
-    maker = PartitionMaker(store, 0)
+    """After each shard some summaries are made, as they may be late; groups are of two shards of one store."""
+    makers = [PartitionMaker(new_store(tmp_path_factory.mktemp("store")), 0) for _ in range(2)]
     seen = SeenIds(group_shards=2)
     known: set[bytes] = set()
-    for ids, summaries in shards:
+    for ids, summaries, others in shards:
+        maker = makers[others]
         shard = maker.begin(capacity_bytes=1 << 14, rows=4)
         records = [encode_event(event_with(event_id, row)) for row, event_id in enumerate(ids)]
         shard.append(
@@ -62,10 +66,11 @@ def test_answers_are_those_of_a_set(
                 summary.take()
     seen.add(99, live)
     known.update(live)
-    wanted = asked + [event_id for ids, _ in shards for event_id in ids] + live
+    wanted = asked + [event_id for ids, *_ in shards for event_id in ids] + live
     assert seen.seen(wanted) == [event_id in known for event_id in wanted]
+    assert seen.seen([]) == []
     seen.forget_live(99)
-    sealed_only = {event_id for ids, _ in shards for event_id in ids}
+    sealed_only = {event_id for ids, *_ in shards for event_id in ids}
     assert seen.seen(wanted) == [event_id in sealed_only for event_id in wanted]
 
 
@@ -153,7 +158,7 @@ def test_a_shard_that_is_no_longer_whole_is_named_when_its_group_is_summarized(
     harm(path)
     summary = seen.unsummarized()
     assert summary is not None
-    with pytest.raises(ShardCorruptError, match=path.name):
+    with pytest.raises((ShardCorruptError, OSError), match=path.name):
         summary.make()
 
 
@@ -222,8 +227,9 @@ def test_sealed_ids_hold_at_most_two_bytes_an_event_in_memory(tmp_path: Path) ->
     try:
         seen = SeenIds()
         before = tracemalloc.get_traced_memory()[0]
-        for _ in range(4):
-            seen.add_sealed(info.path)
+        for shard in range(4):
+            seen.add(shard, ids)
+            seen.replace_live(shard, info.path)
         used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -242,12 +248,39 @@ def test_a_cut_short_sealed_shard_is_refused(tmp_path: Path) -> None:
         SeenIds().add_sealed(path)
 
 
+@pytest.mark.parametrize("area", ["filter", "ids"])
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda area: Area(area.offset, 0), "contradicts itself"),
+        (lambda area: Area(area.offset, area.bytes - 1), "contradicts itself"),
+        (lambda area: Area(1 << 20, area.bytes), "does not place by_event_id/"),
+        (lambda _: None, "does not place by_event_id/"),
+    ],
+    ids=["empty", "a byte less", "behind the file", "none"],
+)
+def test_a_header_that_places_ids_where_they_cannot_be_is_refused(
+    tmp_path: Path, area: str, harm: Callable[[Area], Area | None], words: str
+) -> None:
+    """Or ids that are stored would be taken for new ones."""
+    maker = PartitionMaker(new_store(tmp_path), 0)
+    maker.begin()
+    maker.commit(3)
+    path = maker.seal().path
+    header = read_sealed_header(path)
+    name = f"by_event_id/{area}"
+    areas = {**header.areas, name: harm(header.areas[name])}
+    header = msgspec.structs.replace(header, areas={key: place for key, place in areas.items() if place is not None})
+    with pytest.raises(ShardCorruptError, match=words):
+        IdGroup(header.store).add(path, header)
+
+
 def test_descriptors_do_not_grow_with_the_sealed_shards(tmp_path: Path) -> None:
     maker = PartitionMaker(new_store(tmp_path), 0)
     seen = SeenIds()
     ids: list[bytes] = []
     open_before = len(os.listdir("/proc/self/fd"))
-    for _ in range(40):
+    for _ in range(10):
         maker.begin()
         ids.append(maker.commit(1)[0].event_id)
         seen.add_sealed(maker.seal().path)
@@ -275,7 +308,7 @@ def test_ids_of_many_pages_are_found_one_by_one_and_their_neighbours_are_not(tmp
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"), [(Path.unlink, "was removed"), (lambda path: os.truncate(path, 0), "cut short")]
+    ("harm", "words"), [(Path.unlink, "was removed"), (lambda path: os.truncate(path, 0), "or written to while in use")]
 )
 def test_ids_that_are_not_there_any_more_are_an_error_and_not_the_end_of_the_process(
     tmp_path: Path, harm: Callable[[Path], None], words: str
@@ -289,5 +322,40 @@ def test_ids_that_are_not_there_any_more_are_an_error_and_not_the_end_of_the_pro
     seen.add_sealed(path)
     assert seen.seen([event.event_id]) == [True]
     harm(path)
-    with pytest.raises(ShardCorruptError, match=words):
+    with pytest.raises((ShardCorruptError, OSError), match=words):
         seen.seen([event.event_id])
+
+
+@pytest.mark.parametrize("how", ["swapped", "written anew", "an equal copy"])
+@pytest.mark.parametrize("asked", [1, 60])
+def test_ids_are_not_looked_for_in_another_file_than_the_one_that_was_added(
+    tmp_path: Path, how: str, asked: int
+) -> None:
+    """Where another's lie otherwise, ids that are stored would be taken for new, and their events stored again."""
+    maker, seen = PartitionMaker(new_store(tmp_path), 0), SeenIds()
+    paths = []
+    for count in (60, 80):
+        maker.begin()
+        maker.commit(count)
+        paths.append(maker.seal().path)
+        seen.add_sealed(paths[-1])
+    ids = [event.event_id for event in maker.events[:60]]
+    for _ in range(2):
+        assert all(seen.seen(ids[:asked]))
+    first, second = paths
+    if how == "swapped":
+        aside = first.rename(tmp_path / "aside")
+        second.rename(first)
+        aside.rename(second)
+    elif how == "written anew":
+        first.write_bytes(second.read_bytes())
+    else:
+        shutil.copyfile(first, tmp_path / "copy")
+        (tmp_path / "copy").rename(first)
+    with pytest.raises(OSError, match="was replaced or written to while in use") as refused:
+        seen.seen(ids[:asked])
+    assert refused.value.filename == str(first)
+    again = SeenIds()
+    for path in paths:
+        again.add_sealed(path)
+    assert all(again.seen(ids[:asked])) or how == "written anew"

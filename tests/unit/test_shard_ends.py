@@ -14,6 +14,9 @@ from contracts.events import encode_event
 from contracts.receipts import first_receipt
 from contracts.settings import MIB, Settings
 from stages.persist.core import Group
+from stages.persist.header import read_live_header
+from stages.persist.names import live_name
+from stages.persist.newlive import create_shard
 from stages.persist.partition import PartitionFiles
 from stages.persist.storedir import Store
 
@@ -90,6 +93,26 @@ def test_a_shard_ends_when_the_stream_keeps_its_share_of_what_came_with_it_repea
         owner.files.roll()
     owner.commit()
     assert owner.files.fits(owner.group(1, SHARE_BYTES // 2)), "the repeats were of the shard before"
+
+
+def test_the_next_shard_is_prepared_where_the_stream_ends_this_one_before_it_is_full(owner: Owner) -> None:
+    """Or it is made when the commit waits for it: its room is written all through."""
+    assert not owner.files.wants_next()
+    owner.commit(1, SHARE_BYTES // 4)
+    assert not owner.files.wants_next()
+    owner.commit(1, SHARE_BYTES // 4)
+    assert owner.files.wants_next()
+    owner.files.prepare_next()
+    assert not owner.files.wants_next()
+
+
+@pytest.mark.parametrize(("partitions", "mib"), [(8, 64), (64, 4096 / 192), (1024, 16)])
+def test_a_live_shard_takes_no_more_of_the_disk_than_it_can_come_to_hold(
+    tmp_path: Path, partitions: int, mib: float
+) -> None:
+    path = tmp_path / live_name(PARTITION, 1)
+    create_shard(path, new_store(tmp_path), PARTITION, 1, Settings(partitions=partitions), NOW_NS)
+    assert read_live_header(path).frames.bytes == int(mib * MIB)
 
 
 @pytest.mark.parametrize("reopened", [False, True])

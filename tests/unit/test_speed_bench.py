@@ -49,7 +49,8 @@ def latency_row(rate: int, p95: float, p99: float = 10.0) -> dict[str, Any]:
 
 
 def throughput_row(batch: int, rate: int, ceiling: int) -> dict[str, Any]:
-    return {"batch": batch, "events_per_s": rate, "ceiling_events_per_s": ceiling, "costs": shared(0.1)}
+    row = {"batch": batch, "events_per_s": rate, "ceiling_events_per_s": ceiling, "costs": shared(0.1)}
+    return row if batch > 1 else {**row, "library_events_per_s": {"publish": 10_000, "publish_async": 8000}}
 
 
 def visited(design: str, rate: float, latency: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -103,6 +104,8 @@ def test_the_headline_takes_medians_and_the_fastest_of_several_rivals() -> None:
     found = headline(LATENCY, THROUGHPUT, DRAIN, BASELINES)
     assert found == {
         "single_vs_ceiling": 0.8,
+        "single_vs_nats_py_publish": 0.8,
+        "single_vs_nats_py_publish_async": 1.0,
         "batched_vs_ceiling": 0.25,
         "batched_events_per_s": 40_000,
         "drain_events_per_s": 80_000.0,
@@ -128,6 +131,7 @@ def test_a_headline_of_nothing_is_null_all_over() -> None:
 def test_ratios_keep_one_value_for_each_repetition() -> None:
     found = ratios(THROUGHPUT, BASELINES)
     assert found["single_vs_ceiling"] == [0.6, 0.8, 0.9]
+    assert found["single_vs_nats_py_publish_async"] == [0.75, 1.0, 1.125]
     assert found["vs_tuned"] == [2.0, 4.0]
     assert found["vs_redis"] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -20,6 +21,7 @@ from contracts.hashing import leaf_hash
 from contracts.receipts import Receipt, Signature, StoreEnd, decode_receipt, encode_receipt
 from contracts.statements import Signer, check_signature, statement_bytes, statement_of
 from stages.persist.keys import create_key, load_key, read_public_key
+from stages.persist.moved import signed
 
 GOLDEN = Path(__file__).parents[1] / "conformance" / "golden"
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -50,6 +52,22 @@ def test_a_new_key_is_its_owners_alone_and_never_replaces_a_file(tmp_path: Path)
         create_key(path)
     assert path.read_bytes() == before
     assert load_key(path).public_key == made.public_key
+
+
+def test_a_key_that_the_disk_does_not_take_leaves_no_file_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key.pem"
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="No space left") as refused:
+            create_key(path)
+    assert refused.value.filename == str(path)
+    assert create_key(path).public_key == load_key(path).public_key
 
 
 def test_a_key_others_can_read_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,6 +119,17 @@ def test_a_signature_travels_with_the_receipt_and_covers_what_an_auditor_relies_
         changed = msgspec.structs.replace(signed, **{name: value})
         with pytest.raises(ProofError, match="not over what it states"):
             check_signature(statement_of(changed), signed.signature)
+
+
+def test_who_goes_on_without_the_key_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    signer = Signer(Ed25519PrivateKey.generate())
+    before = signed(RECEIPT, signer)
+    after = signed(before, None)
+    assert after.signature is msgspec.UNSET
+    (record,) = caplog.records
+    assert f"partition 1: receipts were signed with key {signer.public_key} and no longer are" in record.getMessage()
+    signed(after, None)
+    assert len(caplog.records) == 1
 
 
 def test_a_signature_by_another_key_or_by_none_is_refused(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from shard_maker import PartitionMaker, filled_store
 from verifying import verify_here
 
 from stages.persist import verify as verify_module
-from stages.persist.header import HEADER_BYTES, LiveHeader, SealedHeader, encode_header, read_header
-from stages.persist.live import _structure_crc32
+from stages.persist.header import HEADER_BYTES, LiveHeader, SealedHeader, encode_header, read_header, structure_crc32
 from stages.persist.seal import areas_of
 from stages.persist.sealed import Selection
 from stages.persist.store import EventStore
@@ -63,7 +62,7 @@ def reheaded(path: Path, header: LiveHeader | SealedHeader, **changes: Any) -> N
     else:
         fd = os.open(path, os.O_RDONLY)
         arrays = [header.frames, header.index, header.watermark]
-        changes["structure_crc32"] = _structure_crc32(fd, path, len(data), arrays)
+        changes["structure_crc32"] = structure_crc32(fd, path, len(data), arrays)
         os.close(fd)
     header = msgspec.structs.replace(header, file_bytes=len(data), **changes)
     path.write_bytes(encode_header(header) + data[HEADER_BYTES:])

@@ -99,7 +99,7 @@ def test_files_stay_short_enough_to_read() -> None:
 NOT_WAITS = {
     ("stages/runtime/client.py", "timeout"): "nats-py's own signature",
     ("cluster/capacity.py", "DAY_S"): "a unit",
-    ("cluster/cli/dlq.py", "_UNITS_S"): "units",
+    ("cluster/cli/common.py", "_UNITS_S"): "units",
     ("cluster/capacity.py", "hold_s"): "what the disk of a cluster should hold, no wait",
     ("cluster/cli/capacity.py", "hold_s"): "the same",
     ("cluster/overview.py", "RECENT_S"): "over how long letters are counted",

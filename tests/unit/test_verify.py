@@ -23,8 +23,8 @@ from contracts.hashing import MerkleFrontier, leaf_hash
 from stages.persist import verify as verify_module
 from stages.persist.check import ShardCheck
 from stages.persist.header import HEADER_BYTES, encode_header, read_sealed_header
-from stages.persist.live import create_live
 from stages.persist.names import ShardFile, list_shards, next_name
+from stages.persist.newlive import create_live
 from stages.persist.rows import ROW_BYTES, CommitRow, pack_blob, row_crc32
 from stages.persist.verify import VerifyReport, verify_store
 

@@ -10,9 +10,12 @@ from shard_maker import CLUSTER, NOW_NS, PartitionMaker, make_event, new_store
 from contracts.events import Event, encode_event
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, SealRecord, StoreEnd
+from contracts.settings import Settings
 from contracts.statements import Signer
 from stages.persist.records import keep_record, record_of
 from stages.persist.resume import BEGINNING, resume_after
+from stages.persist.rewind import Place, begin_at, prepare_begin
+from stages.persist.storedir import Store
 
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PLAN = ((1, 7, 0, 20), (3, 1), (2, 5, 1))
@@ -45,7 +48,9 @@ class Witnessed(PartitionMaker):
                 self.origin = origin
                 for event in events:
                     self.tree.append(leaf_hash(encode_event(event)))
-                self.receipts.append(self.receipt(StoreEnd(shard=number, commits=live.commits)))
+                self.receipts.append(
+                    self.receipt(StoreEnd(shard=number, commits=live.commits, rows={number: live.rows.hexdigest()}))
+                )
             done += count
             if number < len(shards):
                 self.witness_seal(number)
@@ -76,3 +81,9 @@ def events_of(maker: PartitionMaker) -> tuple[list[list[Event]], list[int]]:
         origin += count + 1
         origins.append(origin)
     return commits, origins
+
+
+def take_over(store: Store, partition: int, place: Place, settings: Settings) -> None:
+    """Gives the store the shard with which it takes the partition over."""
+    prepare_begin(store, partition, place, settings, lambda: NOW_NS)
+    begin_at(store, partition, place)

@@ -85,7 +85,7 @@ class _EdgeProcess(ManagedProcess):
     def command(self) -> list[str]:
         """See `cluster.testing.chaos.edge`."""
         (descriptor,) = self._inherited_fds
-        return [sys.executable, "-m", edge.__name__, str(descriptor), self.name, *self._urls]
+        return [sys.executable, "-P", "-m", edge.__name__, str(descriptor), self.name, *self._urls]
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()

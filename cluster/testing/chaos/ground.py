@@ -62,7 +62,7 @@ class Ground:
     async def _fictl(self, log: str, *arguments: str) -> AsyncIterator[Process]:
         """The command with these servers and shards, which ends with the context; it writes to a log of that name."""
         urls = [part for url in self.cluster.urls for part in ("--nats", url)]
-        command = [sys.executable, "-m", "cluster", *arguments, *urls, "--shards", str(self.cluster.shards)]
+        command = [sys.executable, "-P", "-m", "cluster", *arguments, *urls, "--shards", str(self.cluster.shards)]
         with (self.cluster.directory / "logs" / f"{log}.log").open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *command,

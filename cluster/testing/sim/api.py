@@ -16,6 +16,8 @@ PREFIX: Final = "$JS.API."
 _BAD_REQUEST: Final = Refusal(400, 10003, "bad request")
 _NO_CONSUMER: Final = Refusal(404, 10014, "consumer not found")
 _NO_SUCH_SEQ: Final = Refusal(400, 10057, "no message found")
+_TYPE: Final = "io.nats.jetstream.api.v1.response"
+"""Stands for the types of all answers, of which only the beginning is looked at."""
 _DIRECT: Final = "DIRECT.GET."
 
 _Answer = dict[str, Any] | Refusal
@@ -68,7 +70,7 @@ class JetStreamApi:
         if isinstance(answer, Refusal):
             self._broker.say(f"{what} of {peer.name} is refused: {answer.description} ({answer.err_code})")
             answer = {"error": answer._asdict()} | ({"purged": 0} if what.startswith("STREAM.PURGE.") else {})
-        peer.deliver(reply, reply, "", msgspec.json.encode(answer), {})
+        peer.deliver(reply, reply, "", msgspec.json.encode({"type": _TYPE} | answer), {})
 
     def _stream_info(self, stream: Stream, _: list[str], body: dict[str, Any]) -> _Answer:
         state = {
@@ -116,6 +118,7 @@ class JetStreamApi:
         if consumer is None:
             consumer = Consumer(broker, stream, name, pattern, body["config"])
             broker.consumers[stream.name, name] = consumer
+            broker.placed(consumer)
             broker.say(f"{stream.name} has consumer {name} from {body['config'].get('opt_start_seq')}")
         return self._described(consumer)
 
@@ -131,7 +134,8 @@ class JetStreamApi:
         return {"success": True}
 
     def _described(self, consumer: Consumer) -> dict[str, Any]:
-        return {
+        place = {"cluster": {"leader": consumer.server}} if consumer.server else {}
+        return place | {
             "stream_name": consumer.stream.name,
             "name": consumer.name,
             "config": consumer.config,

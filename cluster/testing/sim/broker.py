@@ -64,6 +64,8 @@ class Broker:
         self.peers: list[Peer] = []
         self.applied: Callable[[Stream, Message], None] = lambda stream, message: None
         """Called with every message that a stream took."""
+        self.placed: Callable[[Consumer], None] = lambda consumer: None
+        """Called with every consumer that was made: it may put it on a server."""
         self.lost_deliveries = 0.0
         """Of what consumers deliver, how much is lost on its way to the client's server."""
         self.headless_until_s: dict[str, float] = {}

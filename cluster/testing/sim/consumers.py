@@ -63,6 +63,8 @@ class Consumer:
         config: as it was asked for.
         delivered: its own sequence.
         muted: the server it is on is frozen: nothing is sent.
+        server: where it is; empty in a model that knows of one server only.
+        unreadable: sequences of what that server has and cannot read: they are passed over.
     """
 
     def __init__(self, servers: Servers, stream: Stream, name: str, pattern: str, config: dict[str, object]) -> None:
@@ -72,6 +74,8 @@ class Consumer:
         self.config = config
         self.delivered = 0
         self.muted = False
+        self.server = ""
+        self.unreadable: set[int] = set()
         start = config.get("opt_start_seq")
         self._next_seq = start if isinstance(start, int) else 1
         self._last_seq = self._next_seq - 1
@@ -100,7 +104,7 @@ class Consumer:
         """Sends what is there for as long as somebody asked for it."""
         if self._ended or self.muted:
             return
-        while self._pulls and (message := self.stream.next_by_subject(self.pattern, self._next_seq)) is not None:
+        while self._pulls and (message := self._next()) is not None:
             pull = self._pulls[0]
             if not self._stands(pull):
                 self._pulls.popleft()
@@ -108,6 +112,10 @@ class Consumer:
                 self._close(self._pulls.popleft(), "409", "Message Size Exceeds MaxBytes")
             else:
                 self._send(pull, message)
+
+    def _next(self) -> Message | None:
+        messages = self.stream.following(self.pattern, self._next_seq)
+        return next((message for message in messages if message.seq not in self.unreadable), None)
 
     def _send(self, pull: Pull, message: Message) -> None:
         self._next_seq, self._last_seq = message.seq + 1, message.seq

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from cluster.testing.sim.loop import Host, current_host
@@ -120,7 +121,7 @@ class MemoryDisk:
             partition: {number: _copy(shard) for number, shard in copies.items()}
             for partition, copies in self._copies.items()
         }
-        self.copied = None
+        self.copied = {}
 
     def lock(self, store: Store, partition: int) -> _Lock:
         """As `lock_partition`."""
@@ -149,6 +150,12 @@ class MemoryDisk:
         """Raises `StoreFailedError` when the disk is failing."""
         if self.failing:
             raise StoreFailedError(f"{self.store.directory}: No space left on device")
+
+
+def rows_of(groups: Sequence[Group]) -> str:
+    """What stands for the digest of the groups' index rows."""
+    rows = [(group.prev_origin, group.origin, group.duplicates, group.dead_lettered) for group in groups]
+    return sha256(repr(rows).encode()).hexdigest()
 
 
 def _copy(shard: Shard) -> Shard:
@@ -207,6 +214,7 @@ class MemoryFiles:
 
     def _recover(self, receipt: Receipt) -> None:
         end = receipt.end_of(self._disk.store.store_id)
+        self._told_rows = end.rows
         where = f"{self._disk.store.directory}: partition {self._partition}"
         for number in [number for number in self._shards if number > end.shard]:
             shard = self._shards[number]
@@ -232,6 +240,7 @@ class MemoryFiles:
         else:
             self._number = end.shard
             self._frontier_before = self.frontier.copy()
+            self._check_rows(self._number)
             self._replay(shard)
             shard.durable = shard.watermark = shard.durable_watermark = len(shard.groups)
             self._first_ns = self._clock_ns() if shard.groups else None
@@ -240,13 +249,19 @@ class MemoryFiles:
                 f"{where} holds {self.frontier.size} events, its last receipt says {receipt.persisted} of another root"
             )
 
+    def _check_rows(self, number: int) -> None:
+        found = rows_of(self._shards[number].groups)
+        if self._told_rows.get(number, found) != found:
+            raise ShardCorruptError(f"the rows of shard {number} of partition {self._partition} are not as committed")
+
     def _finished(self, number: int) -> None:
         shard = self._shards[number]
         before = self.frontier.copy()
         self._replay(shard)
         self.trees[number] = self.frontier.size, self.frontier.root().hex()
         shard.watermark = len(shard.groups)
-        job = SealJob(self._path(number), number, len(shard.groups), before)
+        self._check_rows(number)
+        job = SealJob(self._path(number), number, len(shard.groups), before, rows_of(shard.groups))
         if shard.sealed:
             self.sealed[number] = job.path
             self._infos[number] = self._info(job, self._clock_ns())
@@ -265,7 +280,8 @@ class MemoryFiles:
     @property
     def end(self) -> StoreEnd:
         """See `PartitionFiles.end`."""
-        return StoreEnd(shard=self._number, commits=len(self._live.groups))
+        rows = {job.shard: job.rows for job in self.to_seal} | {self._number: rows_of(self._live.groups)}
+        return StoreEnd(shard=self._number, commits=len(self._live.groups), rows=rows)
 
     def fits(self, group: Group) -> bool:
         """See `PartitionFiles.fits`."""
@@ -322,7 +338,8 @@ class MemoryFiles:
         """See `PartitionFiles.roll`."""
         self._disk.refuse_if_failing()
         self.accepted()
-        job = SealJob(self._path(self._number), self._number, len(self._live.groups), self._frontier_before)
+        groups = self._live.groups
+        job = SealJob(self._path(self._number), self._number, len(groups), self._frontier_before, rows_of(groups))
         self.trees[self._number] = self.frontier.size, self.frontier.root().hex()
         self._number += 1
         self._shards[self._number] = Shard()

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from cluster.testing.sim.disk import MemoryDisk
-from cluster.testing.sim.world import World
+from cluster.testing.sim.world import DAMAGED, World
 from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, Stage, input_filter, receipt_subject
 
 T = TypeVar("T")
 
+ROLL_BACK_LOOK_S: Final = 0.02
 KINDS_MAX: Final = 4
 """Kinds of faults in one run."""
 
@@ -253,7 +254,9 @@ def _mute_consumers(world: World, fault: Fault) -> None:
 
 
 def _full(world: World, fault: Fault) -> None:
-    stream = world.broker.streams[_choose((EVENTS, *HOPS), fault.pick)]
+    stream = world.broker.streams.get(_choose((EVENTS, *HOPS), fault.pick))
+    if stream is None:
+        return
     stream.bytes_max = stream.bytes + 200
 
     def end() -> None:
@@ -284,7 +287,7 @@ def _gateway_dies(world: World, fault: Fault) -> None:
 def _purge_receipts(world: World, fault: Fault) -> None:
     """Somebody purges the receipts, all of them with the seal records or those of one partition."""
     stream = world.broker.streams.get(RECEIPTS)
-    if stream is not None:
+    if stream is not None and not world.rolled_back:
         partition = int(fault.pick * 1000) % world.settings.partitions
         gone = stream.purge(">" if fault.pick < 0.5 else receipt_subject(partition))
         world.broker.say(f"{RECEIPTS} is purged of {gone} by hand")
@@ -293,7 +296,7 @@ def _purge_receipts(world: World, fault: Fault) -> None:
 
 def _delete_receipts(world: World, fault: Fault) -> None:
     """Somebody deletes `FI_RECEIPTS`, and applies the topology again."""
-    if RECEIPTS in world.broker.streams:
+    if RECEIPTS in world.broker.streams and not world.rolled_back:
         world.broker.delete(RECEIPTS)
         world.broker.later(min(fault.seconds, 3.0), world.make_receipts_again)
         world.people.needed = True
@@ -302,7 +305,7 @@ def _delete_receipts(world: World, fault: Fault) -> None:
 def _lose_store(world: World, fault: Fault) -> None:
     """A disk that is backed up is lost, and its copies are put in its place."""
     disks = [disk for disk in world.disks if disk.backed_up]
-    if disks:
+    if disks and not world.rolled_back:
         disk = _choose(disks, fault.pick)
         for process in world.processes:
             if process.stage == "persist" and process.disk is disk:
@@ -320,6 +323,25 @@ def _lose_store_behind_restart(world: World, fault: Fault) -> None:
             _lose_store(world, fault)
 
     world.broker.later(1.5 + fault.pick, lose)
+
+
+def _roll_back_events(world: World, fault: Fault) -> None:
+    """`FI_EVENTS` is put back to what it is now, as soon as events were committed after that, and nothing waits."""
+    backup = world.broker.streams[EVENTS].backup() if EVENTS in world.broker.streams else None
+
+    def put_back() -> None:
+        if not (world.is_healed or backup is None or world.is_rolled_back or world.roll_back(backup)):
+            world.broker.later(ROLL_BACK_LOOK_S, put_back)
+
+    put_back()
+
+
+def _damage_server(world: World, fault: Fault) -> None:
+    """A server can no longer read some of what it stored of `FI_EVENTS`, which consumers there pass over."""
+    stream = world.broker.streams.get(EVENTS)
+    hit = [seq for seq in ([] if stream is None else stream.seqs) if world.rng.random() < 0.5 * fault.pick]
+    world.unreadable.update(hit)
+    world.broker.say(f"{DAMAGED} cannot read {hit}")
 
 
 FAULTS: dict[str, Callable[[World, Fault], None]] = {
@@ -350,6 +372,8 @@ FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "gateway dies": _gateway_dies,
     "receipts purged": _purge_receipts,
     "receipts deleted": _delete_receipts,
+    "a server's disk is damaged": _damage_server,
+    "FI_EVENTS rolled back": _roll_back_events,
     "store lost": _lose_store,
     "store lost after all servers restarted": _lose_store_behind_restart,
 }

@@ -25,7 +25,10 @@ _BATCH_MAX = 3
 
 @dataclass(slots=True)
 class Sent:
-    """One event: its line, its place in its consultation, and whether it must end as a dead letter."""
+    """One event: its line, its place in its consultation, and whether it must end as a dead letter.
+
+    `begun`: it was sent, whatever came of that.
+    """
 
     event_id: UUID
     consultation: UUID
@@ -34,6 +37,7 @@ class Sent:
     payload: bytes
     dies: bool
     acknowledged: bool = False
+    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -91,10 +95,16 @@ def _kind(rng: random.Random) -> tuple[str, bytes, bool]:
     return "CORE_STATE_CHANGED", b'{"n":%d}' % rng.getrandbits(16), False
 
 
-def attempts(sites: list[Site]) -> list[Attempt]:
-    """For the checker: everything that was sent."""
+def attempts(sites: list[Site], *, letters_count: bool) -> list[Attempt]:
+    """For the checker: everything that was sent. `letters_count`: also what dies must be there, as a letter."""
     return [
-        Attempt(sent.event_id.bytes, sent.consultation.bytes, sent.place, defined_hash(sent.payload), sent.acknowledged)
+        Attempt(
+            sent.event_id.bytes,
+            sent.consultation.bytes,
+            sent.place,
+            defined_hash(sent.payload),
+            sent.acknowledged and (letters_count or not sent.dies),
+        )
         for site in sites
         for messages in site.consultations
         for message in messages
@@ -106,6 +116,8 @@ async def send_all(
     gateway: Callable[[], Gateway], site: Site, rng: random.Random, over_s: float, *, again: bool
 ) -> None:
     """Sends a site's consultations side by side, each in order; returns when everything is acknowledged.
+
+    Called once more, it sends all again from the first on, but for what must not come twice.
 
     Args:
         gateway: the one to send with now: it may have been restarted.
@@ -131,7 +143,10 @@ async def _send(
     gaps_per_s = len(messages) / over_s
     for message in messages:
         await asyncio.sleep(rng.expovariate(gaps_per_s))
-        await _send_one(gateway, site, message, "")
+        if not message[0].begun:
+            await _send_one(gateway, site, message, "")
+        elif lasting := [sent for sent in message if not sent.dies]:
+            await _send_one(gateway, site, lasting, "anew-")
     for message in messages if again else ():
         await asyncio.sleep(rng.expovariate(4 * gaps_per_s))
         if lasting := [sent for sent in message if not sent.dies]:
@@ -141,6 +156,8 @@ async def _send(
 async def _send_one(gateway: Callable[[], Gateway], site: str, message: list[Sent], prefix: str) -> None:
     body = b"\n".join(sent.line for sent in message)
     name = prefix + batch_id([str(sent.event_id) for sent in message])
+    for sent in message:
+        sent.begun = True
     while True:
         try:
             await gateway().publish(body, site, str(message[0].consultation), name)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from cluster.rewind import Rewinder
-from cluster.testing.sim.disk import MemoryDisk, Shard
+from cluster.testing.sim.disk import MemoryDisk, Shard, rows_of
 from cluster.testing.sim.loop import Host
 from cluster.testing.sim.network import Network
 from contracts.errors import FiError
@@ -49,7 +49,8 @@ class MemoryStore:
             shards=self._list,
             last_place=self._last_place,
             last_good_place=self._last_good_place,
-            begin_at=self._begin_at,
+            prepare_begin=self._never,
+            begin_at=self._never,
             given_up=self._given_up,
             prepare_aside=lambda store, files, end: self._disk.refuse_if_failing(),
             set_aside=self._set_aside,
@@ -122,9 +123,7 @@ class MemoryStore:
     def _forget_copies(self, directory: Path, partition: int, shard: int) -> None:
         self._disk.forget_copies(partition, shard)
 
-    def _begin_at(
-        self, store: Store, partition: int, place: Place, settings: Settings, clock_ns: Callable[[], int]
-    ) -> None:
+    def _never(self, *arguments: object) -> None:
         raise AssertionError("no store is ever moved here")
 
 
@@ -136,10 +135,13 @@ class _Walk:
         self._commits = self._origin = self._duplicates = self._dead_lettered = 0
         self._tree = MerkleFrontier()
         self._closed = ClosedConsultations(b"", CLOSED_REMEMBERED_MAX)
+        self._rows: dict[int, str] = {}
 
     def take(self, shard: Shard, commits: int) -> None:
         """The first `commits` of a shard."""
         self._commits = commits
+        if commits and not shard.sealed:
+            self._rows[self.number] = rows_of(shard.groups[:commits])
         for group in shard.groups[:commits]:
             self._tree.extend(group.records)
             for record in group.records:
@@ -162,6 +164,7 @@ class _Walk:
             self._duplicates,
             self._dead_lettered,
             self._closed.packed,
+            dict(self._rows),
         )
 
 
@@ -174,6 +177,8 @@ class People:
         disks: the stores.
         settings: of the run.
         stands: gives the partitions that stand still now, and whether they have receipts.
+        counts_anew: whether ingest says that `FI_EVENTS` counts anew.
+        make_events_again: has it deleted and applied, and what was sent since sent again.
     """
 
     def __init__(
@@ -183,12 +188,16 @@ class People:
         disks: Sequence[MemoryDisk],
         settings: Settings,
         stands: Callable[[], dict[int, bool]],
+        counts_anew: Callable[[], bool],
+        make_events_again: Callable[[], Awaitable[None]],
     ) -> None:
         self._network = network
         self._rng = rng
         self._disks = disks
         self._settings = settings
         self._stands = stands
+        self._counts_anew = counts_anew
+        self._make_events_again = make_events_again
         self._verbs = 0
         self.needed = False
         """Something was done to the streams or stores that does not mend itself."""
@@ -201,6 +210,8 @@ class People:
             await asyncio.sleep(self._rng.uniform(LOOK_S_MIN, LOOK_S_MAX))
             if not self.needed:
                 continue
+            if self._counts_anew():
+                await self._make_events_again()
             for partition, has_receipts in self._stands().items():
                 owners = [disk for disk in self._disks if disk.shards(partition)]
                 for disk in self._disks if has_receipts else owners:

@@ -18,6 +18,7 @@ from contracts.settings import Settings
 from contracts.subjects import FLUSH_SUBJECT, Stage
 from stages.actors import actor
 from stages.persist.actor import PersistLane
+from stages.persist.disk import Turns
 from stages.persist.flush import Flushes
 from stages.persist.lost import keep_places
 from stages.persist.room import EventsRoom
@@ -28,9 +29,34 @@ from stages.runtime.control import Control
 from stages.runtime.facts import ClusterFacts
 from stages.runtime.lanes import RunnableLane
 from stages.runtime.process import Actor, Machine, StageProcess
+from stages.runtime.telemetry import Feed, LaneProbe, Telemetry
+from stages.runtime.watch import Watch
 
 RESTART_S_MIN, RESTART_S_MAX = 0.3, 1.5
 STOP_S_MAX: Final = 60.0
+
+
+class Shown(Telemetry):
+    """What a process shows at `/readyz` of its input."""
+
+    def __init__(self) -> None:
+        self.feeds: dict[int, Feed] = {}
+
+    def lane(self, stage: Stage, partition: int) -> LaneProbe:
+        """See `Telemetry.lane`."""
+        return _ShownLane(self.feeds, partition)
+
+
+class _ShownLane(LaneProbe):
+    def __init__(self, feeds: dict[int, Feed], partition: int) -> None:
+        self._feeds = feeds
+        self._partition = partition
+
+    def opened(self, feed: Feed) -> None:
+        self._feeds[self._partition] = feed
+
+    def closed(self, error: BaseException | None) -> None:
+        self._feeds.pop(self._partition, None)
 
 
 class SimMachine(Machine):
@@ -110,6 +136,7 @@ class SimProcess:
         self._task: asyncio.Task[None] | None = None
         self._dying: list[asyncio.Task[None]] = []
         self._wanted = False
+        self._shown = Shown()
 
     def clock_ns(self) -> int:
         """The process's wall clock."""
@@ -126,6 +153,8 @@ class SimProcess:
         self._wanted = True
         self.host = Host(f"{self.name}.{self.starts}")
         self._machine = SimMachine(self, self.host)
+        watch = Watch(self.stage, self.name, Settings(), {})
+        watch.telemetry = self._shown = Shown()
         process = StageProcess(
             self.stage,
             Servers(()),
@@ -134,11 +163,17 @@ class SimProcess:
             partitions=self._pinned,
             name=self.name,
             on_ready=lambda: self._broker.say(f"{self.name} is ready"),
+            watch=watch,
             machine=self._machine,
         )
         self._broker.say(f"{self.host.name} starts")
         self._task = self._broker.loop.create_task(process.run(), name=self.host.name, context=self.host.context)
         self._task.add_done_callback(self._ended, context=self._broker.context)
+
+    @property
+    def refused(self) -> bool:
+        """A lane of its present incarnation says that its input must not be read."""
+        return not self.host.dead and any(feed.reader.refused for feed in self._shown.feeds.values())
 
     def kill(self) -> None:
         """SIGKILL: from now on nothing it does has an effect. It is started again."""
@@ -204,7 +239,7 @@ class SimPersistActor:
         self._process = process
         self._flushes = Flushes(process.disk.store.cluster_id)
         self._room: EventsRoom
-        self._sealing = asyncio.Lock()
+        self._turns = Turns()
 
     async def arrive(self, api: Api, facts: ClusterFacts, control: Control, nonce: str) -> str:
         """See `Actor.arrive`."""
@@ -227,7 +262,7 @@ class SimPersistActor:
             process.clock_ns,
             flushes=self._flushes,
             room=self._room,
-            sealing=self._sealing,
+            turns=self._turns,
             node=process.node,
             disk=process.disk.as_disk(),
         )

@@ -156,6 +156,17 @@ class Stream(View):
         self._subjects_pending: dict[str, int] = {}
         self._window_ns = int((config.duplicate_window or 120) * NS)
 
+    def backup(self) -> Stream:
+        """The stream as it is now, for whoever puts it back later."""
+        made = Stream(self.config)
+        made.messages, made.seqs, made.last_seq = dict(self.messages), list(self.seqs), self.last_seq
+        made.bytes, made._last, made._ids = self.bytes, dict(self._last), dict(self._ids)
+        return made
+
+    def count_from(self, first_seq: int) -> None:
+        """Its first message gets this sequence."""
+        self.last_seq = first_seq - 1
+
     @property
     def in_memory(self) -> bool:
         """It is empty after all servers restarted."""

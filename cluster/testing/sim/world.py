@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from cluster.gateway import Gateway
 from cluster.testing.sim.broker import Broker
+from cluster.testing.sim.consumers import Consumer
 from cluster.testing.sim.disk import MemoryDisk
 from cluster.testing.sim.load import Site, make_sites, send_all
 from cluster.testing.sim.loop import Host, VirtualLoop
@@ -20,14 +21,23 @@ from cluster.testing.sim.processes import SimProcess
 from cluster.testing.sim.streams import Message, Stream
 from cluster.topology import streams
 from contracts.events import format_rfc3339
+from contracts.frames import decode_frame_head
 from contracts.receipts import Receipt, decode_receipt
 from contracts.settings import MIB, Settings
-from contracts.subjects import DLQ, EVENTS, RECEIPTS, STAGES, raw_filter, receipt_subject, split_raw_subject
+from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS, STAGES, raw_filter, receipt_subject, split_raw_subject
 from contracts.telemetry import DEAD_HANDLED, HEADER_MSG_ID
 from stages.persist.storedir import Store
 from stages.runtime.facts import META_RECEIPTS_LOST
+from stages.runtime.graveyard import place_of
+from stages.runtime.messages import StoredMessage
 
 CLUSTER: Final = "c" * 32
+SERVERS: Final = ("n1", "n2", "n3")
+DAMAGED: Final = SERVERS[0]
+TOLD_S: Final = 15.0
+"""How long a stage may take to say that `FI_EVENTS` counts anew, and people to hear it."""
+REMADE_S: Final = 6.0
+"""From the deletion of `FI_EVENTS` until it is applied: longer than anything stays on its way."""
 
 
 class World:
@@ -40,6 +50,9 @@ class World:
         line = None if trace is None else lambda text: trace.append(f"{loop.time():10.6f} {text}")
         self.broker = Broker(loop, rng, streams(self.settings, CLUSTER), line)
         self.broker.applied = self._note_applied
+        self.broker.placed = self._place
+        self.unreadable: set[int] = set()
+        """Sequences of `FI_EVENTS` that one server has, and cannot read."""
         self.network = Network(self.broker, rng)
         self.accepted: Counter[int] = Counter()
         """Partition → events in accepted messages."""
@@ -53,7 +66,14 @@ class World:
         self.processes = [process for stage in STAGES for process in self._make(stage)]
         self.sites = make_sites(rng, rng.randint(1, 2), rng.randint(2, 6), rng.randint(2, 8))
         in_use = [disk for disk in self.disks if any(p.stage == "persist" and p.disk is disk for p in self.processes)]
-        self.people = People(self.network, rng, in_use, self.settings, self._standing)
+        self.people = People(
+            self.network, rng, in_use, self.settings, self._standing, self._counts_anew, self._make_events_again
+        )
+        self.rolled_back = False
+        """`FI_EVENTS` was, at some time: dedup ids were forgotten, and what it took since may be gone."""
+        self.is_rolled_back = False
+        """It is now."""
+        self.is_healed = False
         self._hosts = [Host(site.name) for site in self.sites]
         self._gateways = [self._make_gateway(number) for number in range(len(self.sites))]
 
@@ -84,6 +104,12 @@ class World:
         # Its requests under way end in their time-outs, and nothing they are answered counts.
         self.broker.loop.create_task(before.client.close(), context=self.broker.context)
 
+    def _place(self, consumer: Consumer) -> None:
+        consumer.server = self.rng.choice(SERVERS)
+        if consumer.server == DAMAGED and consumer.stream.name == EVENTS:
+            # What was read before, or came since, is in the server's memory.
+            consumer.unreadable = set(self.unreadable)
+
     def _note_applied(self, stream: Stream, message: Message) -> None:
         if stream.name == EVENTS:
             self.accepted[split_raw_subject(message.subject)[0]] += message.data.count(b"\n") + 1
@@ -94,18 +120,23 @@ class World:
             writer = nonce.rpartition("-")[0]
             self.traps = [trap for trap in self.traps if not trap(stream.name, writer)]
 
-    async def send(self, over_s: float) -> None:
-        """All gateways send all they have, over about so long."""
+    def send(self, over_s: float) -> None:
+        """All gateways send all they have, over about so long, from the first on. `sending` ends when that is done."""
+        self._over_s = over_s
         repeats = self.rng.random() < 0.5
 
         def sending(number: int, site: Site) -> Any:
             return send_all(lambda: self._gateways[number], site, self.rng, over_s, again=repeats)
 
-        await asyncio.gather(*(sending(number, site) for number, site in enumerate(self.sites)))
+        async def all_sites() -> None:
+            await asyncio.gather(*(sending(number, site) for number, site in enumerate(self.sites)))
+
+        self.sending = asyncio.create_task(all_sites())
 
     def heal(self) -> None:
         """Nothing goes wrong any more."""
         self.broker.say("heal")
+        self.is_healed = True
         self.traps.clear()
         self.make_receipts_again()
         self.people.is_careful = True
@@ -137,6 +168,62 @@ class World:
             lost = {META_RECEIPTS_LOST: format_rfc3339(self.broker.now_ns())}
             self.broker.create(Stream(config.evolve(metadata={**(config.metadata or {}), **lost})))
 
+    def roll_back(self, backup: Stream) -> bool:
+        """Puts `FI_EVENTS` back to `backup`; False when that cannot be now.
+
+        What it has lost then must be committed: no stage could bring back the rest. And somebody must be further than
+        it is: that gives sequences a second time, which is what is looked at here. Where receipts or a store are lost
+        too, only `FI_EVENTS` as it was could tell that nothing is missing.
+        """
+        if self.people.needed and not self.rolled_back:
+            return False
+        stream = self.broker.streams.get(EVENTS)
+        reached = [receipt.origin for p in range(self.settings.partitions) if (receipt := self.receipt(p))]
+        if stream is None or self.behind() or max(reached, default=0) <= backup.last_seq:
+            return False
+        self.broker.delete(EVENTS)
+        self.unreadable.clear()
+        self.broker.create(backup)
+        self.broker.say(f"{EVENTS} is rolled back from {stream.last_seq} to {backup.last_seq}")
+        self.rolled_back = self.is_rolled_back = self.people.needed = True
+        return True
+
+    def _counts_anew(self) -> bool:
+        return self.is_rolled_back and any(process.refused for process in self.processes if process.stage == "ingest")
+
+    async def _make_events_again(self) -> None:
+        """As the runbook has it: gateways stop, the stream is deleted and applied, and all is sent again in order."""
+        self.sending.cancel()
+        await asyncio.wait((self.sending,))
+        for number in range(len(self.sites)):
+            self.restart_gateway(number)
+        self.broker.delete(EVENTS)
+        self.unreadable.clear()
+        # What was on its way for longer than that is not in anybody's order any more.
+        await asyncio.sleep(REMADE_S)
+        config = next(config for config in streams(self.settings, CLUSTER) if config.name == EVENTS)
+        made = Stream(config)
+        made.count_from(self._origin_next())
+        self.broker.create(made)
+        self.broker.say(f"{EVENTS} is made again, and counts from {made.last_seq + 1}")
+        self.is_rolled_back = False
+        self.send(self._over_s)
+
+    def _origin_next(self) -> int:
+        """See `cluster.apply`."""
+        origins = [receipt.origin for p in range(self.settings.partitions) if (receipt := self.receipt(p))]
+        for name, view in self.broker.streams.items():
+            if name in HOPS:
+                origins += [decode_frame_head(message.data).last for message in view.last_of_each([">"])]
+            elif name == DLQ:
+                origins += [place_of(_stored(message))[0] for message in view.last_of_each([">"])]
+        return max(origins, default=0) + 1
+
+    @property
+    def told_s(self) -> float:
+        """How long nothing must happen until all is over: ingest may still have to say that the stream counts anew."""
+        return TOLD_S if self.is_rolled_back else 0.0
+
     def disk_of(self, receipt: Receipt) -> MemoryDisk:
         """The disk of the store that owns the receipt's partition."""
         return next(disk for disk in self.disks if disk.store.store_id == receipt.store)
@@ -144,8 +231,11 @@ class World:
     def behind(self) -> dict[int, tuple[int, int]]:
         """Partition → (origin committed, origin stored), where they differ or readers are not shown all of it yet."""
         found = {}
+        stream = self.broker.streams.get(EVENTS)
+        if stream is None:
+            return dict.fromkeys(range(self.settings.partitions), (0, 0))
         for partition in range(self.settings.partitions):
-            last = self.broker.streams[EVENTS].last_by_subject(raw_filter(partition))
+            last = stream.last_by_subject(raw_filter(partition))
             receipt = self.receipt(partition)
             reached = 0 if receipt is None else receipt.origin
             # After a power cut readers may be shown less, until persist is up again.
@@ -153,6 +243,10 @@ class World:
             if last is not None and (reached < last.seq or not shown):
                 found[partition] = (reached, last.seq)
         return found
+
+
+def _stored(message: Message) -> StoredMessage:
+    return StoredMessage(message.subject, message.seq, message.time_ns, message.data, message.headers)
 
 
 def make_settings(rng: random.Random) -> Settings:

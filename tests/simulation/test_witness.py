@@ -1,0 +1,246 @@
+"""One of three servers cannot read some of what it stored: what waits is read from two, and none of it is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from virtual import Ground, in_virtual_time
+
+from cluster.testing.sim.consumers import Consumer
+from cluster.testing.waiting import until
+from contracts.budgets import WITNESS_LAG
+from contracts.subjects import EVENTS, raw_filter
+from stages.runtime.base import InputFeed
+from stages.runtime.checkpoint import Cursor
+from stages.runtime.messages import StoredMessage
+from stages.runtime.witness import Witness
+
+SERVERS = ("n1", "n2", "n3")
+STORED = 40
+
+
+def damage(ground: Ground, unreadable: dict[str, set[int]], seed: int = 1) -> list[Consumer]:
+    """Consumers lie on servers by chance; gives all that are made."""
+    rng, made = random.Random(seed), list[Consumer]()
+
+    def place(consumer: Consumer) -> None:
+        consumer.server = rng.choice(SERVERS)
+        consumer.unreadable = unreadable.get(consumer.server, set())
+        made.append(consumer)
+
+    ground.broker.placed = place
+    return made
+
+
+async def store(ground: Ground, count: int) -> None:
+    for number in range(count):
+        await ground.publish("fi.events.clinic-1.c", b"%d" % number)
+
+
+async def taken(feed: InputFeed, until_seq: int) -> list[StoredMessage]:
+    messages: list[StoredMessage] = []
+    async with asyncio.timeout(60):
+        while not messages or messages[-1].seq < until_seq:
+            await feed.reader.wait()
+            messages += feed.reader.take(5, 1 << 20)
+    return messages
+
+
+def feed_of(ground: Ground, nonce: str = "n") -> InputFeed:
+    feed = InputFeed(ground.api, "ingest", 0, nonce, Cursor(), Cursor())
+    feed.reader.start()
+    return feed
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("server", SERVERS)
+def test_what_a_server_passes_over_is_read_from_another_in_its_place(server: str, seed: int) -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {server: {1, 2, 17, 39}}, seed)
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        messages = await taken(feed, STORED)
+        assert [message.seq for message in messages] == list(range(1, STORED + 1))
+        assert [message.data for message in messages] == [b"%d" % number for number in range(STORED)]
+        assert len({consumer.server for consumer in made}) > 1
+        assert feed.reader._buffered_bytes == 0
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_last_messages_that_a_server_passes_over_are_read_from_another_too(seed: int) -> None:
+    async def job(ground: Ground) -> None:
+        damage(ground, {"n1": {STORED - 1, STORED}}, seed)
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        messages = await taken(feed, STORED)
+        assert sorted({message.seq for message in messages}) == list(range(1, STORED + 1))
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+def test_once_nothing_waits_one_server_is_read() -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {})
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        await taken(feed, STORED)
+        await until(lambda: feed.reader._witness is None, "the second reader ends")
+        before = len(made)
+        await store(ground, 3)
+        assert len(await taken(feed, STORED + 3)) == 3
+        assert len(made) == before
+        await feed.reader.close()
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith(("read", "end witness"))]
+
+    in_virtual_time(job)
+
+
+def test_a_reader_with_nothing_before_it_has_no_witness() -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {})
+        feed = feed_of(ground)
+        await until(lambda: made, "it reads")
+        await store(ground, 3)
+        assert len(await taken(feed, 3)) == 3
+        assert len(made) == 1
+        await feed.reader.close()
+
+    in_virtual_time(job)
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["one server", "the others give nothing"])
+def test_without_a_second_server_the_first_is_believed(blind: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def job(ground: Ground) -> None:
+        made: list[Consumer] = []
+
+        def place(consumer: Consumer) -> None:
+            consumer.server = "n2" if blind and made else "n1"
+            consumer.unreadable = set(range(1, STORED + 1)) if blind and made else set()
+            made.append(consumer)
+
+        ground.broker.placed = place
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        assert [message.seq for message in await taken(feed, STORED)] == list(range(1, STORED + 1))
+        assert "no second server gives what n1 gives" in caplog.text
+        await feed.reader.close()
+
+    in_virtual_time(job)
+
+
+def test_a_reader_that_begins_again_in_the_middle_leaves_nothing_out() -> None:
+    async def job(ground: Ground) -> None:
+        damage(ground, {"n2": {5, 6, 30}})
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        messages: list[StoredMessage] = []
+        async with asyncio.timeout(60):
+            while not messages or messages[-1].seq < STORED:
+                await feed.reader.wait()
+                for message in feed.reader.take(3, 1 << 20):
+                    if message.seq > feed.cursor.origin:
+                        messages.append(message)
+                        feed.cursor = Cursor(message.seq)
+                if len(messages) % 4 == 0:
+                    feed.reader.reopen("by hand")
+                if len(messages) % 5 == 0:
+                    ground.broker.lose_consumers(0.5, told=False)
+        assert [message.seq for message in messages] == list(range(1, STORED + 1))
+        assert ground.broker.streams[EVENTS].last_by_subject(raw_filter(0)) is not None
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+def test_a_reader_that_has_lagged_reads_from_two_servers_again() -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {})
+        feed = feed_of(ground)
+        await until(lambda: made, "it reads")
+        await store(ground, STORED)
+        await until(lambda: feed.reader.buffered >= 8, "it is full")
+        # It stands still, as behind a full hop, and what its server has still to give can no longer be read there.
+        await asyncio.sleep(2 * WITNESS_LAG.s)
+        made[0].unreadable = {STORED - 1, STORED - 2}
+        hit = made[0].server
+        damage(ground, {hit: made[0].unreadable})
+        messages: list[StoredMessage] = []
+        async with asyncio.timeout(60):
+            while not messages or messages[-1].seq < STORED:
+                await feed.reader.wait()
+                messages += [m for m in feed.reader.take(3, 1 << 20) if m.seq > feed.cursor.origin]
+                feed.cursor = Cursor(messages[-1].seq)
+        assert [message.seq for message in messages] == list(range(1, STORED + 1))
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+@pytest.mark.parametrize("server", ["n1", ""])
+def test_where_no_other_server_has_the_stream_a_reader_that_lags_goes_on(server: str) -> None:
+    async def job(ground: Ground) -> None:
+        made: list[Consumer] = []
+
+        def place(consumer: Consumer) -> None:
+            consumer.server = server
+            made.append(consumer)
+
+        ground.broker.placed = place
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        await until(lambda: feed.reader.buffered >= 8, "it is full")
+        # It stands still, as behind a full hop.
+        await asyncio.sleep(2 * WITNESS_LAG.s)
+        before = len(made)
+        assert [message.seq for message in await taken(feed, STORED)] == list(range(1, STORED + 1))
+        assert len(made) == before
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+def with_a_silent_second(ground: Ground) -> None:
+    made: list[Consumer] = []
+
+    def place(consumer: Consumer) -> None:
+        consumer.server = "n2" if made else "n1"
+        consumer.muted = bool(made)
+        made.append(consumer)
+
+    ground.broker.placed = place
+
+
+def test_what_was_held_when_the_reader_began_again_is_not_released_to_it() -> None:
+    async def job(ground: Ground) -> None:
+        with_a_silent_second(ground)
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        await until(lambda: feed.reader.held, "something is held")
+        witness = feed.reader._witness
+        assert isinstance(witness, Witness)
+        feed.reader._reset()
+        feed.reader.unwitness()
+        witness._give_up()
+        assert (feed.reader.buffered, feed.reader.held) == (0, 0)
+        await feed.reader.close()
+
+    in_virtual_time(job)
+
+
+def test_an_idle_look_waits_for_what_is_held() -> None:
+    async def job(ground: Ground) -> None:
+        with_a_silent_second(ground)
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        await until(lambda: feed.reader.held, "something is held")
+        await feed.check()
+        assert feed.reader._trouble is None
+        await feed.reader.close()
+
+    in_virtual_time(job)

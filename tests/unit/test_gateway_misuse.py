@@ -1,0 +1,84 @@
+"""What a gateway is told wrongly it says at once: nothing is sent or waits, and the consultation's calls go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from uuid import UUID
+
+import pytest
+from nats.aio.msg import Msg
+
+from cluster.gateway import Accepted, Gateway, RefusedError
+from contracts.subjects import EVENTS
+
+
+class Client:
+    """A connection to a stream that stores everything. `asked`: the bodies it was asked to store."""
+
+    is_connected = True
+    max_payload = 8 * 1024 * 1024
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def request(self, subject: str, body: bytes, **_: Any) -> Msg:
+        self.asked.append(body)
+        data = json.dumps({"stream": EVENTS, "seq": len(self.asked)}).encode()
+        return Msg(_client=None, data=data)  # type: ignore[arg-type]
+
+
+def gateway_of(client: Client, **options: Any) -> Gateway:
+    return Gateway(client, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (("{}", "a", "c", "id"), TypeError, "event_bytes is str; give bytes"),
+        # The caller may change it before it is sent again.
+        ((bytearray(b"{}"), "a", "c", "id"), TypeError, "event_bytes is bytearray"),
+        ((b"{}", None, "c", "id"), TypeError, "site is NoneType"),
+        # As text it would have a lane of its own, beside that of the same consultation.
+        ((b"{}", "a", UUID(int=1), "id"), TypeError, "consultation is UUID"),
+        ((b"{}", "a", "c", 7), TypeError, "event_id is int"),
+        ((b"{}", "a", "c", ""), ValueError, "event_id is empty"),
+        ((b"{}", "", "c", "id"), ValueError, "site is empty"),
+        ((b"{}", "a.b", "c", "id"), RefusedError, r"site 'a\.b' is not 1 to 64"),
+        ((b"{}", "a", "c d", "id"), RefusedError, "consultation 'c d' is not"),
+    ],
+    ids=str,
+)
+async def test_what_could_not_be_kept_apart_or_stored_is_not_sent(
+    given: tuple[Any, ...], error: type[Exception], words: str
+) -> None:
+    client = Client()
+    gateway = gateway_of(client)
+    with pytest.raises(error, match=words):
+        await gateway.publish(*given)
+    assert client.asked == []
+    assert (await gateway.publish(b"{}", "a", "c", "id")).origin == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"in_flight": 0}, {"in_flight": -1}, {"timeout_s": 0}, {"timeout_s": float("nan")}]
+)
+async def test_a_gateway_that_could_never_send_or_hear_is_not_made(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} = "):
+        gateway_of(Client(), **options)
+
+
+def test_a_gateway_serves_one_event_loop() -> None:
+    client = Client()
+
+    async def made() -> tuple[Gateway, Accepted]:
+        gateway = gateway_of(client)
+        return gateway, await gateway.publish(b"1", "a", "c", "id-1")
+
+    gateway, accepted = asyncio.run(made())
+    assert accepted.origin == 1
+    with pytest.raises(RuntimeError, match="another event loop or process"):
+        asyncio.run(gateway.publish(b"2", "a", "c", "id-2"))
+    assert client.asked == [b"1"]
