@@ -1,8 +1,7 @@
 """Takes partitions back: `fictl rebuild` after damage, `partitions move` to another store, `restore` without receipts.
 
-All end in the same way. A fenced takeover receipt states the last place that is vouched for; the hop streams of the
-partition are emptied; and the stages make everything after that place again from `FI_EVENTS`, through the same code as
-the first time. So nothing is done unless `FI_EVENTS` still holds it all.
+All end alike: a fenced takeover receipt states the last place that is vouched for, the partition's hop streams are
+emptied, and the stages make what is after it again from `FI_EVENTS`; so nothing is done unless that holds it all.
 """
 
 from __future__ import annotations
@@ -320,6 +319,7 @@ class Rewinder:
             closed=place.closed,
             committed_ns=self._clock_ns(),
             takeover=True,
+            stored_ns=place.stored_ns or UNSET,
         )
         writer = FencedWriter(self._api, RECEIPTS, receipt_subject(last.partition), nonce)
         writer.expected_seq = last_seq

@@ -103,6 +103,14 @@ class EventKey(msgspec.Struct, frozen=True, array_like=True, tag=1):
     event_id: Id
 
 
+def stored_ns_at(origin: int, last: Event | None) -> int:
+    """When `FI_EVENTS` stored the message at `origin`, by the last event up to there; 0 where that does not tell.
+
+    It does not where the message bore nothing but repeats or refused events.
+    """
+    return last.accepted_ns if last is not None and last.origin == origin else 0
+
+
 def derive_event_id(origin: int, accepted_ns: int, index: int) -> bytes:
     """The id of an event whose gateway gave none: the same message gives the same id, 16 bytes.
 

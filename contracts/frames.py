@@ -57,15 +57,22 @@ class FrameHead(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Frame(FrameHead, frozen=True, array_like=True, tag=1):
-    """A frame with its events decoded."""
+    """A frame with its events decoded.
+
+    Attributes:
+        events: in order.
+        stored_ns: when `FI_EVENTS` stored the message at `last`; 0 in frames that builds before made.
+    """
 
     events: tuple[Event, ...]
+    stored_ns: TimeNs = 0
 
 
 class PackedFrame(FrameHead, frozen=True, array_like=True, tag=1):
     """A frame whose events are left as encoded bytes: persist stores them as they are."""
 
     events: tuple[msgspec.Raw, ...]
+    stored_ns: TimeNs = 0
 
 
 class DeflatedHead(FrameHead, frozen=True, array_like=True, tag=2):
@@ -80,10 +87,12 @@ class DeflatedHead(FrameHead, frozen=True, array_like=True, tag=2):
 
 class _RawFrame(FrameHead, frozen=True, array_like=True, tag=1):
     events: msgspec.Raw
+    stored_ns: TimeNs
 
 
 class _DeflatedFrame(DeflatedHead, frozen=True, array_like=True, tag=2):
     deflated: bytes
+    stored_ns: TimeNs = 0
 
 
 class Encoded(NamedTuple):
@@ -130,9 +139,9 @@ def deflate_frame(frame: Frame, bytes_min: int) -> Encoded:
     if bytes_min <= len(events) <= FRAME_BYTES_MAX:
         deflated = isal_zlib.compress(events, _LEVEL)
         if len(deflated) < len(events):
-            data = _encoder.encode(_DeflatedFrame(*_head_fields(frame), len(events), deflated))
+            data = _encoder.encode(_DeflatedFrame(*_head_fields(frame), len(events), deflated, frame.stored_ns))
             return Encoded(data, len(data) + len(events))
-    data = _encoder.encode(_RawFrame(*_head_fields(frame), msgspec.Raw(events)))
+    data = _encoder.encode(_RawFrame(*_head_fields(frame), msgspec.Raw(events), frame.stored_ns))
     return Encoded(data, len(data))
 
 
@@ -156,7 +165,9 @@ def decode_frame(data: bytes) -> Frame:
     """
     try:
         frame = _decoder.decode(data)
-        return frame if type(frame) is Frame else Frame(*_head_fields(frame), _events_decoder.decode(_inflate(frame)))
+        if type(frame) is Frame:
+            return frame
+        return Frame(*_head_fields(frame), _events_decoder.decode(_inflate(frame)), frame.stored_ns)
     except UNREADABLE as error:
         raise WireFormatError(f"not a frame: {error}") from error
 
@@ -167,7 +178,7 @@ def decode_packed_frame(data: bytes) -> PackedFrame:
         frame = _packed_decoder.decode(data)
         if type(frame) is PackedFrame:
             return frame
-        return PackedFrame(*_head_fields(frame), _packed_events_decoder.decode(_inflate(frame)))
+        return PackedFrame(*_head_fields(frame), _packed_events_decoder.decode(_inflate(frame)), frame.stored_ns)
     except UNREADABLE as error:
         raise WireFormatError(f"not a frame: {error}") from error
 

@@ -48,19 +48,21 @@ class StoreEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 _NO_FILES: Final = StoreEnd(shard=1, commits=0)
 
 
-class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
+class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the partition can go on from after a sealed shard, if everything later is lost.
 
     Attributes:
         frontier: of the Merkle tree at the record's `tree_size`, 32 bytes a hash, largest subtree first.
         duplicates, dead_lettered: running totals of the partition up to there, in events.
         closed: segment's memory there, as far as the stored events tell.
+        stored_ns: when `FI_EVENTS` stored the message there, likewise; 0 where they do not tell.
     """
 
     frontier: bytes
     duplicates: Count
     dead_lettered: Count
     closed: bytes
+    stored_ns: TimeNs = 0
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="receipt.1"):
@@ -83,6 +85,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
         closed: segment's memory at `origin` (opaque, base64 on the wire).
         committed_ns: when the data was durable on disk.
         takeover: claims the partition; totals and origin repeat an earlier receipt's or seal record's.
+        stored_ns: when `FI_EVENTS` stored the message at `origin`; not there where its writer did not know.
         signature: there when persist has a signing key.
     """
 
@@ -101,6 +104,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="v", tag="rec
     closed: bytes
     committed_ns: TimeNs
     takeover: bool = False
+    stored_ns: TimeNs | UnsetType = UNSET
     signature: Signature | UnsetType = UNSET
 
     def end_of(self, store: str) -> StoreEnd:

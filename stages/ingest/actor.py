@@ -45,4 +45,4 @@ class IngestCore:
             DeadLetter(message.seq, row.index, row.error, row.raw, lines=row.lines, original=message)
             for row in parsed.rejected
         ]
-        return Step(message.seq, message.seq, parsed.events, dead, letters, (), self._closed)
+        return Step(message.seq, message.seq, parsed.events, dead, letters, (), self._closed, message.time_ns)

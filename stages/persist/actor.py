@@ -326,6 +326,7 @@ class PersistLane(LaneBase):
             closed=group.closed,
             committed_ns=durable_ns,
             takeover=False,
+            stored_ns=group.stored_ns or UNSET,
         )
         return signed(receipt, self._signer)
 

@@ -28,6 +28,7 @@ class Group(NamedTuple):
         closed: segment's memory at `origin`.
         dropped_bytes: of the records that are not stored again.
         frames: the times of those that have events.
+        stored_ns: when `FI_EVENTS` stored the message at `origin`; 0 when not known.
     """
 
     prev_origin: int
@@ -40,6 +41,7 @@ class Group(NamedTuple):
     closed: bytes
     dropped_bytes: int = 0
     frames: Sequence[FrameTimes] = ()
+    stored_ns: int = 0
 
 
 def plan_group(
@@ -62,7 +64,7 @@ def plan_group(
     frames: list[FrameTimes] = []
     dead_lettered = 0
     trail: tuple[int, ...] = ()
-    closed = b""
+    closed, stored_ns = b"", 0
     for message in messages:
         frame = read_frame(message, decode_packed_frame)
         check_joined(message.subject, frame, origin)
@@ -82,14 +84,25 @@ def plan_group(
         if frame.events:
             frames.append(FrameTimes(frame.made_ns, accepted_ns, len(frame.events)))
         dead_lettered += sum(row.count for row in frame.dead if row.origin > origin)
-        origin, trail, closed = frame.last, (*frame.trail, message.seq), frame.closed
+        origin, trail = frame.last, (*frame.trail, message.seq)
+        closed, stored_ns = frame.closed, frame.stored_ns
     if not trail:
         return None
     fresh_records, fresh_ids = _without_duplicates(records, ids, seen(ids))
     duplicates = len(records) - len(fresh_records)
     dropped_bytes = sum(map(len, records)) - sum(map(len, fresh_records)) if duplicates else 0
     return Group(
-        cursor, origin, fresh_records, fresh_ids, duplicates, dead_lettered, trail, closed, dropped_bytes, frames
+        cursor,
+        origin,
+        fresh_records,
+        fresh_ids,
+        duplicates,
+        dead_lettered,
+        trail,
+        closed,
+        dropped_bytes,
+        frames,
+        stored_ns,
     )
 
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 
 from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError
-from contracts.events import decode_event
+from contracts.events import decode_event, stored_ns_at
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, ResumePoint, encode_receipt, first_receipt, place_kept
@@ -182,12 +182,13 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
         point.dead_lettered,
         point.closed,
         place.rows,
+        point.stored_ns,
     )
 
 
 def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
     """`is_full`: another follows it, so every commit in it was accepted."""
-    origin, tree = place.origin, place.tree.copy()
+    origin, tree, event = place.origin, place.tree.copy(), None
     duplicates, dead_lettered = place.duplicates, place.dead_lettered
     closed = ClosedConsultations(place.closed, CLOSED_REMEMBERED_MAX)
     with closing(LiveReader(file.path)) as reader:
@@ -205,4 +206,5 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
     rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
-    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows)
+    stored_ns = stored_ns_at(origin, event)
+    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows, stored_ns)

@@ -6,6 +6,7 @@ import heapq
 from contextlib import closing
 from pathlib import Path
 
+from contracts.events import decode_event, stored_ns_at
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import ResumePoint
 from contracts.rules import CLOSED_REMEMBERED_MAX
@@ -38,9 +39,11 @@ def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:
             *(reader.select(Selection(event_type=name)) for name in CLOSING_TYPES), key=lambda found: found[0]
         ):
             closed.note(event)
+        last = next(map(decode_event, reader.records(max(0, reader.header.events - 1))), None)
         return ResumePoint(
             frontier=reader.header.frontier,
             duplicates=before.duplicates + duplicates,
             dead_lettered=before.dead_lettered + dead_lettered,
             closed=closed.packed,
+            stored_ns=stored_ns_at(reader.header.last_origin, last),
         )

@@ -40,6 +40,7 @@ class Place:
         duplicates, dead_lettered: running totals there.
         closed: segment's memory there.
         rows: of the shards before it that are not sealed, as `StoreEnd.rows`.
+        stored_ns: when `FI_EVENTS` stored the message at `origin`; 0 when not known.
     """
 
     origin: int
@@ -50,6 +51,7 @@ class Place:
     dead_lettered: int
     closed: bytes
     rows: dict[int, str] = field(default_factory=dict)
+    stored_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def _place(
     told: Receipt | ResumePoint,
     rows: dict[int, str] | None = None,
 ) -> Place:
-    return Place(origin, shard, commits, tree, told.duplicates, told.dead_lettered, told.closed, rows or {})
+    stored_ns = 0 if told.stored_ns is UNSET else told.stored_ns
+    return Place(origin, shard, commits, tree, told.duplicates, told.dead_lettered, told.closed, rows or {}, stored_ns)
 
 
 def last_good_place(

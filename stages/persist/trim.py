@@ -10,22 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final
 
-from contracts.errors import CountsAnewError, ShardError, WireFormatError
-from contracts.events import decode_event
+from contracts.errors import CountsAnewError, WireFormatError
 from contracts.frames import decode_frame_head
 from contracts.receipts import Receipt
 from contracts.subjects import EVENTS, HOPS, RECEIPTS, Stage, input_filter, raw_filter, receipt_subject
 from stages.persist.disk import Files
-from stages.persist.names import parse_name
 from stages.persist.room import EventsRoom
-from stages.persist.sealed import SealedReader
 from stages.runtime.api import Api, RequestRefusedError
-from stages.runtime.checkpoint import Cursor, check_counting
-from stages.runtime.tasks import run_blocking
+from stages.runtime.checkpoint import check_counting, cursor_from_receipt
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +48,6 @@ class Trimmer:
         self._room = room
         self._look_again = look_again
         self._committed: Receipt | None = None
-        self._shards: Mapping[int, Path] = {}
         self._sealed_origin = self._claimed_origin = self._trimmed_origin = 0
         self._news = asyncio.Event()
         settings = api.settings
@@ -88,7 +82,6 @@ class Trimmer:
             files: the partition's.
             copied: the newest sealed shard that is copied to another disk; None: the store was never backed up.
         """
-        self._shards = files.sealed
         kept = 0 if self._room.short and files.is_empty() else self._api.settings.sealed_kept
         safe = files.settled_origin(kept, copied)
         origin = safe if self._room.spare else files.settled_origin(kept, None)
@@ -137,10 +130,8 @@ class Trimmer:
         if receipt is not None and origin > self._trimmed_origin:
             # Exclusive: the message at the sealed origin itself stays, so the sequence is never beyond the last. Nor
             # does what is not committed go, whatever origins the names of files say.
-            below_seq = min(origin, receipt.origin)
-            stored_ns = await run_blocking(stored_ns_at, tuple(self._shards.values()), below_seq)
-            await check_counting(self._api, self._partition, Cursor(below_seq, stored_ns=stored_ns))
-            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=below_seq)
+            await check_counting(self._api, self._partition, cursor_from_receipt(receipt, "ingest"))
+            await self._api.purge(EVENTS, raw_filter(self._partition), below_seq=min(origin, receipt.origin))
             self._trimmed_origin = origin
 
     async def _committed_bytes(self, stream: str, seq: int, stage: Stage, origin: int) -> int | None:
@@ -155,22 +146,3 @@ class Trimmer:
             return len(message.data) if decode_frame_head(message.data).last <= origin else None
         except WireFormatError:
             return None
-
-
-def stored_ns_at(shards: tuple[Path, ...], origin: int) -> int:
-    """When `FI_EVENTS` stored the message at `origin`, by the sealed shard that ends there; 0 where it does not tell.
-
-    It does not where the message bore nothing but repeats or refused events.
-    """
-    for path in shards:
-        named = parse_name(path)
-        if named is None or named.last_origin != origin:
-            continue
-        with (
-            contextlib.suppress(ShardError, WireFormatError, OSError),
-            contextlib.closing(SealedReader(path)) as reader,
-        ):
-            for record in reader.records(max(0, reader.header.events - 1)):
-                event = decode_event(record)
-                return event.accepted_ns if event.origin == origin else 0
-    return 0

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from contracts.errors import CountsAnewError, HoleError, StrayFrameError, WireFormatError
-from contracts.events import format_rfc3339
+from contracts.events import format_rfc3339, stored_ns_at
 from contracts.frames import Frame, FrameHead, decode_frame, decode_frame_head, is_newer_frame
 from contracts.receipts import Receipt, SealRecord, decode_receipt, decode_seal
 from contracts.subjects import (
@@ -145,16 +146,18 @@ def checkpoint_from(receipt: Receipt | None, stage: Stage, last: StoredMessage |
 
 
 def _stored_ns(head: FrameHead) -> int:
-    """When the message at the frame's last origin was stored, if an event of it is in there; else 0."""
-    events = head.events if isinstance(head, Frame) else ()
-    return events[-1].accepted_ns if events and events[-1].origin == head.last else 0
+    """When the message at the frame's last origin was stored; 0 when not known."""
+    if not isinstance(head, Frame):
+        return 0
+    # A frame of a build before tells it by its events, if at all.
+    return head.stored_ns or stored_ns_at(head.last, head.events[-1] if head.events else None)
 
 
 def cursor_from_receipt(receipt: Receipt, stage: Stage) -> Cursor:
     """A stage's cursor at what is committed. The trail gives its input sequence; ingest's input counts in origins."""
     hop = STAGES.index(stage) - 1
     input_seq = receipt.origin if hop < 0 else (receipt.trail[hop] if hop < len(receipt.trail) else 0)
-    return Cursor(receipt.origin, input_seq, receipt.closed)
+    return Cursor(receipt.origin, input_seq, receipt.closed, 0 if receipt.stored_ns is UNSET else receipt.stored_ns)
 
 
 async def locate(api: Api, stage: Stage, partition: int, cursor: Cursor) -> int:

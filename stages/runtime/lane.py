@@ -43,12 +43,11 @@ LATER_BYTES_EVENT: Final = 64
 
 
 class Made(NamedTuple):
-    """A frame, its bytes, and of the last message it was made from: its sequence, and when it was stored."""
+    """A frame, its bytes, and the sequence of the last message it was made from."""
 
     frame: Frame
     encoded: Encoded
     input_seq: int
-    stored_ns: int
 
 
 class Lane(LaneBase):
@@ -172,7 +171,7 @@ class Lane(LaneBase):
         await self._writer.publish(data, str(frame.last), self._probe.headers())
         self._probe.framed(frame, len(data))
         log.debug(EVENT_QUEUED, extra={"stage": self._stage, "partition": self._partition, "origin": frame.last})
-        feed.cursor = self._known = Cursor(frame.last, made.input_seq, frame.closed, made.stored_ns)
+        feed.cursor = self._known = Cursor(frame.last, made.input_seq, frame.closed, frame.stored_ns)
         self._holes = 0
 
     def _allowed(self, passed: int, letters: list[DeadLetter]) -> bool:
@@ -221,7 +220,7 @@ class Lane(LaneBase):
                 continue
             first = first or step.first
             origin, input_seq, trail, closed = step.last, message.seq, step.trail, step.closed
-            stored_ns = message.time_ns
+            stored_ns = step.stored_ns
             events += step.events
             dead += step.dead
             letters += step.letters
@@ -238,6 +237,7 @@ class Lane(LaneBase):
             closed,
             tuple(dead),
             tuple(events),
+            stored_ns,
         )
         encoded = deflate_frame(frame, self._api.settings.frame_deflate_bytes_min)
-        return Made(frame, encoded, input_seq, stored_ns), letters
+        return Made(frame, encoded, input_seq), letters

@@ -49,6 +49,7 @@ class Step(msgspec.Struct, frozen=True, gc=False):
         letters: what this stage refused.
         trail: sequences of the hop messages this came through, this one last.
         closed: the stage's memory after it.
+        stored_ns: when `FI_EVENTS` stored the message at `last`; 0 when not known.
     """
 
     first: int
@@ -58,6 +59,7 @@ class Step(msgspec.Struct, frozen=True, gc=False):
     letters: list[DeadLetter]
     trail: tuple[int, ...]
     closed: bytes
+    stored_ns: int
 
 
 class StageCore(Protocol):
@@ -119,7 +121,16 @@ def step_frame(message: StoredMessage, origin: int, work: Callable[[Event], Even
             letters.append(DeadLetter(event.origin, event.index, error.unraised(), None, policy, events=(event,)))
             dead.append(Dead(event.origin, 1))
     trail = (*frame.trail, message.seq)
-    return Step(max(frame.first, origin + 1), frame.last, events, dead, join_letters(letters), trail, frame.closed)
+    return Step(
+        max(frame.first, origin + 1),
+        frame.last,
+        events,
+        dead,
+        join_letters(letters),
+        trail,
+        frame.closed,
+        frame.stored_ns,
+    )
 
 
 def join_letters(letters: list[DeadLetter]) -> list[DeadLetter]:

@@ -99,9 +99,15 @@ HEAD = FrameHead(
     dead=(Dead(origin=4_294_967_292, count=3),),
 )
 HEAD_FIELDS = msgspec.structs.asdict(HEAD)
-FRAME = Frame(**HEAD_FIELDS, events=(RAW_EVENT, STORED_EVENT))
-PACKED = PackedFrame(**HEAD_FIELDS, events=tuple(msgspec.Raw(encode_event(e)) for e in (RAW_EVENT, STORED_EVENT)))
-EMPTY_FRAME = Frame(1, 0, 1, 1, (), "w", 0, b"", (), events=())
+OLD_FRAME = Frame(**HEAD_FIELDS, events=(RAW_EVENT, STORED_EVENT))
+FRAME = msgspec.structs.replace(OLD_FRAME, stored_ns=1_767_323_046_000_000_010)
+PACKED = PackedFrame(
+    **HEAD_FIELDS,
+    events=tuple(msgspec.Raw(encode_event(e)) for e in (RAW_EVENT, STORED_EVENT)),
+    stored_ns=FRAME.stored_ns,
+)
+OLD_EMPTY_FRAME = Frame(1, 0, 1, 1, (), "w", 0, b"", (), events=())
+EMPTY_FRAME = msgspec.structs.replace(OLD_EMPTY_FRAME, stored_ns=1_767_323_046_000_000_010)
 RECEIPT = Receipt(
     partition=5,
     cluster="c-77",
@@ -140,6 +146,10 @@ MOVED = msgspec.structs.replace(RECEIPT, ends={"st-9": StoreEnd(shard=3, commits
 RESUMED_SEAL = msgspec.structs.replace(
     SEAL,
     resume=ResumePoint(frontier=bytes(range(64)), duplicates=7, dead_lettered=3, closed=b"\x00\x01opaque\xff"),
+)
+STORED_RECEIPT = msgspec.structs.replace(RECEIPT, stored_ns=1_767_323_046_000_000_010)
+STORED_SEAL = msgspec.structs.replace(
+    RESUMED_SEAL, resume=msgspec.structs.replace(RESUMED_SEAL.resume, stored_ns=1_767_323_046_000_000_010)
 )
 # Ed25519 signatures are deterministic, so these samples also hold the signed statements' canonical form.
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -224,8 +234,10 @@ class Sample:
 SAMPLES = [
     Sample("event.1.raw.bin", RAW_EVENT, encode_event, decode_event),
     Sample("event.1.stored.bin", STORED_EVENT, encode_event, decode_event),
-    Sample("frame.1.bin", FRAME, encode_frame, decode_frame),
-    Sample("frame.1.empty.bin", EMPTY_FRAME, encode_frame, decode_frame),
+    Sample("frame.1.stored.bin", FRAME, encode_frame, decode_frame),
+    Sample("frame.1.stored.empty.bin", EMPTY_FRAME, encode_frame, decode_frame),
+    Sample("receipt.1.stored.bin", STORED_RECEIPT, encode_receipt, decode_receipt),
+    Sample("seal.1.stored.bin", STORED_SEAL, encode_receipt, decode_seal),
     Sample("receipt.1.bin", RECEIPT, encode_receipt, decode_receipt),
     Sample("receipt.1.takeover.bin", TAKEOVER, encode_receipt, decode_receipt),
     Sample("receipt.1.signed.bin", SIGNED_RECEIPT, encode_receipt, decode_receipt),
@@ -246,7 +258,11 @@ SAMPLES = [
 ]
 ONLY_READ = [
     # Another release of the library may deflate the same events to other bytes.
-    Sample("frame.2.bin", FRAME, lambda frame: deflate_frame(frame, 1).data, decode_frame),
+    Sample("frame.2.stored.bin", FRAME, lambda frame: deflate_frame(frame, 1).data, decode_frame),
+    # Of builds whose frames did not say when their last message was stored.
+    Sample("frame.1.bin", OLD_FRAME, encode_frame, decode_frame),
+    Sample("frame.1.empty.bin", OLD_EMPTY_FRAME, encode_frame, decode_frame),
+    Sample("frame.2.bin", OLD_FRAME, lambda frame: deflate_frame(frame, 1).data, decode_frame),
     *(Sample(*sample) for sample in READ),
 ]
 
@@ -262,12 +278,12 @@ def test_todays_encoder_writes_the_kept_bytes(sample: Sample) -> None:
 
 
 def test_a_packed_frame_is_the_same_bytes_with_its_events_left_encoded() -> None:
-    kept = (GOLDEN / "frame.1.bin").read_bytes()
+    kept = (GOLDEN / "frame.1.stored.bin").read_bytes()
     assert encode_frame(PACKED) == kept
     packed = decode_packed_frame(kept)
     assert [decode_event(bytes(raw)) for raw in packed.events] == [RAW_EVENT, STORED_EVENT]
     assert encode_frame(packed) == kept
-    deflated = decode_packed_frame((GOLDEN / "frame.2.bin").read_bytes())
+    deflated = decode_packed_frame((GOLDEN / "frame.2.stored.bin").read_bytes())
     assert encode_frame(deflated) == kept
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from commands import run_fictl
 from pipeline import Load, Pipeline, running, settings, until, workload
 
 from cluster.health import get, read_health_files
-from contracts.subjects import EVENTS, SEGMENT
+from contracts.subjects import EVENTS, SEGMENT, publish_subject
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -49,7 +50,7 @@ async def says(pipeline: Pipeline, words: str) -> None:
     await until(said, f"ingest says {words!r}", LIMIT_S)
 
 
-@pytest.mark.parametrize("forgets", ["its process", "its output"])
+@pytest.mark.parametrize("forgets", ["its process", "its output", "both"])
 async def test_a_stream_that_counts_anew_is_neither_read_nor_trimmed_until_it_is_made_again(
     tmp_path: Path, forgets: str
 ) -> None:
@@ -57,6 +58,8 @@ async def test_a_stream_that_counts_anew_is_neither_read_nor_trimmed_until_it_is
         jetstream = pipeline.client.jetstream(timeout=30)
         settled = Load(workload(seed=81, events=400))
         await settled.publish(pipeline.client, batch=1)
+        # Of a refused message no event tells when it was stored.
+        await jetstream.publish(publish_subject("clinic-1", str(uuid4())), b"no event", timeout=30)
         await pipeline.settled()
         await pipeline.supervisor.stop_stage("persist")
         await pipeline.supervisor.start_stage("persist")
@@ -80,7 +83,10 @@ async def test_a_stream_that_counts_anew_is_neither_read_nor_trimmed_until_it_is
         await pipeline.supervisor.stop_stage("persist")
         await pipeline.supervisor.start_stage("persist")
         await until(lambda: log.read_text().count(told) > heard, "a persister that begins then sees it too", LIMIT_S)
-        if forgets == "its process":
+        if forgets == "both":
+            pipeline.supervisor.freeze("ingest-0")
+            await pipeline.api.purge(SEGMENT, "fi.segment.*")
+        if forgets != "its output":
             await pipeline.supervisor.kill("ingest-0")
         else:
             ingest_log = pipeline.supervisor.directory / "logs" / "ingest-0.log"

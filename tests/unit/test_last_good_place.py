@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from shard_maker import NOW_NS, make_event, new_store
 from witnessed import PLAN, Witnessed, events_of, take_over
 
@@ -179,6 +180,16 @@ def test_a_damaged_sealed_form_beside_its_live_one_takes_nothing_from_what_is_go
     flip(info.path, info.bytes - 100)
     place, why = place_of(maker)
     assert (why, place.shard, place.commits) == ("", 3, 3)
+
+
+def test_a_place_tells_when_its_last_message_was_stored_as_its_record_or_receipt_does(maker: Witnessed) -> None:
+    *seals, last = maker.seals
+    assert last.resume is not UNSET
+    told = msgspec.structs.replace(last, resume=msgspec.structs.replace(last.resume, stored_ns=8))
+    assert place_after_seals(maker.receipts[-1], [*seals, told]).stored_ns == 8
+    receipt = msgspec.structs.replace(maker.receipts[-1], origin=last.last_origin, stored_ns=9)
+    assert place_after_seals(receipt, [*seals, told]).stored_ns == 9
+    assert place_after_seals(msgspec.structs.replace(receipt, stored_ns=UNSET), [*seals, told]).stored_ns == 0
 
 
 def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: Path) -> None:

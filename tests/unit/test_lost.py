@@ -64,7 +64,7 @@ def test_sealed_and_full_shards_count_whole_and_a_live_one_as_far_as_it_was_show
     place, damage = last_place(files_of(maker))
     assert damage is None
     assert (place.shard, place.commits, place.tree.size) == (3, 2, 10)
-    assert place.origin == maker.events[9].origin
+    assert (place.origin, place.stored_ns) == (maker.events[9].origin, maker.events[9].accepted_ns)
     assert place.tree.to_bytes() == tree_of(maker, 10)
 
 
@@ -72,6 +72,7 @@ def test_the_last_shard_may_be_of_any_kind(maker: PartitionMaker) -> None:
     files_of(maker)[2].path.unlink()
     place, damage = last_place(files_of(maker))
     assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 2, 7)
+    assert place.stored_ns == 0, "its last commit holds no event that tells it"
     files_of(maker)[1].path.unlink()
     place, damage = last_place(files_of(maker))
     assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 0, 4)
@@ -85,6 +86,7 @@ def test_the_totals_are_those_of_the_record_beside_a_sealed_shard_or_of_the_shar
     point = resume_after(BEGINNING, sealed[0].path)
     assert (place.duplicates, place.dead_lettered, place.closed) == (0, 0, b"")
     assert place.tree.to_bytes() == point.frontier
+    assert place.stored_ns == point.stored_ns == maker.events[3].accepted_ns
     keep_record(sealed[0].path, record_of(info, replace(point, duplicates=7, dead_lettered=8, closed=b"memory")))
     place, _ = last_place(sealed)
     assert (place.duplicates, place.dead_lettered, place.closed) == (7, 8, b"memory")

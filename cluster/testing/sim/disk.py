@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.testing.sim.loop import Host, current_host
 from contracts.errors import NotOursError, ShardCorruptError, StoreFailedError
-from contracts.events import decode_event_key
+from contracts.events import decode_event, decode_event_key, stored_ns_at
 from contracts.hashing import MerkleFrontier, leaf_hash
 from contracts.receipts import Receipt, ResumePoint, SealRecord, StoreEnd
 from contracts.settings import Settings
@@ -24,8 +24,7 @@ from stages.persist.header import SealedHeader
 from stages.persist.seal import SealedInfo, SealJob
 from stages.persist.storedir import Store
 
-_NO_SUM = "0" * 64
-"""There is no file to take it of."""
+_NO_SUM = "0" * 64  # There is no file to take it of.
 
 
 class KilledError(Exception):
@@ -391,11 +390,13 @@ class MemoryFiles:
     def resume_after(self, before: ResumePoint, info: SealedInfo) -> ResumePoint:
         """See `PartitionFiles.resume_after`; it does not follow segment's memory."""
         groups = self._shards[info.header.shard].groups
+        last = next((decode_event(group.records[-1]) for group in reversed(groups) if group.records), None)
         return ResumePoint(
             frontier=info.header.frontier,
             duplicates=before.duplicates + sum(group.duplicates for group in groups),
             dead_lettered=before.dead_lettered + sum(group.dead_lettered for group in groups),
             closed=before.closed,
+            stored_ns=stored_ns_at(info.header.last_origin, last),
         )
 
     def settled_origin(self, kept: int, copied: int | None) -> int:

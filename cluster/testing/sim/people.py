@@ -17,7 +17,7 @@ from cluster.testing.sim.disk import MemoryDisk, Shard, rows_of
 from cluster.testing.sim.loop import Host
 from cluster.testing.sim.network import Network
 from contracts.errors import FiError
-from contracts.events import decode_event
+from contracts.events import decode_event, stored_ns_at
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
@@ -132,7 +132,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.number = 1
-        self._commits = self._origin = self._duplicates = self._dead_lettered = 0
+        self._commits = self._origin = self._duplicates = self._dead_lettered = self._stored_ns = 0
         self._tree = MerkleFrontier()
         self._closed = ClosedConsultations(b"", CLOSED_REMEMBERED_MAX)
         self._rows: dict[int, str] = {}
@@ -144,9 +144,10 @@ class _Walk:
             self._rows[self.number] = rows_of(shard.groups[:commits])
         for group in shard.groups[:commits]:
             self._tree.extend(group.records)
-            for record in group.records:
-                self._closed.note(decode_event(record))
-            self._origin = group.origin
+            event = None
+            for event in map(decode_event, group.records):
+                self._closed.note(event)
+            self._origin, self._stored_ns = group.origin, stored_ns_at(group.origin, event)
             self._duplicates += group.duplicates
             self._dead_lettered += group.dead_lettered
 
@@ -165,6 +166,7 @@ class _Walk:
             self._dead_lettered,
             self._closed.packed,
             dict(self._rows),
+            self._stored_ns,
         )
 
 
