@@ -217,11 +217,11 @@ class Rewinder:
                 aside = await run_blocking(partial(self._files.given_up, unseen=True), store, partition, end)
             await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
+            lost = msgspec.structs.replace(lost, signature=place.signature)
             if not dry_run:
                 await self._go_back(lost, records.last_seq, place, end, aside)
-            why = "its receipts were lost" if damage is None else damage.why
             reached = msgspec.structs.replace(lost, origin=place.origin, persisted=place.tree.size)
-            return self._told(reached, place, why, aside)
+            return self._told(reached, place, "its receipts were lost" if damage is None else damage.why, aside)
 
     async def _move(self, partition: int, dry_run: bool) -> Rewind:
         records = await self._records(partition)

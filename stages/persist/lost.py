@@ -163,7 +163,9 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
     if (header.tree_size_before, header.frontier_before) != (place.tree.size, place.tree.to_bytes()):
         raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
     record = kept_record(file.path)
-    if record is not None and record.sha256 == info.sha256 and record.resume is not UNSET:
+    if record is not None and record.sha256 != info.sha256:
+        record = None
+    if record is not None and record.resume is not UNSET:
         point = record.resume
     else:
         before = ResumePoint(
@@ -182,6 +184,7 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
         point.dead_lettered,
         point.closed,
         place.rows,
+        place.signature if record is None else record.signature,
     )
 
 
@@ -205,4 +208,4 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
     rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
-    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows)
+    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows, place.signature)
