@@ -14,6 +14,7 @@ from cluster.cli.common import (
     StoreArgument,
     check_directory,
     print_json,
+    print_lines,
     progress_bar,
     say,
 )
@@ -48,10 +49,10 @@ def backup(
         print_json(done)
     else:
         for problem in done.problems:
-            print(f"{problem.shard}: {problem.why}")
+            print_lines(f"{problem.shard}: {problem.why}")
         for name in done.aside:
-            print(f"moved aside: {name}")
-        print(
+            print_lines(f"moved aside: {name}")
+        print_lines(
             f"{done.copied} shards copied, {done.bytes} bytes; {target} has {done.shards} sealed shards of store "
             f"{done.store}"
         )
