@@ -63,7 +63,7 @@ async def receipts_lost(api: Api) -> str:
 
 
 async def _info(api: Api, stream: str) -> _Info:
-    return msgspec.json.decode(await api.request(stream, f"$JS.API.STREAM.INFO.{stream}", b""), type=_Info)
+    return await api.ask(stream, f"$JS.API.STREAM.INFO.{stream}", b"", _Info)
 
 
 async def _why_not_new(api: Api) -> str:
