@@ -43,6 +43,7 @@ from stages.runtime.writer import FencedWriter
 log = logging.getLogger(__name__)
 
 _TRIES: Final = 5
+_NO_COPY: Final = "; where none has more, see FiPartitionUnattended in the runbooks"
 
 
 class Rewind(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,8 +198,7 @@ class Rewinder:
                 raise NotOursError(
                     f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
                 )
-            store = self._store
-            with disk_of(store):
+            with disk_of(store := self._store):
                 files = (await run_blocking(self._files.shards, store.directory)).get(partition, [])
             if not (files or begin_anew):
                 raise ShardError(
@@ -283,7 +283,7 @@ class Rewinder:
             lost = "what its owner held" if damage is None else f"what {damage.file} holds"
             raise ShardError(
                 f"partition {partition} cannot be taken back to origin {place.origin}: {EVENTS} no longer has {lost}. "
-                f"Restore the files of the store from a copy{'' if damage is None else f' ({damage.why})'}"
+                f"Restore the files of the store from a copy{_NO_COPY if damage is None else f' ({damage.why})'}"
             )
 
     async def _go_back(

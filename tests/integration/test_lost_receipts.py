@@ -13,7 +13,7 @@ from pipeline import Load, Pipeline, extra_stage, flip, running, settings, under
 
 from cluster.audit import audit_store
 from contracts.receipts import Receipt, Signature
-from contracts.subjects import EVENTS, RECEIPTS
+from contracts.subjects import EVENTS, HOPS, RECEIPTS
 from stages.persist.aside import ASIDE
 from stages.persist.keys import create_key
 from stages.persist.names import list_shards
@@ -241,6 +241,23 @@ async def test_receipts_that_somebody_purges_are_told_again_without_making_the_s
             assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
         for load in loads:
             await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])
+async def test_where_receipts_were_purged_no_stream_is_made_that_would_count_anew(tmp_path: Path, purged: str) -> None:
+    """What it gave a settled sequence would be passed over."""
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        await published(pipeline, seed=65)
+        for stage in ("ingest", "segment", "hash", "persist"):
+            await pipeline.supervisor.hold_down(f"{stage}-0")
+        stream = pipeline.client.jetstream(timeout=10)
+        await stream.purge_stream(RECEIPTS, subject=purged)
+        for name in (*HOPS, EVENTS):
+            await stream.delete_stream(name)
+        code, _, err = await fictl(pipeline, "cluster", "apply")
+        assert (code, f"{EVENTS} is gone, and so are receipts that said how far it had counted" in err) == (1, True), (
+            err
+        )
 
 
 @pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])
