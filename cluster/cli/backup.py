@@ -33,7 +33,8 @@ def backup(
     is sealed and not copied yet, while it is at most half full. So run this every few minutes.
 
     Works while the pipeline writes. Every byte is held against its check sum on the way, and nothing is deleted. The
-    copy is a store that can be read: `fictl verify TO`, `fictl events --dir TO`. Exits 4 if a shard or its record is damaged.
+    copy is a store that can be read: `fictl verify TO`, `fictl events --dir TO`. Exits 4 if a shard or its record is
+    damaged.
 
     After the disk was lost: copy TO to where the store was, start persist there, and `fictl rebuild` makes what is
     newer again from FI_EVENTS.
