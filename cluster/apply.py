@@ -255,12 +255,15 @@ class _Applier:
         return max(origins, default=0) + 1
 
     async def _lost_origins(self, found: dict[str, StreamInfo]) -> list[str]:
-        """Nothing says where a new `FI_EVENTS` must begin to count while receipts are lost that would."""
+        """Nothing says where a new `FI_EVENTS` must begin to count while receipts are lost, or purged, that would."""
         receipts = found.get(subjects.RECEIPTS)
-        if subjects.EVENTS in found or receipts is None or META_RECEIPTS_LOST not in (receipts.config.metadata or {}):
+        if subjects.EVENTS in found or receipts is None:
+            return []
+        metadata, state = receipts.config.metadata or {}, receipts.state
+        if META_RECEIPTS_LOST not in metadata and state.messages == state.last_seq:
             return []
         told = len(await self._last_messages(found, subjects.RECEIPTS, "fi.receipts.*"))
-        if told == int((receipts.config.metadata or {}).get(META_PARTITIONS, 0)):
+        if told == int(metadata.get(META_PARTITIONS, 0)):
             return []
         return [
             f"{subjects.EVENTS} is gone, and so are receipts that said how far it had counted: begin a new cluster "

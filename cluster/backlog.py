@@ -166,8 +166,8 @@ async def count_messages(api: Api, stream: str, pattern: str, start: Mapping[str
         "inactive_threshold": _NS,
     }
     request = {"stream_name": stream, "config": config, "action": "create"}
-    data = await api.request(stream, f"$JS.API.CONSUMER.CREATE.{stream}.{name}.{pattern}", msgspec.json.encode(request))
-    return msgspec.json.decode(data, type=_Counted).num_pending
+    subject = f"$JS.API.CONSUMER.CREATE.{stream}.{name}.{pattern}"
+    return (await api.ask(stream, subject, msgspec.json.encode(request), _Counted)).num_pending
 
 
 class _Counted(msgspec.Struct):

@@ -307,7 +307,7 @@ def _state_key(stream: StreamStatus) -> tuple[object, ...]:
 async def _count_letters(api: Api) -> dict[str, int]:
     """Stage → its letters. The newest message of a subject may be a mark, which is none (see `cluster.dlq`)."""
     body = msgspec.json.encode({"subjects_filter": "fi.dlq.*.*"})
-    answer = msgspec.json.decode(await api.request(DLQ, f"$JS.API.STREAM.INFO.{DLQ}", body), type=_Counted)
+    answer = await api.ask(DLQ, f"$JS.API.STREAM.INFO.{DLQ}", body, _Counted)
     counts: dict[str, int] = {}
     for subject, count in (answer.state.subjects or {}).items():
         last = await api.last_message(DLQ, subject)

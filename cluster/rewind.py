@@ -42,6 +42,7 @@ from stages.runtime.writer import FencedWriter
 log = logging.getLogger(__name__)
 
 _TRIES: Final = 5
+_NO_COPY: Final = "; where none has more, see FiPartitionUnattended in the runbooks"
 
 
 class Rewind(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,8 +197,7 @@ class Rewinder:
                 raise NotOursError(
                     f"partition {partition} has its receipts: it belongs to store {last.store} on {last.node}"
                 )
-            store = self._store
-            with disk_of(store):
+            with disk_of(store := self._store):
                 files = (await run_blocking(self._files.shards, store.directory)).get(partition, [])
             if not (files or begin_anew):
                 raise ShardError(
@@ -216,11 +216,11 @@ class Rewinder:
                 aside = await run_blocking(partial(self._files.given_up, unseen=True), store, partition, end)
             await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
+            lost = msgspec.structs.replace(lost, signature=place.signature)
             if not dry_run:
                 await self._go_back(lost, records.last_seq, place, end, aside)
-            why = "its receipts were lost" if damage is None else damage.why
             reached = msgspec.structs.replace(lost, origin=place.origin, persisted=place.tree.size)
-            return self._told(reached, place, why, aside)
+            return self._told(reached, place, "its receipts were lost" if damage is None else damage.why, aside)
 
     async def _move(self, partition: int, dry_run: bool) -> Rewind:
         records = await self._records(partition)
@@ -282,7 +282,7 @@ class Rewinder:
             lost = "what its owner held" if damage is None else f"what {damage.file} holds"
             raise ShardError(
                 f"partition {partition} cannot be taken back to origin {place.origin}: {EVENTS} no longer has {lost}. "
-                f"Restore the files of the store from a copy{'' if damage is None else f' ({damage.why})'}"
+                f"Restore the files of the store from a copy{_NO_COPY if damage is None else f' ({damage.why})'}"
             )
 
     async def _go_back(

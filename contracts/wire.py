@@ -14,7 +14,12 @@ UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def plain(text: str) -> str:
     """`text` without what a terminal would obey, or UTF-8 has no bytes for: a file's name may hold either."""
-    return "".join(char if char.isprintable() else "·" for char in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else "·" for char in text)
+
+
+def plain_lines(text: str) -> str:
+    """As `plain`, of each line of `text`."""
+    return "\n".join(map(plain, text.split("\n")))
 
 
 INT64_MAX: Final = 2**63 - 1

@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from cluster.cli.common import FAILED, USAGE, answered, config_option, exit_code, print_error, say
 from contracts.errors import FiError
+from contracts.wire import plain_lines
 
 
 class Group(NamedTuple):
@@ -157,6 +158,11 @@ app = typer.Typer(
 )
 
 
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_lines(super().format(record))
+
+
 @app.callback()
 def options(
     context: typer.Context,
@@ -170,7 +176,9 @@ def options(
     before = config_option.set(config_file)
     context.call_on_close(lambda: config_option.reset(before))
     level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="fi: %(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("fi: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def _open_closed_streams() -> None:

@@ -14,6 +14,7 @@ from cluster.cli.common import (
     StoreArgument,
     check_directory,
     print_json,
+    print_lines,
     progress_bar,
     say,
 )
@@ -32,7 +33,8 @@ def backup(
     is sealed and not copied yet, while it is at most half full. So run this every few minutes.
 
     Works while the pipeline writes. Every byte is held against its check sum on the way, and nothing is deleted. The
-    copy is a store that can be read: `fictl verify TO`, `fictl events --dir TO`. Exits 4 if a shard is damaged.
+    copy is a store that can be read: `fictl verify TO`, `fictl events --dir TO`. Exits 4 if a shard or its record is
+    damaged.
 
     After the disk was lost: copy TO to where the store was, start persist there, and `fictl rebuild` makes what is
     newer again from FI_EVENTS.
@@ -48,10 +50,10 @@ def backup(
         print_json(done)
     else:
         for problem in done.problems:
-            print(f"{problem.shard}: {problem.why}")
+            print_lines(f"{problem.shard}: {problem.why}")
         for name in done.aside:
-            print(f"moved aside: {name}")
-        print(
+            print_lines(f"moved aside: {name}")
+        print_lines(
             f"{done.copied} shards copied, {done.bytes} bytes; {target} has {done.shards} sealed shards of store "
             f"{done.store}"
         )

@@ -90,10 +90,10 @@ def capacity(
         table.add_row(bound.resource, f"{bound.events_per_s:,.0f}", f"{bound.sessions_per_day:,}", bound.why)
     out = console()
     out.print(table)
-    out.print(f"{found.sessions_per_day:,} sessions a day. Runs out first: {found.limited_by}.", markup=False)
-    out.print(f"Assumed: {found.assumption}.", markup=False)
+    out.print(f"{found.sessions_per_day:,} sessions a day. Runs out first: {found.limited_by}.")
+    out.print(f"Assumed: {found.assumption}.")
     if found.unknown:
-        out.print(f"Not known, so not counted: {', '.join(found.unknown)}.", markup=False)
+        out.print(f"Not known, so not counted: {', '.join(found.unknown)}.")
 
 
 def read_benchmark(path: Path, batch: int) -> Measured:

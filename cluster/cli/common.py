@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import re
@@ -33,11 +34,14 @@ from contracts.errors import (
 )
 from contracts.settings import ResolvedSettings, Settings, SettingsFile, hide_credentials, resolve_settings
 from contracts.subjects import STAGES, Stage
+from contracts.wire import plain, plain_lines
 from stages.runtime.access import Servers, access_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.segment import Segment
     from rich.table import Table
+    from rich.text import Text
 
     from stages.runtime.api import Api
     from stages.runtime.client import GuardedClient
@@ -326,7 +330,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 def print_json(value: Any) -> None:
     """One JSON value on one line of stdout: the answer of a verb with --json."""
     answered.set(True)
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    text = msgspec.json.encode(value).decode()
+    if not text.isprintable():
+        # Only strings hold such signs, and JSON has another form for each.
+        text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    sys.stdout.buffer.write(text.encode() + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -339,16 +347,34 @@ def print_error(error: str, code: int) -> None:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
-    print(text, file=sys.stderr)
+    """A line for people, on stderr; or several, as of a log."""
+    print(plain_lines(text), file=sys.stderr)
+
+
+def print_lines(*lines: str) -> None:
+    """Lines for people, on stdout. Each is one line, whatever is in it: names out of files can be anything."""
+    print(*map(plain, lines), sep="\n")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console; on stderr for what is not data. A file or pipe gets wide lines, so that nothing is cut off."""
+    """A rich console; on stderr for what is not data. A file or pipe gets wide lines, so that nothing is cut off.
+
+    Text is text: neither rich's markup in it counts, nor what a terminal would obey.
+    """
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            # Before its width is measured.
+            return super().render_str(plain_lines(text), **how)
+
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=plain_lines(segment.text))
+
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, width=None if terminal else REDIRECTED_WIDTH)
+    width = None if terminal else REDIRECTED_WIDTH
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 def make_table(*titles: str, title: str | None = None) -> Table:

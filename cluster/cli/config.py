@@ -87,12 +87,10 @@ def show(chosen: SetOption = None, as_json: JsonOption = False) -> None:
         }
         print_json({"file": None if file is None else str(Path(file.name).absolute()), "settings": settings})
         return
-    from rich.markup import escape
-
-    console().print(f"settings file: {_file_words(file)}", markup=False, soft_wrap=True)
+    console().print(f"settings file: {_file_words(file)}", soft_wrap=True)
     table = make_table("setting", "value", "from")
     for name, (value, source) in rows.items():
-        table.add_row(name, escape(msgspec.json.encode(value).decode()), escape(_source_words(source)))
+        table.add_row(name, msgspec.json.encode(value).decode(), _source_words(source))
     console().print(table)
 
 
@@ -131,13 +129,11 @@ def budgets(chosen: SetOption = None, as_json: JsonOption = False) -> None:
         ]
         print_json({"budgets": rows, "disorders": wrong})
         return
-    from rich.markup import escape
-
     table = make_table("wait", "seconds", "from", "kind", "who waits for what", "then")
     for row in rows:
         seconds = f"{row['seconds']:g}"
         words = (str(row[key]) for key in ("source", "kind", "waits", "then"))
-        table.add_row(str(row["name"]), seconds, *map(escape, words))
+        table.add_row(str(row["name"]), seconds, *words)
     console().print(table)
     for disorder in found:
         say(str(disorder))

@@ -144,13 +144,13 @@ def _show(result: DemoResult) -> None:
         for event in result.consultation:
             text = plain(bytes(event["payload"]).decode())
             line = f"  {event['timestamp']}  {event['event_type']:<24} {event['audit_hash'][:12]}…  {text}"
-            out.print(line[: out.width], markup=False, soft_wrap=True)
+            out.print(line[: out.width], soft_wrap=True)
     for line in result.refused[:SHOWN_REFUSALS]:
-        out.print(f"refused: {line}", markup=False)
+        out.print(f"refused: {line}")
     for line in result.problems:
-        out.print(f"PROBLEM: {line}", markup=False)
+        out.print(f"PROBLEM: {line}")
     out.print(f"\n{len(result.shards)} shards in {result.store}; open one with h5py or h5dump, or try:")
     called = sys.argv[0] if Path(sys.argv[0]).name in ("fi", "fictl") else "fictl"
-    out.print(f"  {called} verify {result.store}", markup=False, soft_wrap=True)
-    out.print(f"  {called} export {result.store} | head -3", markup=False, soft_wrap=True)
+    out.print(f"  {called} verify {result.store}", soft_wrap=True)
+    out.print(f"  {called} export {result.store} | head -3", soft_wrap=True)
     out.print("verified: nothing lost, nothing doubled" if result.ok else "NOT VERIFIED", style="bold")

@@ -27,6 +27,7 @@ from cluster.cli.common import (
     not_empty,
     parse_when,
     print_json,
+    print_lines,
     progress_bar,
     run_async,
     say,
@@ -34,7 +35,6 @@ from cluster.cli.common import (
 from contracts.budgets import COMMAND_READY
 from contracts.errors import DefiniteError, SettingsError
 from contracts.subjects import STAGES, publish_subject
-from contracts.wire import plain
 from stages.persist.files import read_small
 from stages.runtime.access import Servers
 
@@ -107,7 +107,7 @@ def ls(
         async with _opened(servers, partition) as dead:
             span = await dead.span(selection)
             if not as_json and not only_summary:
-                print(shown.HEADINGS)
+                print_lines(shown.HEADINGS)
             with progress_bar("reading") as tell:
                 async with aclosing(dead.letters(selection, span, tell)) as letters:
                     async for letter in letters:
@@ -116,15 +116,15 @@ def ls(
                             continue
                         newest.append(render(letter))
                         if not limit:
-                            print(newest.pop())
+                            print_lines(newest.pop())
 
     run_async(work())
     for row in newest:
-        print(row)
+        print_lines(row)
     if only_summary and as_json:
         print_json(shown.counted(counts))
     elif not as_json:
-        print(shown.counted_lines(counts))
+        print_lines(*shown.counted_lines(counts))
     if limit and not only_summary and len(newest) < counts.letters:
         say(f"these are the newest {len(newest)} of {counts.letters}; --limit 0 shows all")
 
@@ -161,7 +161,7 @@ def show(
     elif as_json:
         print_json(shown.whole(letter) | {"next": shown.advice(letter)})
     else:
-        print(shown.page(letter))
+        print_lines(*shown.page(letter))
 
 
 def replay(
@@ -219,16 +219,16 @@ def replay(
         for letter, why in found:
             if why:
                 refused.append({"seq": letter.seq, "why": why})
-                say(f"letter {letter.seq} cannot be replayed: {plain(why)}")
+                say(f"letter {letter.seq} cannot be replayed: {why}")
             elif dry_run and not as_json:
-                print(f"letter {letter.seq} would go to {publish_subject(letter.site, letter.consultation)}")
+                print_lines(f"letter {letter.seq} would go to {publish_subject(letter.site, letter.consultation)}")
 
     servers = find_servers(directory, nats)
     missing = run_async(_go(servers, seqs, selection, "replay", act, dry_run=dry_run, yes=yes))
     if as_json:
         print_json({**report, "refused": refused, "missing": missing, "dry_run": dry_run})
     else:
-        print(f"{report['replayed']} of {report['matched']} letters {'would be ' if dry_run else ''}replayed")
+        print_lines(f"{report['replayed']} of {report['matched']} letters {'would be ' if dry_run else ''}replayed")
         if report["repeated"]:
             say(f"{report['repeated']} of them were published by an earlier replay already, and only removed now")
         if report["replayed"] and not dry_run:
@@ -280,7 +280,7 @@ def drop(
         report["matched"] += len(page)
         if dry_run:
             for letter in page if not as_json else ():
-                print(line(letter))
+                print_lines(line(letter))
             return
         if output is not None:
             append(output, page, why)
@@ -290,9 +290,9 @@ def drop(
     if as_json:
         print_json({**report, "missing": missing, "dry_run": dry_run})
     elif dry_run:
-        print(f"{report['matched']} letters would be dropped")
+        print_lines(f"{report['matched']} letters would be dropped")
     else:
-        print(f"{report['dropped']} letters dropped")
+        print_lines(f"{report['dropped']} letters dropped")
     if missing:
         raise typer.Exit(FAILED)
 
@@ -349,7 +349,7 @@ async def _confirm(verb: str, counts: Counts) -> None:
         return
     from cluster.cli.letters import counted_lines
 
-    say(counted_lines(counts))
+    say("\n".join(counted_lines(counts)))
     if not await asyncio.to_thread(typer.confirm, f"{verb} them?", err=True):
         raise DefiniteError("nothing was changed")
 

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import typer
 
-from cluster.cli.common import CORRUPT, StoreArgument, login_name, print_json, progress_bar, say
+from cluster.cli.common import CORRUPT, StoreArgument, login_name, print_json, print_lines, progress_bar, say
 from contracts.errors import SettingsError
 from contracts.events import parse_rfc3339
 from contracts.policy import EVENT_TYPES
@@ -93,10 +93,10 @@ def verify_export(path: Path, as_json: bool, timeout_s: float) -> None:
         print_json({"path": str(path), "ok": not findings, "problems": findings, "manifest": manifest})
     else:
         for finding in findings:
-            print(f"{path.name}: {finding.where}: {finding.what}")
+            print_lines(f"{path.name}: {finding.where}: {finding.what}")
         if manifest is not None and not findings:
             who = manifest.who or "nobody named"
-            print(f"{manifest.file}: {manifest.events} events, exported {manifest.created} by {who}: all is well")
+            print_lines(f"{manifest.file}: {manifest.events} events, exported {manifest.created} by {who}: all is well")
     if findings:
         raise typer.Exit(CORRUPT)
 

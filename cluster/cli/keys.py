@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli.common import print_lines
+
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The private key.", show_default=False)]
 
 
@@ -20,7 +22,7 @@ def new(file: FileArgument) -> None:
     """
     from stages.persist.keys import create_key
 
-    print(create_key(file).public_key)
+    print_lines(create_key(file).public_key)
 
 
 def public(file: FileArgument) -> None:
@@ -30,4 +32,4 @@ def public(file: FileArgument) -> None:
     """
     from stages.persist.keys import load_key
 
-    print(load_key(file).public_key)
+    print_lines(load_key(file).public_key)

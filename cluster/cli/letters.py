@@ -36,7 +36,7 @@ def first_bytes(data: bytes) -> str:
 def line(letter: Letter) -> str:
     """The letter on one line, under `HEADINGS`."""
     when = format_rfc3339(letter.time_ns // 1_000_000 * 1_000_000)
-    return plain(
+    return (
         f"{letter.seq:>8} {when:<24} {letter.stage:<8} {letter.partition:>3} {f'{letter.origin}/{letter.index}':<12} "
         f"{letter.reason:<22} {letter.field or '-':<20} {first_bytes(letter.data)}"
     )
@@ -116,16 +116,14 @@ def counted(counts: Counts) -> dict[str, Any]:
     return {"letters": counts.letters, "by_reason": rows}
 
 
-def counted_lines(counts: Counts) -> str:
+def counted_lines(counts: Counts) -> list[str]:
     """Counts for people, the commonest first."""
-    rows = [
-        f"{count:>8} {plain(stage):<8} {plain(reason)}" for (stage, reason), count in counts.by_reason.most_common()
-    ]
-    return "\n".join([*rows, f"{counts.letters:>8} dead letters"])
+    rows = [f"{count:>8} {stage:<8} {reason}" for (stage, reason), count in counts.by_reason.most_common()]
+    return [*rows, f"{counts.letters:>8} dead letters"]
 
 
-def page(letter: Letter) -> str:
-    """Everything about one letter."""
+def page(letter: Letter) -> list[str]:
+    """Everything about one letter, by line."""
     where = f"{letter.stage} partition {letter.partition}" + (f", policy {letter.policy}" if letter.policy > 0 else "")
     trace = letter.traceparent.split("-")
     rows = {
@@ -142,13 +140,9 @@ def page(letter: Letter) -> str:
         "trace": trace[1] if len(trace) > 2 else "",
         "bytes": str(len(letter.data)),
     }
-    head = "\n".join(f"{name + ':':<14}{plain(text)}" for name, text in rows.items() if text)
-    return f"{head}\n\n{_body(letter.data)}\n\nnext: {plain(advice(letter))}"
-
-
-def _body(data: bytes) -> str:
-    text = msgspec.json.format(data, indent=2) if is_json(data) else data
-    return "\n".join(plain(row) for row in text.decode(errors="replace").split("\n"))
+    head = [f"{name + ':':<14}{text}" for name, text in rows.items() if text]
+    body = msgspec.json.format(letter.data, indent=2) if is_json(letter.data) else letter.data
+    return [*head, "", *body.decode(errors="replace").split("\n"), "", f"next: {advice(letter)}"]
 
 
 def advice(letter: Letter) -> str:

@@ -319,9 +319,9 @@ def _show(report: MembersReport) -> None:
     screen.print(table)
     for stage, pause in report.paused.items():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause.since_ns / 1e9))
-        screen.print(f"{stage} is paused since {when} by {pause.by}", markup=False)
+        screen.print(f"{stage} is paused since {when} by {pause.by}")
     by_reason: dict[tuple[Stage, str], list[int]] = {}
     for unheld in report.unheld:
         by_reason.setdefault((unheld.stage, unheld.why), []).append(unheld.partition)
     for (stage, why), partitions in by_reason.items():
-        screen.print(f"{stage} {ranges(partitions)}: {why}", markup=False)
+        screen.print(f"{stage} {ranges(partitions)}: {why}")

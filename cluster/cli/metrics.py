@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import JsonOption, console, make_table, print_json
+from cluster.cli.common import JsonOption, console, make_table, print_json, print_lines
 from contracts.telemetry import CATALOGUE
 
 
@@ -48,7 +48,7 @@ def metrics(
     titles = ("name", "kind", "unit", "attributes", "what one value says")
     if markdown:
         for row in (titles, ("---",) * len(titles), *rows):
-            print(f"| {' | '.join(row)} |")
+            print_lines(f"| {' | '.join(row)} |")
         return
     table = make_table(*titles)
     for row in rows:

@@ -27,6 +27,7 @@ from cluster.cli.common import (
     finite,
     make_table,
     print_json,
+    print_lines,
     progress_bar,
     run_async,
     say,
@@ -356,9 +357,9 @@ def _take_back(
     else:
         _show(outcome.done, dry_run)
         if unnamed is not None and not outcome.looked_at:
-            print(f"nothing to do: {unnamed.nothing}; `fictl partitions ls` shows which store owns which")
+            print_lines(f"nothing to do: {unnamed.nothing}; `fictl partitions ls` shows which store owns which")
         elif not (outcome.done or outcome.failed or outcome.passed):
-            print("nothing to do: every file is as the records say")
+            print_lines("nothing to do: every file is as the records say")
     for partition in outcome.passed:
         say(f"fi: partition {partition} is passed over: {PASSED_OVER}")
     for reason in outcome.failed.values():
@@ -373,15 +374,15 @@ def _show(done: list[Rewind], dry_run: bool) -> None:
     verb = "would go" if dry_run else "went"
     for rewind in done:
         if rewind.why:
-            print(f"partition {rewind.partition}: {rewind.why}")
+            print_lines(f"partition {rewind.partition}: {rewind.why}")
         else:
-            print(f"partition {rewind.partition}: from store {rewind.from_store} on {rewind.from_node}")
+            print_lines(f"partition {rewind.partition}: from store {rewind.from_store} on {rewind.from_node}")
         if rewind.committed_origin == rewind.origin:
-            print(f"  goes on after origin {rewind.origin}, in shard {rewind.shard}: {rewind.events} events stay")
+            print_lines(f"  goes on after origin {rewind.origin}, in shard {rewind.shard}: {rewind.events} events stay")
         else:
-            print(
+            print_lines(
                 f"  {verb} back from origin {rewind.committed_origin} to {rewind.origin}: {rewind.events} events stay, "
                 f"{rewind.again} are made again from the stream into shard {rewind.shard}"
             )
         for name in rewind.aside:
-            print(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")
+            print_lines(f"  moved aside: {name}" if not dry_run else f"  to be moved aside: {name}")

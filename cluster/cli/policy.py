@@ -105,9 +105,9 @@ def history(
         print_json({"versions": rows, "unreadable": versions.unreadable, "rewritten": versions.rewritten})
         return
     for policy in versions.policies:
-        console().print(f"{policy.version}  {_origin_words(policy)}", markup=False)
+        console().print(f"{policy.version}  {_origin_words(policy)}")
         for change in changes[policy.version]:
-            console().print(f"   {_change_words(change)}", markup=False)
+            console().print(f"   {_change_words(change)}")
 
 
 def set_(

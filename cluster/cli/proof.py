@@ -14,13 +14,13 @@ from cluster.cli.common import (
     NatsOption,
     PublicKeyOption,
     find_servers,
+    print_lines,
     progress_bar,
     run_async,
     say,
     trusted_keys,
 )
 from contracts.errors import ClusterUnavailableError, ProofError, SettingsError, ShardError
-from contracts.wire import plain
 from stages.persist.files import read_small
 
 if TYPE_CHECKING:
@@ -121,8 +121,10 @@ def check_proof(
     else:
         heads = [evidence.old, evidence.new]
         said = f"the first {evidence.old.tree_size} events, root {evidence.old.root}, are the beginning"
-    where = "".join(f" of cluster {plain(cluster)}" for cluster in clusters_of(evidence))
-    print(f"{said} of the {heads[-1].tree_size} events of partition {evidence.partition}{where}, root {heads[-1].root}")
+    where = "".join(f" of cluster {cluster}" for cluster in clusters_of(evidence))
+    print_lines(
+        f"{said} of the {heads[-1].tree_size} events of partition {evidence.partition}{where}, root {heads[-1].root}"
+    )
     if not trusted:
         keys = sorted({head.signature.key for head in heads if head.signature is not None})
         by = f"by {', '.join(keys)}; give --public-key to hold that against a key you trust" if keys else "by nobody"

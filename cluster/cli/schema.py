@@ -39,11 +39,11 @@ def _show(contract: dict[str, Any]) -> None:
             table.add_row(rule["if"]["properties"]["event_type"]["const"], field, required, _describe(kind))
     screen.print(table)
     subject = contract["x-subject"]
-    screen.print(f"subject: {subject['pattern']}   tokens: {subject['token']}", markup=False)
+    screen.print(f"subject: {subject['pattern']}   tokens: {subject['token']}")
     for rule in subject["rules"]:
-        screen.print(f"  - {rule}", markup=False)
+        screen.print(f"  - {rule}")
     for name, value in contract["x-limits"].items():
-        screen.print(f"limit {name}: {value}", markup=False)
+        screen.print(f"limit {name}: {value}")
 
 
 def _describe(rule: dict[str, Any]) -> str:

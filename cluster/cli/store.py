@@ -25,6 +25,7 @@ from cluster.cli.common import (
     finite,
     make_table,
     print_json,
+    print_lines,
     progress_bar,
     run_async,
     trusted_keys,
@@ -32,7 +33,6 @@ from cluster.cli.common import (
 from cluster.cli.export import verify_export
 from contracts.budgets import SHARD_CHECK
 from contracts.errors import DefiniteError, SettingsError, ShardError
-from contracts.wire import plain
 from stages.runtime.access import Servers
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def verify(
     else:
         _show_report(report)
         if audit is None:
-            print(
+            print_lines(
                 f"held against itself and {report.seal_records} seal records beside the shards, "
                 f"{report.signed_records} of them signed; --receipts finds what that cannot"
             )
@@ -186,46 +186,44 @@ def verify(
 
 
 def _show_events(found: list[StoredEvent]) -> None:
-    from rich.text import Text
-
     from contracts.events import format_rfc3339
 
     table = make_table("time", "type", "payload", "audit hash", "origin")
     for stored in found:
         event = stored.event
-        payload = plain(event.payload.decode())
+        payload = event.payload.decode()
         short = payload if len(payload) <= _TEXT_CHARS_MAX else f"{payload[:_TEXT_CHARS_MAX]}…"
         time, digest = format_rfc3339(event.timestamp_ns), event.audit_hash.hex()[:12]
-        table.add_row(time, event.event_type, Text(short), digest, str(event.origin))
+        table.add_row(time, event.event_type, short, digest, str(event.origin))
     console().print(table)
 
 
 def _show_report(report: VerifyReport) -> None:
     for problem in report.problems:
-        print(plain(f"{problem.shard}: {problem.where}: {problem.what}"))
+        print_lines(f"{problem.shard}: {problem.where}: {problem.what}")
     verdict = "all is well" if report.ok else f"{len(report.problems)} problems"
     exports = f", {report.exports} exports" if report.exports else ""
-    print(f"{report.shards} shards, {report.events} events{exports}: {verdict}")
+    print_lines(f"{report.shards} shards, {report.events} events{exports}: {verdict}")
 
 
 def _show_audit(audit: AuditReport) -> None:
     from contracts.events import format_rfc3339
 
-    print(
+    print_lines(
         f"held against {audit.receipts} receipts and {audit.seals} seal records of this store, {audit.signed} of them "
         "signed"
     )
     for partition, owner in audit.elsewhere.items():
-        print(f"partition {partition} belongs to {owner}: what is there was not read")
+        print_lines(f"partition {partition} belongs to {owner}: what is there was not read")
     for partition, what in audit.unshown.items():
-        print(f"partition {partition}: {what}")
+        print_lines(f"partition {partition}: {what}")
     if audit.lost:
-        print(
+        print_lines(
             f"the cluster's receipts were lost by {audit.lost} and begun again from the stores: for what was stored "
             "before, they say no more than the stores said then"
         )
     for rewind in audit.rewinds:
-        print(
+        print_lines(
             f"partition {rewind.partition} went back to origin {rewind.origin} ({rewind.persisted} events) on "
             f"{rewind.node} at {format_rfc3339(rewind.committed_ns)}; what was committed after that was made again"
         )

@@ -257,7 +257,7 @@ class PersistLane(LaneBase):
             early = self._room.short and self._files.is_old(EARLY_SHARE)
             if early or self._files.is_old() or self._flush_is_due():
                 await self._roll()
-            elif not self._room.spare:
+            elif not self._room.spare or self._files.wants_next():
                 self._seal_work.set()
 
     async def _advance(self, feed: InputFeed) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from contracts.backups import BACKUP_FILE, LastBackup, decode_last_backup, encode_last_backup
 from contracts.errors import NotOursError, ShardCorruptError, ShardError, WireFormatError
 from contracts.events import format_rfc3339
+from contracts.receipts import decode_seal
 from stages.persist.aside import ASIDE, move_aside
 from stages.persist.files import (
     SYNC_EVERY_BYTES,
@@ -36,7 +37,8 @@ from stages.persist.files import (
 )
 from stages.persist.header import HEADER_BYTES, is_named, read_live_header, read_sealed_header
 from stages.persist.names import FIRST_SHARD, ShardFile, list_shards, live_name, tmp_path
-from stages.persist.records import kept_record, record_path
+from stages.persist.records import record_path
+from stages.persist.seal import sealed_info
 from stages.persist.store import find_store
 from stages.persist.storedir import STORE_FILE, Store, make_directory, read_store
 
@@ -47,7 +49,7 @@ _READ_BYTES: Final = 1024 * 1024
 
 
 class NotCopied(msgspec.Struct, frozen=True):
-    """A shard of which there is no good copy, and why."""
+    """A shard of which, or of the record beside which, no copy was made, and why."""
 
     shard: str
     why: str
@@ -62,7 +64,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
         copied: those of them that it did not have before.
         bytes: of these.
         aside: copies that were moved aside, by name.
-        problems: sealed shards of the store that the copy does not have.
+        problems: sealed shards of the store that the copy does not have, or not with their records.
         same_disk: the copies lie on the file system of the store itself, and go with it.
         unmarked: why the store does not say that it is copied up to now; empty where it does.
     """
@@ -115,7 +117,6 @@ def back_up(
             looked_at += _size(file.path)
             run.take(file)
         on_progress(total, total)
-        shards = len(sealed) - len(run.problems) - run.gone
         # One that a rebuild gives up, or that got its sealed form while the directory was read, is not missing.
         run.problems += [run.missing(source, *gap) for gap in _gaps(source) if gap in gaps]
         # What is not there any more was given up by a rebuild, unless the whole store went.
@@ -133,7 +134,7 @@ def back_up(
                 _write_mark(target / BACKUP_FILE, msgspec.structs.replace(last, copied={}))
     return Backup(
         store=store.store_id,
-        shards=shards,
+        shards=run.shards,
         copied=run.copied,
         bytes=run.bytes,
         aside=tuple(run.aside),
@@ -197,6 +198,7 @@ class _Run:
         self._target = target
         self._now_ns = now_ns
         self._there = list_shards(target)
+        self.shards = 0
         self.copied = 0
         self.bytes = 0
         self.gone = 0
@@ -209,11 +211,13 @@ class _Run:
         same_number = [one for one in self._there.get(file.partition, ()) if one.shard == file.shard]
         try:
             self._check_own(file)
+            digest = ""
             if not (final.exists() and _is_copy(file.path, final)):
-                size = _copy(file.path, final, lambda: self._move_aside(same_number))
+                size, digest = _copy(file.path, final, lambda digest: self._make_room(file, digest, same_number))
                 self.copied += 1
                 self.bytes += size
-            _copy_record(record_path(file.path), record_path(final))
+            self.shards += 1
+            _copy_record(file, final, digest)
         except FileNotFoundError:
             if file.path.exists():
                 raise
@@ -239,9 +243,12 @@ class _Run:
         step = "run `fictl rebuild`" if copy is None else f"put the copy {copy} in its place"
         return NotCopied(f"shard {shard} of partition {partition}", f"is missing in {source}; {step}")
 
-    def _move_aside(self, files: list[ShardFile]) -> None:
-        moved = move_aside(files, self._target / ASIDE, self._now_ns)
-        self.aside += [path.name for path in moved]
+    def _make_room(self, file: ShardFile, digest: str, copies: list[ShardFile]) -> None:
+        """A copy gives way only to a shard that the record beside it, if there is one, is of: either may be forged."""
+        if copies:
+            _record_of(file, digest)
+            moved = move_aside(copies, self._target / ASIDE, self._now_ns)
+            self.aside += [copy.name for copy in moved]
 
 
 @contextmanager
@@ -329,11 +336,8 @@ def _length_and_header(path: Path) -> tuple[int, bytes]:
         return os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
 
 
-def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
-    """Copies a sealed shard, whose every byte is held against its check sum, and the record's; gives its length.
-
-    `make_room` is called before the copy gets its name.
-    """
+def _copy(path: Path, final: Path, make_room: Callable[[str], None]) -> tuple[int, str]:
+    """Copies a sealed shard, held against its check sum; gives its length and SHA-256, which `make_room` gets."""
     with _reading(path):
         header = read_sealed_header(path)
         read = path.open("rb")
@@ -354,18 +358,13 @@ def _copy(path: Path, final: Path, make_room: Callable[[], None]) -> int:
                     unsynced = 0
             if body.hexdigest() != header.body_sha256:
                 raise ShardCorruptError(f"{path}: its bytes are not those that were sealed; run `fictl rebuild`")
-            record = kept_record(path)
-            live = path.with_name(live_name(header.partition, header.shard))
-            # While that is there, the record may still be that of a file that had the name before.
-            if record is not None and record.sha256 != whole.hexdigest() and not live.exists():
-                raise ShardCorruptError(f"{path}: is not the file that the record beside it is of; run `fictl verify`")
             sync_file(write.fileno())
+        make_room(whole.hexdigest())
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    make_room()
     publish_file(tmp, final)
-    return size
+    return size, whole.hexdigest()
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -386,14 +385,36 @@ def _reading(path: Path) -> Iterator[None]:
         raise ShardError(f"{path}: cannot be read ({error.strerror}); put that right, and run it again") from error
 
 
-def _copy_record(path: Path, final: Path) -> None:
-    """The record comes a moment after its shard: until the next run there may be none."""
+def _copy_record(file: ShardFile, final: Path, digest: str) -> None:
+    """Copies the record beside a shard whose copy is `final`. Raises as `_record_of`. `digest`: "" if not known yet."""
+    own, there = record_path(file.path), record_path(final)
+    with suppress(OSError):
+        if not own.exists() or (there.exists() and read_own(there) == read_own(own)):
+            return
+    with _reading(file.path):
+        digest = digest or sealed_info(file.path).sha256
+    if (data := _record_of(file, digest)) is not None:
+        write_new_file(tmp_path(there), data)
+        publish_file(tmp_path(there), there)
+
+
+def _record_of(file: ShardFile, digest: str) -> bytes | None:
+    """The record beside a shard with this SHA-256; None while there is none: it comes a moment after its shard.
+
+    Raises:
+        ShardError: it is of another file, or cannot be read.
+    """
+    path, own = file.path, record_path(file.path)
     try:
-        data = read_own(path)
+        data = read_own(own)
+        is_its = decode_seal(data).sha256 == digest
     except FileNotFoundError:
-        return
+        return None
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror}); put that right, and run it again") from error
-    if not final.exists() or read_own(final) != data:
-        write_new_file(tmp_path(final), data)
-        publish_file(tmp_path(final), final)
+        raise ShardError(f"{own}: cannot be read ({error.strerror}); put that right, and run it again") from error
+    except WireFormatError as error:
+        raise ShardCorruptError(f"{own}: is no record ({error}); put a copy of the right one in its place") from error
+    # While the live form is there, the record may still be that of a file that had the name before.
+    if not (is_its or path.with_name(live_name(file.partition, file.shard)).exists()):
+        raise ShardCorruptError(f"{path}: is not the file that the record beside it is of; run `fictl verify`")
+    return data if is_its else None

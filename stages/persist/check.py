@@ -15,12 +15,13 @@ import numpy as np
 from contracts.errors import ShardError, WireFormatError
 from contracts.events import Event, decode_event, decode_event_key
 from contracts.hashing import INCREMENTAL_BYTES_MIN, MerkleFrontier, audit_hash, audit_hash_incremental, leaf_hash
-from stages.persist.columns import Array, ColumnsBuilder
+from stages.persist.agreement import commit_problems, content_problems, place_problems
+from stages.persist.columns import ColumnsBuilder
 from stages.persist.header import LiveHeader, SealedHeader, is_padding
 from stages.persist.live import LiveReader
 from stages.persist.names import parse_name
 from stages.persist.rows import CommitRow, blob_bytes, encode_row, pack_blob, row_crc32, split_blob
-from stages.persist.seal import areas_of, sealed_info
+from stages.persist.seal import sealed_info
 from stages.persist.sealed import SealedReader
 from stages.persist.structure import structure_problems
 
@@ -274,15 +275,17 @@ def _check_sealed(path: Path, check: ShardCheck) -> None:
                 contents.take(row, records)
             start_bytes = row.end_bytes
         contents.finish()
-        _check_origins(header, rows, check)
+        for where, what in commit_problems(header, rows):
+            check.report(where, what)
         if readable and contents.columns is not None:
-            columns = contents.columns.finish(header.store)
-            _check_columns(reader, columns, check)
-            _check_facts(header, columns, check)
-            _check_tree(reader, check)
+            tree = MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
+            for leaf in np.frombuffer(check.leaves, "V32"):
+                tree.append(leaf.tobytes())
+            for where, what in content_problems(reader, contents.columns.finish(header.store), tree):
+                check.report(where, what)
         _check_structure(path, header, check)
-        if areas_of(path) != header.areas:
-            check.report("header", "does not place the arrays where they are")
+        for where, what in place_problems(path, header):
+            check.report(where, what)
     finally:
         reader.close()
 
@@ -344,65 +347,6 @@ def _id_of(record: bytes) -> str:
         return str(UUID(bytes=decode_event(record).event_id))
     except (WireFormatError, ValueError):
         return "(not an event)"
-
-
-def _check_origins(header: SealedHeader, rows: list[CommitRow], check: ShardCheck) -> None:
-    if len(rows) != header.commits or not rows:
-        check.report("commits", f"are {len(rows)}, the header says {header.commits}")
-    elif (rows[0].prev_origin + 1, rows[-1].origin) != (header.first_origin, header.last_origin):
-        check.report(
-            "commits",
-            f"cover origins {rows[0].prev_origin + 1}-{rows[-1].origin}, "
-            f"the header says {header.first_origin}-{header.last_origin}",
-        )
-
-
-def _check_columns(reader: SealedReader, expected: dict[str, Array], check: ShardCheck) -> None:
-    for name, array in expected.items():
-        try:
-            found = reader.read(name)
-        except ShardError as error:
-            check.report(name, str(error))
-            continue
-        if np.array_equal(found, array):
-            continue
-        where = name
-        if found.shape == array.shape and len(array) == reader.header.events and "/" not in name:
-            differs = found != array
-            row = int(np.flatnonzero(differs if differs.ndim == 1 else differs.any(axis=1))[0])
-            where = f"{name}, event {UUID(bytes=expected['event_id'][row].tobytes())}"
-        check.report(where, "differs from the events' records")
-
-
-def _check_facts(header: SealedHeader, columns: dict[str, Array], check: ShardCheck) -> None:
-    """What readers go by before they read: a search by time passes over a shard whose times are not wanted."""
-    times = columns["timestamp_ns"]
-    facts = {
-        "timestamp_ns_min": int(times.min()) if len(times) else 0,
-        "timestamp_ns_max": int(times.max()) if len(times) else 0,
-        "record_bytes": int(columns["offset"][-1]),
-    }
-    for name, found in facts.items():
-        if getattr(header, name) != found:
-            check.report("header", f"says {name} is {getattr(header, name)}, the events say {found}")
-
-
-def _check_tree(reader: SealedReader, check: ShardCheck) -> None:
-    header = reader.header
-    tree = MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
-    try:
-        before, after = reader.read("merkle/before").tobytes(), reader.read("merkle/after").tobytes()
-    except ShardError as error:
-        check.report("merkle", str(error))
-        return
-    for leaf in np.frombuffer(check.leaves, "V32"):
-        tree.append(leaf.tobytes())
-    if (tree.size, tree.to_bytes(), tree.root().hex()) != (header.tree_size, header.frontier, header.root):
-        check.report(
-            "merkle", f"the events give a tree of {tree.size} with root {tree.root().hex()}, not {header.root}"
-        )
-    if (before, after) != (header.frontier_before, header.frontier):
-        check.report("merkle", "the frontiers in the file differ from those in its header")
 
 
 def _check_structure(path: Path, header: LiveHeader | SealedHeader, check: ShardCheck) -> None:

@@ -127,6 +127,25 @@ def read_all_at(fd: int, length: int, offset: int, path: Path, *, ahead: int = 0
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def has_hole(fd: int, start: int, length: int) -> bool:
+    """True where more than `_WINDOW_BYTES` of a range at once take no room on the disk: they would take memory to read.
+
+    Nothing that we write has so many zeros, of which a copy may make a hole. Some file systems do not tell: then False.
+    """
+    at, end = start, start + length
+    with suppress(OSError):
+        while end - at > _WINDOW_BYTES and (hole := os.lseek(fd, at, os.SEEK_HOLE)) < end:
+            try:
+                at = os.lseek(fd, hole, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                at = end  # Nothing comes after it.
+            if min(at, end) - hole > _WINDOW_BYTES:
+                return True
+    return False
+
+
 class Window:
     """Reads a part of a file forwards in large pieces.
 

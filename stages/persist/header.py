@@ -16,7 +16,7 @@ import msgspec
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier
 from contracts.wire import UNREADABLE, Count, HexHash, Sequence, TimeNs
-from stages.persist.files import check_regular, read_all_at, told_of
+from stages.persist.files import check_regular, has_hole, read_all_at, told_of
 from stages.persist.names import ShardFile
 from stages.persist.rows import ROW_BYTES
 
@@ -198,10 +198,13 @@ def read_header(path: Path) -> LiveHeader | SealedHeader:
     with told_of(path), path.open("rb") as file:
         header = decode_header(file.read(HEADER_BYTES), path)
         size = file.seek(0, 2)
+        hollow = isinstance(header, SealedHeader) and has_hole(file.fileno(), 0, size)
     if size != header.file_bytes:
         raise ShardCorruptError(
             f"{path}: is {size} bytes long but was written with {header.file_bytes}; rebuild it from the stream"
         )
+    if hollow:
+        raise ShardCorruptError(f"{path}: is mostly hole, as no sealed shard is; rebuild it from the stream")
     return header
 
 

@@ -20,6 +20,7 @@ from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from stages.persist.files import (
     Window,
     close_file,
+    has_hole,
     is_lost,
     is_zero,
     read_all_at,
@@ -93,12 +94,15 @@ class LiveReader:
         return self._read(self.header.frames, start, end)
 
     def _read(self, area: Area, start: int, end: int) -> bytes:
+        if has_hole(self._fd, area.offset + start, end - start):
+            raise ShardCorruptError(f"{self.path}: has a hole where commits are to be; rebuild it from the stream")
         return read_all_at(self._fd, end - start, area.offset + start, self.path)
 
     def blobs(self, commits: int | None = None) -> Iterator[tuple[CommitRow, bytes]]:
         """The valid rows from the first on, each with its blob, at most `commits` of them.
 
-        Ends at the first row that is empty, does not follow on from the one before, or fails its CRC-32.
+        Ends at the first row that is empty, does not follow on from the one before, or fails its CRC-32; also at one
+        over a hole, whose bytes were never written.
         """
         header = self.header
         index = Window(self._fd, self.path, header.index.offset, header.index.bytes)
@@ -108,6 +112,8 @@ class LiveReader:
         for number in range(limit):
             (row,) = decode_rows(index.take(number * ROW_BYTES, (number + 1) * ROW_BYTES))
             if row.ordinal != number + 1 or not start <= row.end_bytes <= header.frames.bytes:
+                return
+            if has_hole(self._fd, header.frames.offset + start, row.end_bytes - start):
                 return
             blob = frames.take(start, row.end_bytes)
             if row_crc32(row, blob) != row.crc32:

@@ -63,7 +63,7 @@ async def receipts_lost(api: Api) -> str:
 
 
 async def _info(api: Api, stream: str) -> _Info:
-    return msgspec.json.decode(await api.request(stream, f"$JS.API.STREAM.INFO.{stream}", b""), type=_Info)
+    return await api.ask(stream, f"$JS.API.STREAM.INFO.{stream}", b"", _Info)
 
 
 async def _why_not_new(api: Api) -> str:
@@ -163,7 +163,9 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
     if (header.tree_size_before, header.frontier_before) != (place.tree.size, place.tree.to_bytes()):
         raise ShardCorruptError(f"{file.path}: does not go on from the shard before it")
     record = kept_record(file.path)
-    if record is not None and record.sha256 == info.sha256 and record.resume is not UNSET:
+    if record is not None and record.sha256 != info.sha256:
+        record = None
+    if record is not None and record.resume is not UNSET:
         point = record.resume
     else:
         before = ResumePoint(
@@ -183,6 +185,7 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
         point.closed,
         place.rows,
         point.stored_ns,
+        place.signature if record is None else record.signature,
     )
 
 
@@ -206,5 +209,5 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
     rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
-    stored_ns = stored_ns_at(origin, event)
-    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, rows, stored_ns)
+    told = rows, stored_ns_at(origin, event), place.signature
+    return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, *told)

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 PREPARE_AT = 0.5
 """The next shard is prepared when the live one is this full."""
 
+PREPARE_AGE_SHARE = 0.9
+"""Or has reached this share of its age limit: a quiet partition needs the room for two files for a short time only."""
+
 
 class PartitionFiles:
     """See the module's text. After any exception the object is done for: close it and open anew.
@@ -334,8 +337,13 @@ class PartitionFiles:
 
     def wants_next(self) -> bool:
         """True when the live shard has come so near to its end that the next one is to be prepared, and was not yet."""
-        full_bytes = min(self._settings.shard_bytes, self._share_bytes)
-        return not self._next_ready and self._live.end_bytes + self._dropped_bytes >= PREPARE_AT * full_bytes
+        live, full_bytes = self._live, min(self._settings.shard_bytes, self._share_bytes)
+        full = max(
+            (live.end_bytes + self._dropped_bytes) / full_bytes,
+            live.commits / live.rows_max,
+            live.events / self._settings.shard_events_max,
+        )
+        return not self._next_ready and (full >= PREPARE_AT or self.is_old(PREPARE_AGE_SHARE))
 
     def prepare_next(self) -> None:
         """Makes the next shard's file ahead of time, off the hot path. Does nothing when it is there."""

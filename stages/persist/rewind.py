@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from contracts.errors import ShardCorruptError, ShardError
 from contracts.hashing import MerkleFrontier
-from contracts.receipts import Receipt, ResumePoint, SealRecord
+from contracts.receipts import Receipt, ResumePoint, SealRecord, Signature
 from contracts.settings import Settings
 from stages.persist.aside import read_through
 from stages.persist.files import is_lost, publish_file
@@ -41,6 +41,7 @@ class Place:
         closed: segment's memory there.
         rows: of the shards before it that are not sealed, as `StoreEnd.rows`.
         stored_ns: when `FI_EVENTS` stored the message at `origin`; 0 when not known.
+        signature: that of the last record beside a shard before it, where the files alone say the place.
     """
 
     origin: int
@@ -52,6 +53,7 @@ class Place:
     closed: bytes
     rows: dict[int, str] = field(default_factory=dict)
     stored_ns: int = 0
+    signature: Signature | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)

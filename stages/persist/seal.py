@@ -22,10 +22,11 @@ from isal import isal_zlib
 from contracts.errors import ShardCorruptError, ShardError, WireFormatError
 from contracts.events import decode_event, format_rfc3339
 from contracts.hashing import HASH_BYTES, MerkleFrontier
+from stages.persist.agreement import areas_of, check_agreement
 from stages.persist.columns import COMPRESSED, DESCRIPTIONS, Array, ColumnsBuilder
 from stages.persist.files import is_lost, publish_file, remove_file, sync_file, write_all_at
 from stages.persist.hdf5 import new_hdf5, read_back
-from stages.persist.header import HEADER_BYTES, Area, SealedHeader, encode_header, read_sealed_header
+from stages.persist.header import HEADER_BYTES, SealedHeader, encode_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import list_shards, sealed_name, tmp_path
 from stages.persist.opening import check_committed, sealed_rows
@@ -151,18 +152,14 @@ def sealed_info(path: Path) -> SealedInfo:
 
 
 def events_of_sealed(path: Path) -> SealedInfo:
-    """As `sealed_info`, of a file whose events are those under the root that its header says.
+    """As `sealed_info`, of a file whose events are those under the root that its header says, and give all else in it.
 
     Its own checksums do not show that: whoever changes the file makes them anew, and leaves the root as it is.
-    Raises as `sealed_info`, and `ShardCorruptError` where the root is another.
+    Raises as `sealed_info` and `check_agreement`.
     """
     info = sealed_info(path)
-    header = info.header
-    tree = MerkleFrontier.from_bytes(header.tree_size_before, header.frontier_before)
     with closing(SealedReader(path)) as reader:
-        tree.extend(reader.records())
-    if (tree.size, tree.to_bytes(), tree.root().hex()) != (header.tree_size, header.frontier, header.root):
-        raise ShardCorruptError(f"{path}: its events are not those under the root that it says; run `fictl rebuild`")
+        check_agreement(reader)
     return info
 
 
@@ -396,16 +393,3 @@ def _finish(
     info = sealed_info(tmp)
     publish_file(tmp, final)
     return SealedInfo(final, info.header, info.sha256, info.bytes)
-
-
-def areas_of(path: Path) -> dict[str, Area]:
-    """The contiguous datasets of the file."""
-    areas: dict[str, Area] = {}
-
-    def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset) and item.chunks is None:
-            areas[name] = Area(int(item.id.get_offset()) if item.nbytes else 0, int(item.nbytes))
-
-    with h5py.File(path, "r", locking=False) as file:
-        file.visititems(note)
-    return areas

@@ -15,7 +15,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from nats.aio.msg import Msg
@@ -37,6 +37,8 @@ from stages.runtime.messages import StoredMessage
 from stages.runtime.telemetry import OFF, Telemetry
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
@@ -97,10 +99,12 @@ _OURS: Final = "io.nats.jetstream.api."
 _answer_decoder = msgspec.json.Decoder(_Answer)
 
 
-def _error_in(data: bytes) -> ApiError | None:
-    """The error that an answer tells of, or is: what is no answer of JetStream's at all."""
+def _error_in(data: bytes, kind: type | None) -> ApiError | None:
+    """The error that an answer tells of, or is: no answer of JetStream's at all, or none of this `kind`."""
     try:
         answer = _answer_decoder.decode(data)
+        if answer.error is None and kind is not None:
+            msgspec.json.decode(data, type=kind)
     except UNREADABLE:
         return FOREIGN
     return FOREIGN if answer.error is None and not answer.type.startswith(_OURS) else answer.error
@@ -182,11 +186,18 @@ class Api:
             ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`. With `give_up_s`
                 also at once as `end_if_lasting`.
         """
+        return await self._ask(stream, subject, body, None)
+
+    async def ask(self, stream: str, subject: str, body: bytes, kind: type[T]) -> T:
+        """As `request`, for an answer of this `kind`: another is as none, for it was not JetStream that gave it."""
+        return msgspec.json.decode(await self._ask(stream, subject, body, kind), type=kind)
+
+    async def _ask(self, stream: str, subject: str, body: bytes, kind: type | None) -> bytes:
         loop = asyncio.get_running_loop()
         missing_s: float | None = None
         async with self._patience(stream):
             while True:
-                answer, error_part = await self._try(stream, subject, body)
+                answer, error_part = await self._try(stream, subject, body, kind)
                 if answer is not None and error_part is None:
                     return answer
                 if error_part is not None and error_part.code not in NOT_NOW:
@@ -196,7 +207,9 @@ class Api:
                         raise RequestRefusedError(subject, error_part)
                 await self.pause()
 
-    async def _try(self, stream: str, subject: str, body: bytes) -> tuple[bytes | None, ApiError | None]:
+    async def _try(
+        self, stream: str, subject: str, body: bytes, kind: type | None = None
+    ) -> tuple[bytes | None, ApiError | None]:
         """One request, once, when its turn has come: answer and error in it; None when nobody answered.
 
         Raises as `request` when the connection was closed, or a server refuses what is given up some time.
@@ -212,7 +225,7 @@ class Api:
             self._met[stream] = error
             self.end_if_lasting(stream, error)
             return None, None
-        error_part = _error_in(answer.data)
+        error_part = _error_in(answer.data, kind)
         if error_part is not None and error_part.code in NOT_NOW:
             gate.failed(begun_s, f"{subject}: {error_part}")
             self._met[stream] = error_part

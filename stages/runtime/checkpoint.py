@@ -194,8 +194,8 @@ async def check_counting(api: Api, partition: int, cursor: Cursor) -> None:
         return
     message, found = await api.message_at(EVENTS, cursor.origin), ""
     if message is None:
-        info = await api.request(EVENTS, f"$JS.API.STREAM.INFO.{EVENTS}", b"")
-        if msgspec.json.decode(info, type=_Info).state.last_seq < cursor.origin:
+        info = await api.ask(EVENTS, f"$JS.API.STREAM.INFO.{EVENTS}", b"", _Info)
+        if info.state.last_seq < cursor.origin:
             found = "it has not come so far"
         else:
             # Trimmed; or another one got its sequence between the two answers.

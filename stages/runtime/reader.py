@@ -324,11 +324,7 @@ class OrderedReader:
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
         # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
-        answer = await self._api.request(self._stream, subject, msgspec.json.encode(request))
-        try:
-            made = _decode_consumer(answer)
-        except msgspec.MsgspecError as error:
-            raise NatsError(f"what answered is no consumer: {error}") from error
+        made = await self._api.ask(self._stream, subject, msgspec.json.encode(request), _Consumer)
         self.pending = made.num_pending
         self.server = "" if made.cluster is None else made.cluster.leader
 

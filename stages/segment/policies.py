@@ -43,8 +43,7 @@ async def list_versions(api: Api) -> dict[int, int]:
     seen = 0
     while True:
         what = {"subjects_filter": POLICY_PATTERN, "offset": seen}
-        data = await api.request(CONTROL, f"$JS.API.STREAM.INFO.{CONTROL}", msgspec.json.encode(what))
-        answer = msgspec.json.decode(data, type=_Subjects)
+        answer = await api.ask(CONTROL, f"$JS.API.STREAM.INFO.{CONTROL}", msgspec.json.encode(what), _Subjects)
         page = answer.state.subjects or {}
         seen += len(page)
         found |= {policy_version(subject): values for subject, values in page.items()}

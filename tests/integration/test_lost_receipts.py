@@ -8,13 +8,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from commands import Ran, run_fictl
+from commands import Ran, at_servers, run_fictl
 from pipeline import Load, Pipeline, extra_stage, flip, running, settings, under_load, until, workload
 
 from cluster.audit import audit_store
-from contracts.receipts import Receipt
-from contracts.subjects import EVENTS, RECEIPTS
+from contracts.receipts import Receipt, Signature
+from contracts.subjects import EVENTS, HOPS, RECEIPTS
 from stages.persist.aside import ASIDE
+from stages.persist.keys import create_key
 from stages.persist.names import list_shards
 from stages.persist.store import EventStore
 from stages.runtime.access import Servers
@@ -142,6 +143,29 @@ async def test_what_a_restored_partition_goes_on_from_is_what_its_last_receipt_s
         await pipeline.supervisor.bring_back("persist-0")
 
 
+async def test_where_the_store_has_signed_records_the_restored_receipt_must_be_signed_too(tmp_path: Path) -> None:
+    key = create_key(tmp_path / "signing.pem").public_key
+    chosen = settings(partitions=PARTITIONS, signing_key_file=str(tmp_path / "signing.pem"))
+    async with running(tmp_path, chosen) as pipeline:
+        await published(pipeline, seed=63)
+        await pipeline.supervisor.stop_stage("persist")
+        await pipeline.supervisor.start_stage("persist")
+        await published(pipeline, seed=64)
+        await pipeline.supervisor.hold_down("persist-0")
+        await delete_receipts(pipeline)
+        await apply(pipeline)
+        there = ("--shards", pipeline.shards, *at_servers(pipeline.supervisor.urls))
+        code, _, err = await run_fictl("partitions", "restore", *there)
+        assert (code, err.count(f"are signed with key {key}")) == (1, PARTITIONS), err
+        assert [await receipt(pipeline, partition) for partition in range(PARTITIONS)] == [None] * PARTITIONS
+        code, _, err = await run_fictl("partitions", "restore", *there, FI_SIGNING_KEY_FILE=chosen.signing_key_file)
+        assert code == 0, err
+        for one in await pipeline.receipts():
+            assert isinstance(one.signature, Signature)
+            assert one.signature.key == key
+        await pipeline.supervisor.bring_back("persist-0")
+
+
 async def test_a_damaged_shard_must_be_put_right_unless_the_stream_still_has_what_it_held(tmp_path: Path) -> None:
     async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
         loads = []
@@ -217,6 +241,23 @@ async def test_receipts_that_somebody_purges_are_told_again_without_making_the_s
             assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
         for load in loads:
             await pipeline.assert_whole(load)
+
+
+@pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])
+async def test_where_receipts_were_purged_no_stream_is_made_that_would_count_anew(tmp_path: Path, purged: str) -> None:
+    """What it gave a settled sequence would be passed over."""
+    async with running(tmp_path, settings(partitions=PARTITIONS)) as pipeline:
+        await published(pipeline, seed=65)
+        for stage in ("ingest", "segment", "hash", "persist"):
+            await pipeline.supervisor.hold_down(f"{stage}-0")
+        stream = pipeline.client.jetstream(timeout=10)
+        await stream.purge_stream(RECEIPTS, subject=purged)
+        for name in (*HOPS, EVENTS):
+            await stream.delete_stream(name)
+        code, _, err = await fictl(pipeline, "cluster", "apply")
+        assert (code, f"{EVENTS} is gone, and so are receipts that said how far it had counted" in err) == (1, True), (
+            err
+        )
 
 
 @pytest.mark.parametrize("purged", ["fi.receipts.0", ">"])

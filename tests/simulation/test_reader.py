@@ -99,7 +99,7 @@ def test_woken_up_it_waits_for_nothing_once() -> None:
 
 def test_why_it_cannot_read_is_known_as_long_as_that_is_so_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     async def job(ground: Ground) -> None:
-        api, request = ground.api, ground.api.request
+        api, ask = ground.api, ground.api.ask
         errors: list[Exception] = [
             CountsAnewError("it counts anew"),
             RequestRefusedError("consumer", ApiError(400, 10026, "no more consumers")),
@@ -108,9 +108,9 @@ def test_why_it_cannot_read_is_known_as_long_as_that_is_so_and_told_once(caplog:
         async def refuse(*arguments: Any, **options: Any) -> Any:
             if errors:
                 raise errors[0]
-            return await request(*arguments, **options)
+            return await ask(*arguments, **options)
 
-        api.request = refuse  # type: ignore[method-assign]
+        api.ask = refuse  # type: ignore[method-assign]
         reader = reader_of(ground)
         for words in ("counts anew", "no more consumers"):
             await asyncio.sleep(5)
@@ -283,15 +283,15 @@ def test_a_message_that_gets_a_settled_sequence_while_the_stream_is_looked_at_is
 
     async def job(ground: Ground) -> None:
         await counting(ground)
-        seq, request = await ground.api.last_message(EVENTS, ">"), ground.api.request
+        seq, ask = await ground.api.last_message(EVENTS, ">"), ground.api.ask
         assert seq is not None
 
-        async def publish_first(stream: str, subject: str, data: bytes) -> bytes:
+        async def publish_first(stream: str, subject: str, *more: Any) -> Any:
             if ".STREAM.INFO." in subject:
                 await ground.publish(publish_subject("clinic-1", "c"), b"x")
-            return await request(stream, subject, data)
+            return await ask(stream, subject, *more)
 
-        ground.api.request = publish_first  # type: ignore[method-assign]
+        ground.api.ask = publish_first  # type: ignore[method-assign]
         with pytest.raises(CountsAnewError, match="that message is "):
             await locate(ground.api, "ingest", 0, Cursor(seq.seq + 1, seq.seq + 1, b"", 1))
 

@@ -11,12 +11,15 @@ import msgspec
 import pytest
 from nats.errors import TimeoutError as NatsTimeoutError
 
+from cluster.backlog import count_messages
 from cluster.testing.sim.loop import VirtualLoop
 from contracts.budgets import STREAM_REMADE
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import Settings
 from contracts.subjects import EVENTS, SEGMENT
+from stages.persist.lost import receipts_lost
 from stages.runtime.api import Api, RequestRefusedError
+from stages.segment.policies import list_versions
 
 THERE = {"type": "io.nats.jetstream.api.v1.stream_msg_get_response"}
 GONE = {"error": {"code": 404, "err_code": 10059, "description": "stream not found"}}
@@ -67,6 +70,19 @@ def test_a_stream_in_memory_that_is_gone_is_waited_for_since_that_is_known(silen
     assert silent_s + STREAM_REMADE.s <= took_s < silent_s + STREAM_REMADE.s + 3
     back_s = silent_s + STREAM_REMADE.s - 3
     assert back_s <= in_virtual_time(asked(SEGMENT, silent_s, back_s)) < silent_s + STREAM_REMADE.s
+
+
+def test_what_is_not_of_the_kind_that_was_asked_for_is_no_answer() -> None:
+    """It has the type of one: then it was taken for JetStream's, and ended who asked with an error nobody caught."""
+    client = Client(0.0, 100.0, THERE | {"state": 1})
+
+    async def job() -> None:
+        api = Api(client, Settings(), jitter=lambda: 0.5, give_up_s=5.0)  # type: ignore[arg-type]
+        for ask in (receipts_lost(api), list_versions(api), count_messages(api, EVENTS, "fi.>", {})):
+            with pytest.raises(ClusterUnavailableError, match="Something else than JetStream answers there"):
+                await ask
+
+    assert 15 <= in_virtual_time(job) < 18
 
 
 def test_a_stream_on_disk_that_is_gone_is_refused_at_once() -> None:

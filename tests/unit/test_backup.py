@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pytest
 from commandline import Captured, fictl
@@ -151,13 +151,23 @@ def test_a_run_that_was_broken_off_left_nothing_under_a_shards_name(
     assert verify_here(ground.target).ok
 
 
-def test_a_damaged_shard_is_told_of_and_the_others_are_copied(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def second_file(ground: Ground) -> Iterator[BinaryIO]:
+    """The second sealed shard, open."""
+    with ground.sealed()[1].path.open("rb") as file:
+        yield file
+
+
+def test_a_damaged_shard_is_told_of_and_the_others_are_copied(
+    ground: Ground, second_file: BinaryIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second, third = (file.path for file in ground.sealed())
     flip(first, first.stat().st_size // 2)
     opened, bad = Path.open, second.read_bytes()
 
     class BadSector(io.BytesIO):
         name = str(second)
+        fileno = second_file.fileno
 
         def read(self, size: int | None = -1) -> bytes:
             if self.tell():

@@ -90,6 +90,28 @@ def test_an_earlier_form_of_a_shard_takes_not_the_place_of_the_one_that_was_reco
     assert ground.run().problems == ()
 
 
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_record_that_is_not_the_shards_takes_no_records_place_and_keeps_no_shard_from_being_copied(
+    ground: Ground, foreign: bool
+) -> None:
+    """Which of the two is wrong the store cannot tell, so such a shard does not count as copied."""
+    first, second, _ = (file.path for file in ground.sealed())
+    for path in (first, second):
+        keep_record(path, record_of(sealed_info(path)))
+    ground.run()
+    kept, before = ground.copies(), ground.mark()
+    record_path(first).write_bytes(record_path(second).read_bytes() if foreign else b"{")
+    told = f"{first}: is not the file" if foreign else f"{record_path(first)}: is no record"
+    done = ground.run()
+    assert [(problem.shard, problem.why.startswith(told)) for problem in done.problems] == [(first.name, True)]
+    assert (done.shards, done.copied, done.unmarked) == (3, 0, "not all of it is copied to another disk")
+    assert (ground.copies(), ground.mark()) == (kept, before)
+    fresh = ground._replace(target=ground.target.with_name("fresh"))
+    done = fresh.run()
+    assert (len(done.problems), done.shards, done.copied) == (1, 3, 3)
+    assert fresh.copies() == {name: data for name, data in kept.items() if name != record_path(first).name}
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_shard_whose_first_page_cannot_be_read_keeps_no_other_from_being_copied(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, error: int

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import random
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from stages.persist.live import LiveReader
 from stages.persist.lost import last_place
 from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
-from stages.persist.rewind import Damage, last_good_place
+from stages.persist.rewind import last_good_place
 from stages.persist.rows import ROW_BYTES, encode_row, pack_blob, row_crc32, split_blob
 from stages.persist.seal import events_of_sealed, seal, sealed_info
 from stages.persist.storedir import Store
@@ -85,11 +84,39 @@ def forge_live(path: Path) -> None:
 
 
 def forge_sealed(path: Path) -> None:
-    """Changes the events, and the file's checksum with them. The root stays the one that was committed."""
+    """Changes the events. The root stays the one that was committed."""
     with h5py.File(path, "r+") as file:
         records = file["records"][()].tobytes()
         assert records.count(CHANGE[0]) == 6
         file["records"][...] = np.frombuffer(records.replace(*CHANGE), "u1")
+    sum_up(path)
+
+
+def forge_times(path: Path) -> None:
+    """Has readers find the second event an hour earlier. The events stay what they are."""
+    with h5py.File(path, "r+") as file:
+        times = file["timestamp_ns"][()]
+        times[1] -= 3600 * 10**9
+        file["timestamp_ns"][...] = times
+    sum_up(path)
+
+
+def forge_attribute(path: Path) -> None:
+    """Has other programs read another root."""
+    with h5py.File(path, "r+") as file:
+        file.attrs["root"] = "11" * 32
+    sum_up(path)
+
+
+FORGED = [
+    (forge_sealed, "its events are not those under the root that it says"),
+    (forge_times, "differs from the events' records; it was changed since it was sealed"),
+    (forge_attribute, "attribute root is 1111"),
+]
+
+
+def sum_up(path: Path) -> None:
+    """Makes the file's own checksum right again."""
     data = path.read_bytes()
     digest = hashlib.sha256(data[HEADER_BYTES:]).hexdigest()
     header = decode_header(data[:HEADER_BYTES], path)
@@ -135,14 +162,17 @@ def test_an_event_that_was_changed_while_its_shard_was_live_is_not_sealed(store:
     assert [file.sealed for file in list_shards(store.directory)[PARTITION]] == [False, False]
 
 
-def test_a_forged_sealed_form_beside_the_live_one_gives_way_to_it(store: Store, files: PartitionFiles) -> None:
+@pytest.mark.parametrize("forge", [forge for forge, _ in FORGED])
+def test_a_forged_sealed_form_beside_the_live_one_gives_way_to_it(
+    store: Store, files: PartitionFiles, forge: Callable[[Path], None]
+) -> None:
     files.roll()
     (job,) = files.to_seal
     true = files.seal(job)
-    forge_sealed(true.path)
+    forge(true.path)
     assert sealed_info(true.path).sha256 != true.sha256
     assert files.seal(job) == sealed_info(true.path) == true
-    forge_sealed(true.path)
+    forge(true.path)
     receipt = receipt_of(store, files)
     files.close()
     with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS + 1)) as again:
@@ -181,8 +211,9 @@ def test_a_tree_that_is_not_that_of_the_events_gets_no_record(store: Store, file
         events_of_sealed(info.path)
 
 
+@pytest.mark.parametrize(("forge", "why"), FORGED)
 def test_a_sealed_shard_that_was_changed_before_it_got_its_record_gets_none(
-    store: Store, files: PartitionFiles
+    store: Store, files: PartitionFiles, forge: Callable[[Path], None], why: str
 ) -> None:
     """The persister died between the two; the live form is gone as soon as the next one starts."""
     files.roll()
@@ -191,11 +222,11 @@ def test_a_sealed_shard_that_was_changed_before_it_got_its_record_gets_none(
     files.close()
     with contextlib.closing(PartitionFiles.open(store, PARTITION, receipt, SETTINGS, lambda: NOW_NS)) as again:
         assert again.sealed_info(1).path == sealed
-        forge_sealed(sealed)
+        forge(sealed)
         assert sealed_info(sealed).header.root == receipt.root
-        why = f"{sealed}: its events are not those under the root that it says; run `fictl rebuild`"
-        with pytest.raises(ShardCorruptError, match=re.escape(why)):
+        with pytest.raises(ShardCorruptError, match=f"{sealed}: .*{why}.*; run `fictl rebuild`"):
             again.sealed_info(1)
     _, damage = last_good_place(store, PARTITION, [receipt], [])
-    assert damage == Damage(1, sealed, why)
+    assert damage is not None
+    assert (damage.shard, damage.file, why in damage.why) == (1, sealed, True)
     assert last_place(list_shards(store.directory)[PARTITION])[1] == damage

@@ -106,6 +106,25 @@ def test_the_next_shard_is_prepared_where_the_stream_ends_this_one_before_it_is_
     assert not owner.files.wants_next()
 
 
+def test_the_next_shard_is_prepared_before_this_one_ends_by_its_age_or_has_no_row_left(owner: Owner) -> None:
+    owner.now_ns += AGE_NS
+    assert not owner.files.wants_next(), "nothing is in this one yet"
+    owner.commit()
+    owner.now_ns += int(0.85 * AGE_NS)
+    assert not owner.files.wants_next()
+    owner.now_ns += int(0.1 * AGE_NS)
+    assert owner.files.wants_next()
+    owner.files.prepare_next()
+    assert not owner.files.wants_next()
+    owner.files.roll()
+    rows_max = owner.files._live.rows_max
+    for commits in range(1, rows_max // 2 + 1):
+        assert not owner.files.wants_next()
+        owner.commit()
+        assert owner.files._live.commits == commits
+    assert owner.files.wants_next()
+
+
 @pytest.mark.parametrize(("partitions", "mib"), [(8, 64), (64, 4096 / 192), (1024, 16)])
 def test_a_live_shard_takes_no_more_of_the_disk_than_it_can_come_to_hold(
     tmp_path: Path, partitions: int, mib: float

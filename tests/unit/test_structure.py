@@ -20,8 +20,8 @@ from shard_maker import PartitionMaker, filled_store
 from verifying import verify_here
 
 from stages.persist import verify as verify_module
+from stages.persist.agreement import areas_of
 from stages.persist.header import HEADER_BYTES, LiveHeader, SealedHeader, encode_header, read_header, structure_crc32
-from stages.persist.seal import areas_of
 from stages.persist.sealed import Selection
 from stages.persist.store import EventStore
 from stages.persist.verify import verify_store

@@ -15,6 +15,7 @@ import pytest
 from shard_maker import NOW_NS, PartitionMaker, new_store
 
 from contracts.errors import ShardCorruptError, ShardLostError, StoreFailedError
+from stages.persist import agreement
 from stages.persist import seal as seal_module
 from stages.persist.resume import BEGINNING, resume_after
 from stages.persist.seal import seal
@@ -123,7 +124,10 @@ def test_a_sealed_form_that_the_disk_does_not_give_back_is_the_disks_fault(
         return seal(live.path, commits=live.commits, frontier=maker.frontier, sealed_ns=NOW_NS)
 
     with monkeypatch.context() as patch:
-        patch.setattr(seal_module, "h5py", type("h5py", (), {"File": File}))
+        for module in (seal_module, agreement):
+            patch.setattr(
+                module, "h5py", type("h5py", (), {"File": File, "Dataset": h5py.Dataset, "Group": h5py.Group})
+            )
         with pytest.raises(OSError, match="Input/output error") as refused:
             sealing()
     assert str(refused.value.filename).endswith(".h5.tmp")
