@@ -112,6 +112,7 @@ def test_what_ingest_refuses_keeps_the_place_it_came_from() -> None:
         (letter,) = await letters_of(ground, "ingest", step.letters)
         assert (letter.site, letter.consultation, letter.data) == ("clinic-1", CONSULTATION, b"no event")
         assert letter.first_seen == f"1/{ACCEPTED_NS}/0"
+        assert (letter.reason, letter.field) == ("json.malformed", "")
 
     in_virtual_time(job)
 
