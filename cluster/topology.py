@@ -45,10 +45,11 @@ _COMPARED = (
     "duplicate_window",
     "num_replicas",
     "allow_direct",
+    "allow_rollup_hdrs",
     "metadata",
 )
 """Fields we set, in the order they are shown. All others are left as they are found."""
-_COMPARED_IN_BUCKETS = ("allow_msg_ttl", "allow_rollup_hdrs", "deny_delete")
+_COMPARED_IN_BUCKETS = ("allow_msg_ttl", "deny_delete")
 """What makes a stream a key-value bucket."""
 _IDENTITY = frozenset({"subject_transform", META_PARTITIONS, META_PARTITION_BY, META_CLUSTER_ID})
 _FIXED = frozenset({"storage", "retention"})
@@ -133,6 +134,8 @@ def _stream(settings: Settings, name: str, listens_on: list[str], bytes_max: int
         num_replicas=settings.replicas,
         # A follower may answer a direct get with stale data; checkpoints must come from the leader.
         allow_direct=False,
+        # Or a message of a gateway's could delete all those before it.
+        allow_rollup_hdrs=False,
     )
 
 

@@ -152,7 +152,7 @@ def shares(members: Mapping[str, Member], partitions: int, owners: Mapping[int, 
     alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for partition in range(partitions):
         if partition not in assigned:
-            able = tuple(sorted(key for key, member in sharing.items() if member.may_hold(partition, owners)))
+            able = tuple(key for key, member in sharing.items() if member.may_hold(partition, owners))
             alike[able].append(partition)
     for able, group in alike.items():
         assigned |= assign(able, group)

@@ -77,8 +77,6 @@ class Breaker:
             letters: those that it refused itself.
             now_s: as for `hold_s`.
         """
-        if self._share_max >= 1:
-            return True
         if self._open_until_s is None:
             return self._judge_window(passed, letters, now_s)
         if now_s < self._open_until_s:

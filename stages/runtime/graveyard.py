@@ -238,5 +238,4 @@ def lines_of(message: StoredMessage) -> int:
 
 def _one_line(text: str) -> str:
     """Header-safe: no control characters, no surrogates, never empty."""
-    printable = "".join(char if char.isprintable() else " " for char in text)
-    return printable.encode(errors="replace").decode().strip() or "-"
+    return "".join(char if char.isprintable() else " " for char in text).strip() or "-"

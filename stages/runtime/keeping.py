@@ -31,6 +31,7 @@ class StreamRules(msgspec.Struct):
     max_msgs_per_subject: int = -1
     sealed: bool = False
     deny_purge: bool = False
+    allow_rollup_hdrs: bool = False
     subject_transform: _Transform | None = None
     metadata: dict[str, Any] = {}
 
@@ -42,6 +43,7 @@ def keeping_problem(rules: StreamRules) -> str:
         "drops messages that were read": rules.retention != "limits",
         "drops messages for their age": rules.max_age > 0,
         "drops all but the last messages of a subject": rules.max_msgs_per_subject > 0,
+        "lets a message drop all those before it": rules.allow_rollup_hdrs,
         "takes no message": rules.sealed,
         "cannot be emptied of what is settled": rules.deny_purge,
         "stores messages where no partition looks for them": rules.name == EVENTS and not _is_partitioned(rules),

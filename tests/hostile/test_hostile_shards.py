@@ -19,13 +19,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from contracts.errors import ShardError
+from contracts.errors import ShardCorruptError, ShardError
 from contracts.events import encode_event
 from contracts.hashing import leaf_hash
 from contracts.receipts import StoreEnd, first_receipt
 from contracts.settings import Settings
 from stages.persist.header import HEADER_BYTES, SealedHeader, encode_header, read_sealed_header
 from stages.persist.partition import PartitionFiles
+from stages.persist.store import EventStore
 from stages.persist.storedir import Store
 from tests.unit.shard_maker import NOW_NS, PartitionMaker, filled_store
 from tests.unit.verifying import KeptReader
@@ -163,11 +164,13 @@ def bomb_bytes() -> bytes:
     return zlib.compress(bytes(200 << 20), 9)
 
 
-def bomb(file: h5py.File) -> None:
-    """Chunks that unpack to far more than they may hold."""
-    del file["records"]
-    data = file.create_dataset("records", (1 << 18,), "u1", maxshape=(None,), chunks=(1 << 18,), compression="gzip")
-    data.id.write_direct_chunk((0,), bomb_bytes())
+def chunk_of(packed: Callable[[], bytes]) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file["records"]
+        data = file.create_dataset("records", (1 << 18,), "u1", maxshape=(None,), chunks=(1 << 18,), compression="gzip")
+        data.id.write_direct_chunk((0,), packed())
+
+    return change
 
 
 HUGE = 1 << 50
@@ -204,7 +207,9 @@ STRUCTURES: dict[str, Callable[[h5py.File], None]] = {
         "records", shape=(1 << 18,), dtype="u1", chunks=(1 << 18,), compression="gzip"
     ),
     "no-chunks": replace_dataset("records", data=np.zeros(4096, "u1")),
-    "zip-bomb": bomb,
+    "zip-bomb": chunk_of(bomb_bytes),
+    "empty-chunk": chunk_of(lambda: zlib.compress(b"")),
+    "short-chunk": chunk_of(lambda: zlib.compress(bytes(1 << 17))),
     "virtual-dataset-of-itself": lambda file: virtual(file),
 }
 
@@ -233,6 +238,13 @@ def test_a_forged_structure_is_refused_by_name_or_not_needed(
     assert check_reasons(words, path) > 0 or words == whole, words
     report = verifier.verify(store, shard_timeout_s=READ_S_MAX)
     assert {problem.shard for problem in report.problems} >= {path.name}
+
+
+def test_a_chunk_larger_than_any_of_ours_is_not_unpacked(store: Path) -> None:
+    path = sealed_in(store)
+    rewritten(path, STRUCTURES["huge-chunks"])
+    with EventStore(store) as opened, pytest.raises(ShardCorruptError, match=f"its chunks are of {1 << 31} bytes"):
+        list(opened.iterate())
 
 
 HEADERS: dict[str, dict[str, Any]] = {

@@ -133,12 +133,14 @@ async def test_drift_is_shown_field_by_field_and_repaired(client: Client) -> Non
     await apply(client, SETTINGS)
     jetstream = client.jetstream(timeout=10)
     config = (await jetstream.stream_info(subjects.HASH)).config
-    await jetstream.update_stream(config.evolve(max_bytes=MIB, max_age=600.0, description="theirs"))
+    theirs = config.evolve(max_bytes=MIB, max_age=600.0, allow_rollup_hdrs=True, description="theirs")
+    await jetstream.update_stream(theirs)
     drifted = await plan(client, SETTINGS)
     (change,) = drifted.changes
     assert change.drifts == (
         Drift(subjects.HASH, "max_bytes", 16 * MIB, MIB),
         Drift(subjects.HASH, "max_age", 0, 600.0),
+        Drift(subjects.HASH, "allow_rollup_hdrs", False, True),
     )
     await apply(client, SETTINGS)
     assert (await plan(client, SETTINGS)).changes == ()

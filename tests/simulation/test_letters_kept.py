@@ -60,7 +60,7 @@ async def letters_of(ground: Ground, stage: str, letters: list[DeadLetter]) -> l
 
 
 @pytest.mark.parametrize("count", [1, LETTERS_APART + 3], ids=["of its own", "shared"])
-@pytest.mark.parametrize("instead", ["another message", "a later one"])
+@pytest.mark.parametrize("instead", ["another message", "a later one", "nothing at all"])
 def test_what_segment_refuses_is_in_its_letter_though_its_message_is_gone(instead: str, count: int) -> None:
     async def job(ground: Ground) -> None:
         lines = [
@@ -70,6 +70,7 @@ def test_what_segment_refuses_is_in_its_letter_though_its_message_is_gone(instea
         await ground.publish(publish_subject("clinic-2", OTHER), b"of somebody else")
         if instead == "a later one":
             await ground.publish(publish_subject("clinic-2", OTHER), b"of somebody else, later")
+        if instead != "another message":
             ground.broker.streams[EVENTS].remove(1)
         letters = await letters_of(ground, "segment", refused(events))
         assert [letter.lines for letter in letters] == [1] * min(count, LETTERS_APART) + [3] * (count > LETTERS_APART)
@@ -111,5 +112,18 @@ def test_what_ingest_refuses_keeps_the_place_it_came_from() -> None:
         (letter,) = await letters_of(ground, "ingest", step.letters)
         assert (letter.site, letter.consultation, letter.data) == ("clinic-1", CONSULTATION, b"no event")
         assert letter.first_seen == f"1/{ACCEPTED_NS}/0"
+        assert (letter.reason, letter.field) == ("json.malformed", "")
+
+    in_virtual_time(job)
+
+
+def test_what_a_gateway_has_in_the_words_of_a_refusal_is_no_header() -> None:
+    async def job(ground: Ground) -> None:
+        forged = "x\r\nNats-Rollup: all\r\n\r\n\0\ud800"
+        error = InvalidEventError("json.malformed", forged, forged)
+        (letter,) = await letters_of(ground, "ingest", [DeadLetter(1, 0, error, None)])
+        (stored,) = ground.broker.streams[DLQ].messages.values()
+        assert all(value.isprintable() and value.encode() for value in stored.headers.values())
+        assert letter.field == letter.detail == "x  Nats-Rollup: all"
 
     in_virtual_time(job)

@@ -281,6 +281,10 @@ def test_an_auditor_is_told_which_commits_came_at_another_time(tmp_path: Path) -
     end = msgspec.structs.replace(last.end_of(maker.store.store_id), commits=4, rows={3: "ab" * 32})
     newer = SIGNER.sign(msgspec.structs.replace(last, ends={maker.store.store_id: end}, origin=last.origin + 1))
     assert audited(maker, maker.receipts, [newer]) == []
+    # Nor does one of an earlier build.
+    untold = msgspec.structs.replace(last.end_of(maker.store.store_id), rows={})
+    older = SIGNER.sign(msgspec.structs.replace(last, ends={maker.store.store_id: untold}))
+    assert audited(maker, [*maker.receipts[:-1], older]) == []
     live = list_shards(maker.store.directory)[3][-1].path
     change_time(live)
     where, why = f"{live.name}, commits 2 to 2", f"the receipt at origin {maker.receipts[-2].origin} has another digest"

@@ -58,6 +58,17 @@ def test_the_pause_doubles_up_to_its_limit_and_begins_anew_after_an_answer() -> 
     assert pauses_s == [0.12, 0.25, 0.5, 1.0, 1.0, 1.0] * 2
 
 
+def test_an_outage_may_last_for_days_and_its_pauses_are_jittered_by_half() -> None:
+    circuit = make(jitter=0.0)
+    tripped(circuit, 0.0)
+    now_s = 0.0
+    for _ in range(2000):
+        now_s += circuit.ask(now_s)
+        assert circuit.ask(now_s) == 0
+        circuit.failed(now_s, now_s)
+    assert circuit.ask(now_s) == pytest.approx(PAUSE_S_MAX / 2)
+
+
 def test_one_is_let_through_at_a_time_and_a_lost_one_is_replaced_when_its_time_is_over() -> None:
     circuit = make()
     tripped(circuit, 0.0)
@@ -250,3 +261,16 @@ async def test_who_waits_is_woken_by_an_answer_or_a_sign(answer: str) -> None:
     getattr(gate, answer)()
     async with asyncio.timeout(5):
         await waiting
+
+
+async def test_who_comes_after_those_who_were_woken_waits_and_does_not_ask_without_end() -> None:
+    gate = Gate(make(pause_s_min=600, pause_s_max=600), lambda _: None)
+    for _ in range(FAILURES_MAX):
+        gate.failed(await gate.turn())
+    gate.answered()
+    for _ in range(FAILURES_MAX):
+        gate.failed(await gate.turn())
+    waiting = asyncio.create_task(gate.turn())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await end_tasks(waiting)

@@ -220,3 +220,9 @@ def test_a_status_is_read_from_the_first_line() -> None:
     assert read_headers(b"NATS/1.0 503\r\n\r\n") == {"Status": "503"}
     assert read_headers(b"NATS/1.0\r\nStatus-Not: 503\r\n\r\n") == {"Status-Not": "503"}
     assert read_headers(b"") == {}
+    assert read_headers(b"NATS/1.0 404 no: \xff\r\n\r\n") == {"Status": "404", "Description": "no: \ufffd"}
+
+
+def test_headers_of_any_bytes_are_read() -> None:
+    block = b"NATS/1.0\r\n Name : a: b \r\nno header\r\nTwice: 1\r\nTwice: 2\r\nBytes\xfe: \xff\r\nEmpty:\r\n\r\n"
+    assert read_headers(block) == {"Name": "a: b", "Twice": "2", "Bytes\ufffd": "\ufffd", "Empty": ""}

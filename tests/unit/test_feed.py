@@ -66,6 +66,19 @@ async def test_lines_of_a_pipe_come_before_it_ends() -> None:
         os.close(read_end)
 
 
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["ended", "open"])
+async def test_a_line_longer_than_any_message_is_refused_for_its_length_though_it_is_cut(
+    tmp_path: Path, end: bytes
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b'{"a":"' + bytes(BODY_BYTES_MAX + CHUNK_BYTES) + b'"}' + end)
+    (line,) = await read_all(path)
+    assert len(line) == BODY_BYTES_MAX + 1
+    with pytest.raises(InvalidEventError) as refused:
+        LineChecker().check(1, line)
+    assert refused.value.reason == "message.too_large"
+
+
 def an_event(**changes: Any) -> bytes:
     event = {**next(consultations(1, 1)), **changes}
     return json.dumps({key: value for key, value in event.items() if value != "absent"}).encode()

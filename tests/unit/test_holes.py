@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from contracts.errors import HoleError, WireFormatError
+from contracts.errors import HoleError, StrayFrameError, WireFormatError
 from contracts.settings import Settings
 from stages.runtime import base
-from stages.runtime.base import LaneBase
+from stages.runtime.base import STRAYS_MAX, LaneBase
 from stages.runtime.telemetry import OFF
 
 
@@ -55,6 +55,34 @@ async def test_a_hole_is_emptied_out_at_the_third_attempt_and_at_the_five_thousa
     lane._holes = holes
     await lane._heal_hole()
     assert api.purged == purges
+
+
+async def test_what_gateways_published_is_never_emptied_whatever_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`FI_EVENTS` cannot be made again from anything."""
+
+    async def no_receipt(api: object, partition: int) -> tuple[None, int]:
+        return None, 0
+
+    monkeypatch.setattr(base, "last_receipt", no_receipt)
+    api = EmptiedApi()
+    lane = Lane(cast(Any, api), "ingest", 0, "nonce", lambda partition: None)
+    lane._holes = 5000
+    await lane._heal_hole()
+    assert api.purged == 0
+
+
+@pytest.mark.parametrize(
+    ("subject", "attempts", "heals"),
+    [("fi.hash.0", 0, True), ("fi.hash.0", STRAYS_MAX - 1, True), ("fi.hash.0", STRAYS_MAX, False),
+     ("fi.persist.0", 0, False), ("fi.hash.1", 0, False)],
+)  # fmt: skip
+async def test_what_is_no_frame_is_a_hole_in_the_input_alone_and_not_for_ever(
+    subject: str, attempts: int, heals: bool
+) -> None:
+    lane = Lane(cast(Any, EmptiedApi()), "hash", 0, "nonce", lambda partition: None)
+    lane._holes = attempts
+    assert await lane._is_hole(StrayFrameError(subject, 7, "it is no frame")) is heals
+    assert lane._holes == attempts + heals
 
 
 async def test_a_receipt_that_cannot_be_read_while_a_hole_is_healed_does_not_end_the_lane(

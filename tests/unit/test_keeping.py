@@ -34,6 +34,7 @@ def test_streams_as_we_make_them_are_well(stream: str) -> None:
         ({"retention": "interest"}, "drops messages that were read"),
         ({"max_age": 1}, "drops messages for their age"),
         ({"max_msgs_per_subject": 1}, "drops all but the last messages of a subject"),
+        ({"allow_rollup_hdrs": True}, "lets a message drop all those before it"),
         ({"sealed": True}, "takes no message"),
         ({"deny_purge": True}, "cannot be emptied of what is settled"),
         ({"subject_transform": None}, ELSEWHERE),

@@ -69,7 +69,7 @@ async def found(records: dict[int, SealRecord], shard: int, first: int = 1) -> t
         ({4: record(1), 9: record(2), 11: record(3)}, 3, 1, (2, 11)),
         ({4: record(1), 9: record(2), 11: record(3), 12: record(4)}, 2, 1, (1, 12)),
         ({4: record(1), 9: record(2)}, 1, 1, (None, 9)),
-        ({4: record(1), 9: record(2, THEIRS), 11: record(2), 15: record(3, THEIRS)}, 3, 1, (2, 15)),
+        ({4: record(1), 9: record(2, THEIRS), 10: record(2), 15: record(3, THEIRS)}, 3, 1, (2, 15)),
         ({4: record(1), 9: record(2, THEIRS)}, 3, 1, (1, 9)),
         ({4: record(1, THEIRS), 9: record(2, THEIRS)}, 3, 3, (2, 9)),
         ({4: record(1, THEIRS), 9: record(2, THEIRS), 11: record(3, THEIRS)}, 4, 3, (2, 11)),

@@ -43,6 +43,14 @@ def test_what_was_appended_is_read_back_after_reopening(maker: PartitionMaker) -
     maker.close()
 
 
+def test_the_disk_gives_all_the_room_of_a_shard_before_it_has_its_name(maker: PartitionMaker) -> None:
+    """Or a disk that others fill would refuse commits, and each would have to journal where its blocks are."""
+    live = maker.begin(capacity_bytes=1 << 20)
+    with live.path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == live.path.stat().st_size > 1 << 20
+    maker.close()
+
+
 def test_an_append_past_rows_or_bytes_is_refused_and_writes_nothing(maker: PartitionMaker) -> None:
     live = maker.begin(capacity_bytes=1000, rows=2)
     assert live.fits(1000)

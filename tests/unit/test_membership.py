@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import permutations
 from random import Random
 
 import pytest
@@ -81,6 +82,13 @@ def test_a_pinned_member_holds_what_it_was_told_and_the_others_share_the_rest() 
     assigned = shares(members(member("a", pinned=(0, 1, 2)), member("b"), member("c")), 7, {})
     assert [assigned[partition] for partition in (0, 1, 2)] == ["a", "a", "a"]
     assert loads(assigned, ["a", "b", "c"]) == [3, 2, 2]
+
+
+def test_of_two_that_are_pinned_to_a_partition_everybody_plans_the_same_one() -> None:
+    """Those that are not know what is left for them."""
+    both = [member("a", pinned=(0, 1)), member("b", pinned=(1, 2)), member("c")]
+    plans = [shares(members(*order), 4, {}) for order in permutations(both)]
+    assert plans == [{0: "a", 1: "b", 2: "b", 3: "c"}] * 6
 
 
 def test_a_pin_beyond_the_last_partition_is_nothing() -> None:

@@ -244,6 +244,8 @@ COMMIT, RESET, LATE = "CONSULTATION_COMMITTED", "CONSULTATION_RESET", "MESSAGE_U
         ([(COMMIT, 10), (RESET, 12), (COMMIT, 10), (RESET, 12)], 15, True),
         ([(COMMIT, 10), (RESET, 12), (COMMIT, 11)], 15, True),  # a commit from before the reset came late
         ([(RESET, 12), (COMMIT, 10)], 15, True),  # also where that one is the first that is seen
+        ([(RESET, 10), (COMMIT, 10)], 15, True),  # in whatever order the two came
+        ([(RESET, 12), (RESET, 8), (COMMIT, 10)], 15, True),  # a reset that comes again, as of earlier, moves nothing
         ([(RESET, 12), (COMMIT, 14)], 15, False),
         ([(COMMIT, 10), (RESET, 12), (COMMIT, 14), (RESET, 12)], 15, False),
         ([(COMMIT, 10), (RESET, 12), (RESET, 16), (COMMIT, 14)], 17, True),

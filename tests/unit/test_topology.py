@@ -105,6 +105,7 @@ def test_a_missing_stream_is_no_drift() -> None:
         ("discard", "old", Drift(subjects.SEGMENT, "discard", "new", "old")),
         ("num_replicas", 1, Drift(subjects.SEGMENT, "num_replicas", 3, 1)),
         ("allow_direct", True, Drift(subjects.SEGMENT, "allow_direct", False, True)),
+        ("allow_rollup_hdrs", True, Drift(subjects.SEGMENT, "allow_rollup_hdrs", False, True)),
         ("subjects", ["x"], Drift(subjects.SEGMENT, "subjects", ["fi.segment.*"], ["x"])),
         ("duplicate_window", 1.0, Drift(subjects.SEGMENT, "duplicate_window", 120.0, 1.0)),
     ],
