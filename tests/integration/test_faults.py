@@ -145,8 +145,7 @@ async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline
             extra_stage(pipeline, "persist", "persist-elsewhere", shards=tmp_path / "elsewhere")
         )
         async with under_load(load, pipeline.client, rate_per_s=700):
-            for double in doubles:
-                await double.start()
+            await asyncio.gather(*(double.start() for double in doubles))
 
             async def stands_by() -> bool:
                 return any("stands by" in double.log_text() for double in doubles[-2:])
