@@ -134,7 +134,7 @@ async def test_a_standby_persister_takes_over_the_same_shards_when_the_owner_die
 async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline: Pipeline, tmp_path: Path) -> None:
     load = Load(workload(seed=61, events=4000))
     before = {receipt.partition: receipt.store for receipt in await pipeline.receipts()}
-    jetstream, totals, bad = pipeline.client.jetstream(timeout=30), await pipeline.totals(), 200
+    jetstream, totals, bad = pipeline.client.jetstream(timeout=30), await pipeline.totals(), 60
     async with AsyncExitStack() as stack:
         doubles = [
             await stack.enter_async_context(extra_stage(pipeline, stage, f"{stage}-double-{number}"))
