@@ -134,7 +134,7 @@ async def test_a_standby_persister_takes_over_the_same_shards_when_the_owner_die
 async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline: Pipeline, tmp_path: Path) -> None:
     load = Load(workload(seed=61, events=4000))
     before = {receipt.partition: receipt.store for receipt in await pipeline.receipts()}
-    jetstream, totals, bad = pipeline.client.jetstream(timeout=30), await pipeline.totals(), 60
+    jetstream, totals, bad = pipeline.client.jetstream(timeout=30), await pipeline.totals(), 200
     async with AsyncExitStack() as stack:
         doubles = [
             await stack.enter_async_context(extra_stage(pipeline, stage, f"{stage}-double-{number}"))
@@ -145,7 +145,8 @@ async def test_two_processes_told_to_own_every_partition_of_every_stage(pipeline
             extra_stage(pipeline, "persist", "persist-elsewhere", shards=tmp_path / "elsewhere")
         )
         async with under_load(load, pipeline.client, rate_per_s=700):
-            await asyncio.gather(*(double.start() for double in doubles))
+            for double in doubles:
+                await double.start()
 
             async def stands_by() -> bool:
                 return any("stands by" in double.log_text() for double in doubles[-2:])
