@@ -198,10 +198,13 @@ class Meters(Telemetry):
         return [({"stage": stage, "state": state}, count) for (stage, state), count in counts.items()]
 
     def _read_holds(self) -> Readings:
+        """A partition may have several subjects in a stream, as its receipts and seals: the longest hold counts."""
         now_s = time.monotonic()
+        held: dict[_Attributes, float] = {}
         for writer in tuple(self._writers.values()):
-            since_s = writer.full_since_s
-            yield writer.place, 0.0 if since_s is None else now_s - since_s
+            since_s, place = writer.full_since_s, tuple(writer.place.items())
+            held[place] = max(held.get(place, 0.0), 0.0 if since_s is None else now_s - since_s)
+        return [(dict(place), age_s) for place, age_s in held.items()]
 
     def _read_circuits(self) -> Readings:
         now_s = time.monotonic()

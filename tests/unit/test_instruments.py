@@ -204,6 +204,9 @@ def test_a_held_publish_shows_its_age_and_then_its_length() -> None:
     assert points(data, BACKPRESSURE_AGE.name) == {where: 0}
     assert points(data, "fi.backpressure.duration") == {(("stream", "FI_HASH"),): 2.5}
     assert meters.writer("FI_HASH", "fi.hash.2") is writer
+    meters.writer("FI_RECEIPTS", "fi.receipts.2").holding(0.0)
+    meters.writer("FI_RECEIPTS", "fi.seals.2")
+    assert points(meters.collect(), BACKPRESSURE_AGE.name)[("partition", "2"), ("stream", "FI_RECEIPTS")] > 0
 
 
 def test_what_is_off_hands_out_what_records_nothing() -> None:
