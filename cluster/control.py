@@ -133,7 +133,7 @@ class ControlServer:
             async with asyncio.timeout(CONTROL_REQUEST.s):
                 writer.write(msgspec.json.encode(answer) + b"\n")
                 await writer.drain()
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             log.info("whoever asked has gone: %r", error)
         finally:
             self._tasks.discard(task)

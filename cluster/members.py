@@ -84,6 +84,14 @@ class MembersReport(msgspec.Struct, frozen=True, kw_only=True):
         """Every partition of every stage is worked on."""
         return not self.unheld
 
+    @property
+    def unheld_by_reason(self) -> dict[tuple[Stage, str], list[int]]:
+        """(stage, why) → the partitions of `unheld`."""
+        found: dict[tuple[Stage, str], list[int]] = {}
+        for row in self.unheld:
+            found.setdefault((row.stage, row.why), []).append(row.partition)
+        return found
+
 
 async def look(api: Api) -> MembersReport:
     """Looks once.

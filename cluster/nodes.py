@@ -383,6 +383,6 @@ async def is_healthy(monitor_url: str, check: str) -> bool:
     """True when the server at `monitor_url` passes `check` now. See `Node.healthy`."""
     try:
         status, _ = await get(f"{monitor_url}/healthz?{check}=true", SERVER_ANSWER.s)
-    except (OSError, TimeoutError, ValueError):
+    except (OSError, ValueError):
         return False
     return status == 200

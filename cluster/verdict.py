@@ -187,15 +187,12 @@ def _unheld(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
         names = ", ".join(name for stage in STAGES for name in unannounced.get(stage, ()))
         what = f"{names} answer, but no process of their stage announces itself: {MEMBERS} forgets all in an election"
         yield Problem(urgency=5, kind="unheld", what=what, next="look again in 5 s; if it stays, `fictl health`")
-    by_stage: dict[tuple[Stage, str], list[int]] = {}
-    for row in members.unheld:
-        by_stage.setdefault((row.stage, row.why), []).append(row.partition)
     lags = {stage.stage: stage for stage in summary.stages}
     for stage in members.paused:
         if stage not in told:
             reason, step = _reason(summary, stage)
             yield Problem(urgency=2, kind="paused", what=f"{reason}{_behind(lags[stage])}", next=step)
-    for (stage, why), numbers in by_stage.items():
+    for (stage, why), numbers in members.unheld_by_reason.items():
         if stage not in members.paused and stage not in told and stage not in unannounced:
             silent = _silent(summary, stage)
             reason, step = (why, _start(stage, why)) if silent is None else _why_silent(silent)

@@ -16,7 +16,7 @@ from contracts.subjects import EVENTS
 from stages.persist.files import read_small
 
 if TYPE_CHECKING:
-    from cluster.capacity import Measured
+    from cluster.capacity import Capacity, Measured
 
 _SENT = "events_per_s_batch_"
 _number = partial(typer.Option, callback=above_zero)
@@ -84,7 +84,11 @@ def capacity(
     found = work_out(measured, session_events, peak)
     if as_json:
         print_json(found)
-        return
+    else:
+        _show(found)
+
+
+def _show(found: Capacity) -> None:
     table = make_table("resource", "events/s", "sessions a day", "because")
     for bound in found.bounds:
         table.add_row(bound.resource, f"{bound.events_per_s:,.0f}", f"{bound.sessions_per_day:,}", bound.why)

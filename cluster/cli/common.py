@@ -277,13 +277,12 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float], None]]:
 
     Within another one it shows nothing: a terminal has room for one.
     """
-    screen = console(stderr=True)
-    if _has_bar.get() or not screen.is_terminal:
+    if _has_bar.get() or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.progress import Progress
 
-    bar = Progress(console=screen, transient=True)
+    bar = Progress(console=console(stderr=True), transient=True)
     task = bar.add_task(title, total=None)
     starting = threading.Timer(PROGRESS.s, bar.start)
     starting.daemon = True

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -228,13 +228,17 @@ def replay(
     if as_json:
         print_json({**report, "refused": refused, "missing": missing, "dry_run": dry_run})
     else:
-        print_lines(f"{report['replayed']} of {report['matched']} letters {'would be ' if dry_run else ''}replayed")
-        if report["repeated"]:
-            say(f"{report['repeated']} of them were published by an earlier replay already, and only removed now")
-        if report["replayed"] and not dry_run:
-            say("what is refused again comes back as a new letter: look with `fictl dlq ls --since 5m`")
+        _show_replayed(report, dry_run)
     if refused or missing:
         raise typer.Exit(FAILED)
+
+
+def _show_replayed(report: Mapping[str, int], dry_run: bool) -> None:
+    print_lines(f"{report['replayed']} of {report['matched']} letters {'would be ' if dry_run else ''}replayed")
+    if report["repeated"]:
+        say(f"{report['repeated']} of them were published by an earlier replay already, and only removed now")
+    if report["replayed"] and not dry_run:
+        say("what is refused again comes back as a new letter: look with `fictl dlq ls --since 5m`")
 
 
 def drop(

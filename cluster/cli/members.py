@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -90,15 +90,10 @@ def scale(
 
     async def work() -> tuple[dict[Stage, int], dict[Stage, int], MembersReport]:
         from cluster.control import ask_scale
-        from cluster.members import look_until
 
         answer = await ask_scale(state.control, wanted, SCALE.s)
-
-        async def wait(api: Api) -> MembersReport:
-            return await look_until(api, lambda seen: not set(wanted).intersection(seen.moving), wait_s)
-
         done = ", ".join(f"{stage}={answer.after[stage]}" for stage in wanted)
-        return answer.before, answer.after, await _seen(f"{done} is done", with_api(Servers(state.urls), wait))
+        return answer.before, answer.after, await _seen(f"{done} is done", _settled(state, wanted, wait_s))
 
     with progress_bar("scaling"):
         before, after, report = run_async(work())
@@ -134,15 +129,10 @@ def restart(
 
     async def work() -> tuple[RestartAnswer, MembersReport]:
         from cluster.control import ask_restart
-        from cluster.members import look_until
 
         answer = await ask_restart(state.control, chosen, RESTART.s)
-
-        async def wait(api: Api) -> MembersReport:
-            return await look_until(api, lambda seen: not set(chosen).intersection(seen.moving), wait_s)
-
         done = ", ".join(f"{stage}: {count}" for stage, count in answer.replaced.items())
-        return answer, await _seen(f"processes were replaced ({done})", with_api(Servers(state.urls), wait))
+        return answer, await _seen(f"processes were replaced ({done})", _settled(state, chosen, wait_s))
 
     with progress_bar("restarting"):
         answer, report = run_async(work())
@@ -299,6 +289,16 @@ async def _look(api: Api) -> MembersReport:
     return await look_until(api, held, MEMBERS_SHOWN.s)
 
 
+async def _settled(state: State, stages: Collection[Stage], wait_s: float) -> MembersReport:
+    """What is seen once no partition of `stages` moves any more, or after `wait_s`."""
+    from cluster.members import look_until
+
+    async def wait(api: Api) -> MembersReport:
+        return await look_until(api, lambda seen: not set(stages).intersection(seen.moving), wait_s)
+
+    return await with_api(Servers(state.urls), wait)
+
+
 async def _seen(done: str, looking: Awaitable[T]) -> T:
     """What `looking` gives. Where it cannot, `ClusterUnavailableError` says first what was done."""
     try:
@@ -320,8 +320,5 @@ def _show(report: MembersReport) -> None:
     for stage, pause in report.paused.items():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause.since_ns / 1e9))
         screen.print(f"{stage} is paused since {when} by {pause.by}")
-    by_reason: dict[tuple[Stage, str], list[int]] = {}
-    for unheld in report.unheld:
-        by_reason.setdefault((unheld.stage, unheld.why), []).append(unheld.partition)
-    for (stage, why), partitions in by_reason.items():
+    for (stage, why), partitions in report.unheld_by_reason.items():
         screen.print(f"{stage} {ranges(partitions)}: {why}")

@@ -349,6 +349,11 @@ def _take_back(
 
     with progress_bar("reading shards" if dry_run else "making events again") as progress:
         outcome = run_async(run())
+    _report(outcome, unnamed, dry_run, as_json)
+
+
+def _report(outcome: _Outcome, unnamed: Unnamed | None, dry_run: bool, as_json: bool) -> None:
+    """Shows what was done; ends the verb where not all was."""
     if as_json:
         rows = [{**msgspec.to_builtins(rewind), "again": rewind.again} for rewind in outcome.done]
         rows += [{"partition": partition, "passed_over": PASSED_OVER} for partition in outcome.passed]

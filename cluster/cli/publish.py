@@ -160,12 +160,14 @@ async def _repeat(refresh: Callable[[], None]) -> None:
 @contextmanager
 def _progress(descriptor: int) -> Iterator[Callable[[PublishReport], None]]:
     """A progress bar on a terminal's stderr: by bytes read of a file, a pulse for a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda report: None
+        return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("publishing"), BarColumn(), TextColumn("{task.fields[counts]}"))
     size_bytes = os.fstat(descriptor).st_size
-    screen = console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=screen, disable=not screen.is_terminal) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=console(stderr=True)) as bar:
         task = bar.add_task("", total=size_bytes or None, counts="")
 
         def refresh(report: PublishReport) -> None:

@@ -173,14 +173,7 @@ def verify(
     if as_json:
         print_json(report if audit is None else audit)
     else:
-        _show_report(report)
-        if audit is None:
-            print_lines(
-                f"held against itself and {report.seal_records} seal records beside the shards, "
-                f"{report.signed_records} of them signed; --receipts finds what that cannot"
-            )
-        else:
-            _show_audit(audit)
+        _show_report(report, audit)
     if not report.ok:
         raise typer.Exit(CORRUPT)
 
@@ -198,12 +191,19 @@ def _show_events(found: list[StoredEvent]) -> None:
     console().print(table)
 
 
-def _show_report(report: VerifyReport) -> None:
+def _show_report(report: VerifyReport, audit: AuditReport | None) -> None:
     for problem in report.problems:
         print_lines(f"{problem.shard}: {problem.where}: {problem.what}")
     verdict = "all is well" if report.ok else f"{len(report.problems)} problems"
     exports = f", {report.exports} exports" if report.exports else ""
     print_lines(f"{report.shards} shards, {report.events} events{exports}: {verdict}")
+    if audit is not None:
+        _show_audit(audit)
+        return
+    print_lines(
+        f"held against itself and {report.seal_records} seal records beside the shards, "
+        f"{report.signed_records} of them signed; --receipts finds what that cannot"
+    )
 
 
 def _show_audit(audit: AuditReport) -> None:

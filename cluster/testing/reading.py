@@ -147,16 +147,19 @@ class Reading(ABC):
         """Every byte of the store, as ``fictl verify`` reads it."""
         return await asyncio.to_thread(verify_store, self.shards)
 
-    async def assert_whole(self, load: Load) -> Totals:
-        """Settles; then nothing may be lost, doubled, reordered, altered or dead-lettered, and every byte must hold.
+    async def assert_whole(self, *loads: Load) -> Totals:
+        """Settles; then nothing of `loads` may be lost, doubled, reordered, altered or dead-lettered.
+
+        Every byte of the store must hold, whoever published it.
 
         Raises:
             AssertionError: says what is wrong, with the first counter-example.
         """
         totals = await self.settled()
-        verdict = await self.verdict(load)
-        assert verdict.ok, f"{verdict}\n{await self.logs()}"
-        assert verdict.acknowledged == verdict.attempted == verdict.stored, str(verdict)
+        for load in loads:
+            verdict = await self.verdict(load)
+            assert verdict.ok, f"{verdict}\n{await self.logs()}"
+            assert verdict.acknowledged == verdict.attempted == verdict.stored, str(verdict)
         report = await self.verify()
         assert report.ok, report.problems
         assert report.events == totals.persisted, f"{report.events} events verified, {totals.persisted} in receipts"

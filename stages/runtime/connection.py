@@ -90,7 +90,7 @@ async def connect(
     try:
         async with asyncio.timeout(wait_s):
             await _unless_cancelled(connecting, client)
-    except (NatsError, OSError, TimeoutError) as error:
+    except (NatsError, OSError) as error:
         raise ClusterUnavailableError(met.words(urls, wait_s)) from error
     return client
 
@@ -229,7 +229,7 @@ async def server_name(url: str) -> str | None:
             finally:
                 writer.close()
         return msgspec.json.decode(line.removeprefix(b"INFO "), type=_Greeting).server_name
-    except (OSError, TimeoutError, ValueError, msgspec.MsgspecError):
+    except (OSError, ValueError, msgspec.MsgspecError):
         return None
 
 

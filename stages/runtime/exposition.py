@@ -1,57 +1,43 @@
-"""Prometheus text (exposition format 0.0.4) of what the SDK collected.
-
-`opentelemetry-exporter-prometheus` would do it with a second SDK reader, which doubles the cost of every histogram
-value; this writes what the one reader gives.
-"""
+"""Prometheus text (exposition format 0.0.4) of what a process's instruments hold."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from opentelemetry.sdk.metrics.export import Histogram, HistogramDataPoint, Metric, MetricsData, NumberDataPoint
-
-from contracts.telemetry import CATALOGUE
+from stages.runtime.instruments import Family, Histogram
 
 _NOT_IN_A_LABEL = re.compile(r"[^a-zA-Z0-9_]")
 
 
-def prometheus_text(data: MetricsData | None) -> bytes:
-    """Every metric of `data`, with HELP and TYPE, and the resource's attributes as `target_info`."""
-    lines: list[str] = []
-    for resource in data.resource_metrics if data is not None else ():
-        attributes = {str(key): value for key, value in resource.resource.attributes.items()}
-        lines += ["# HELP target_info who is asked", "# TYPE target_info gauge", f"target_info{_labels(attributes)} 1"]
-        for scope in resource.scope_metrics:
-            for metric in scope.metrics:
-                lines += _family(metric)
+def prometheus_text(families: Iterable[Family], target: Mapping[str, Any]) -> bytes:
+    """Every metric of `families`, with HELP and TYPE, and the attributes `target` of who is asked as `target_info`."""
+    lines = ["# HELP target_info who is asked", "# TYPE target_info gauge", f"target_info{_labels(target)} 1"]
+    for family in families:
+        lines += _family(family)
     return ("\n".join(lines) + "\n").encode()
 
 
-def _family(metric: Metric) -> Iterator[str]:
-    instrument = CATALOGUE[metric.name]
-    name = instrument.prometheus_name
-    yield f"# HELP {name} {_escaped(instrument.meaning)}"
-    yield f"# TYPE {name} {instrument.kind}"
-    for point in metric.data.data_points:
-        attributes = dict(point.attributes or {})
-        if isinstance(metric.data, Histogram):
-            assert isinstance(point, HistogramDataPoint)
-            yield from _histogram(name, attributes, point)
+def _family(family: Family) -> Iterator[str]:
+    name = family.what.prometheus_name
+    yield f"# HELP {name} {_escaped(family.what.meaning)}"
+    yield f"# TYPE {name} {family.what.kind}"
+    for attributes, value in family.points:
+        if isinstance(value, Histogram):
+            yield from _histogram(name, attributes, value)
         else:
-            assert isinstance(point, NumberDataPoint)
-            yield f"{name}{_labels(attributes)} {_number(point.value)}"
+            yield f"{name}{_labels(attributes)} {_number(value)}"
 
 
-def _histogram(name: str, attributes: Mapping[str, Any], point: HistogramDataPoint) -> Iterator[str]:
+def _histogram(name: str, attributes: Mapping[str, Any], value: Histogram) -> Iterator[str]:
     total = 0
-    for bound, count in zip((*point.explicit_bounds, float("inf")), point.bucket_counts, strict=True):
+    for bound, count in zip((*value.bounds, float("inf")), value.counts, strict=True):
         total += count
         bounded = {**attributes, "le": "+Inf" if bound == float("inf") else _number(bound)}
         yield f"{name}_bucket{_labels(bounded)} {total}"
-    yield f"{name}_sum{_labels(attributes)} {_number(point.sum)}"
-    yield f"{name}_count{_labels(attributes)} {point.count}"
+    yield f"{name}_sum{_labels(attributes)} {_number(value.sum)}"
+    yield f"{name}_count{_labels(attributes)} {total}"
 
 
 def _labels(attributes: Mapping[str, Any]) -> str:

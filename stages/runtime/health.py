@@ -130,7 +130,7 @@ class HealthServer:
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError):
             return
         finally:
             writer.transport.abort()

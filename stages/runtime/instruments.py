@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from contracts.telemetry import Instrument
 
 
 class Counter:
@@ -45,3 +49,21 @@ class Histogram:
             self.min = value
         if value > self.max:
             self.max = value
+
+    def now(self) -> Histogram:
+        """A copy, which no longer changes. Any thread."""
+        copy = Histogram(self.bounds)
+        copy.counts, copy.sum, copy.min, copy.max = self.counts.copy(), self.sum, self.min, self.max
+        return copy
+
+
+class Family(NamedTuple):
+    """An instrument's values at one moment.
+
+    Attributes:
+        what: the instrument.
+        points: (attributes, value) of each; a histogram's values are histograms.
+    """
+
+    what: Instrument
+    points: Sequence[tuple[Mapping[str, str], float | Histogram]]

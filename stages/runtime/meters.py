@@ -1,9 +1,8 @@
-"""Telemetry that is on: the catalogue's instruments in OpenTelemetry's SDK, and the probes that feed them.
+"""Telemetry that is on: the catalogue's instruments, and the probes that feed them.
 
-What is recorded is kept in plain numbers, and becomes the SDK's when somebody collects: counters and gauges through its
-observable instruments, histograms as its data points. (The SDK's own histogram takes 4 to 8 µs for a value, 33 µs for
-all that one frame records; this takes a tenth.) All who collect share one SDK reader: sums are cumulative, so any
-number may ask.
+What is recorded is kept in plain numbers, which whoever collects is given: `/metrics` writes them as text, and
+`stages.runtime.otlp` makes them OpenTelemetry's. (Its SDK's own histogram takes 4 to 8 µs for a value, 33 µs for all
+that one frame records; this takes a tenth.) Sums are cumulative, so any number may ask.
 """
 
 from __future__ import annotations
@@ -12,22 +11,7 @@ import os
 import resource as os_resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Final
-
-from opentelemetry.metrics import CallbackOptions, Observation
-from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    AggregationTemporality,
-    HistogramDataPoint,
-    InMemoryMetricReader,
-    Metric,
-    MetricsData,
-    ResourceMetrics,
-    ScopeMetrics,
-)
-from opentelemetry.sdk.metrics.export import Histogram as HistogramData
-from opentelemetry.sdk.resources import Resource
+from typing import TYPE_CHECKING, Final
 
 from contracts.subjects import Stage
 from contracts.telemetry import (
@@ -54,7 +38,7 @@ from contracts.telemetry import (
     Instrument,
 )
 from stages.runtime.circuit import Circuit, CircuitState
-from stages.runtime.instruments import Counter, Histogram
+from stages.runtime.instruments import Counter, Family, Histogram
 from stages.runtime.probes import LaneMeter, ReaderMeter, WriterMeter
 from stages.runtime.telemetry import (
     LaneProbe,
@@ -65,7 +49,9 @@ from stages.runtime.telemetry import (
     Tripping,
     WriterProbe,
 )
-from stages.runtime.tracing import Tracer
+
+if TYPE_CHECKING:
+    from stages.runtime.tracing import Tracer
 
 _Attributes = tuple[tuple[str, str], ...]
 _CIRCUIT_VALUES: Final[dict[CircuitState, float]] = {"closed": 0.0, "half-open": 0.5, "open": 1.0}
@@ -80,9 +66,10 @@ class Meters(Telemetry):
         storage_free_bytes, storage_size_bytes: where the shards lie; None when there is no store.
         backed_up_ns: until when the store is copied to another disk; None when it is not, or there is none.
         tracer: makes spans; None when nothing takes them.
+        begun_ns: since when sums are counted.
     """
 
-    def __init__(self, resource: Resource) -> None:
+    def __init__(self) -> None:
         self.lanes: dict[tuple[Stage, int], LaneMeter] = {}
         self.streams: dict[str, StreamFacts] = {}
         self.storage_free_bytes: int | None = None
@@ -94,23 +81,7 @@ class Meters(Telemetry):
         self._circuits: dict[str, Circuit] = {}
         self._reads: dict[str, Callable[[], Readings]] = {}
         self._histograms: dict[str, dict[_Attributes, Histogram]] = {name: {} for name in CATALOGUE}
-        self._begun_ns = time.time_ns()
-        self._reader = InMemoryMetricReader()
-        self._provider = MeterProvider(
-            metric_readers=[self._reader],
-            resource=resource,
-            exemplar_filter=AlwaysOffExemplarFilter(),
-            shutdown_on_exit=False,
-        )
-        self._make_instruments()
-
-    def _make_instruments(self) -> None:
-        meter = self._provider.get_meter("fi")
-        for what in CATALOGUE.values():
-            if what.kind == "counter":
-                meter.create_observable_counter(what.name, [partial(self._observe, what)], what.unit, what.meaning)
-            elif what.kind == "gauge":
-                meter.create_observable_gauge(what.name, [partial(self._observe, what)], what.unit, what.meaning)
+        self.begun_ns = time.time_ns()
         for gauge, read in (
             (QUEUE_LENGTH, lambda: self._stream_readings(0)),
             (QUEUE_BYTES, lambda: self._stream_readings(1)),
@@ -130,43 +101,20 @@ class Meters(Telemetry):
         ):
             self.read_from(gauge, read)
 
-    def collect(self) -> MetricsData | None:
-        """Everything as it is now, sums since the process began. Any thread."""
-        data = self._reader.get_metrics_data()
-        if data is None:
-            return None
-        (of_resource,) = data.resource_metrics
-        (scope,) = of_resource.scope_metrics
-        now_ns = time.time_ns()
-        histograms = (self._histogram_metric(CATALOGUE[name], now_ns) for name in self._histograms)
-        metrics = [*scope.metrics, *(metric for metric in histograms if metric.data.data_points)]
-        scopes = [ScopeMetrics(scope.scope, metrics, scope.schema_url)]
-        return MetricsData([ResourceMetrics(of_resource.resource, scopes, of_resource.schema_url)])
+    def collect(self) -> list[Family]:
+        """Every instrument that has a value, as it is now. Any thread."""
+        families = (Family(what, list(self._points(what))) for what in CATALOGUE.values())
+        return [family for family in families if family.points]
 
-    def _histogram_metric(self, what: Instrument, now_ns: int) -> Metric:
-        points = []
+    def _points(self, what: Instrument) -> Iterator[tuple[Mapping[str, str], float | Histogram]]:
+        read = self._reads.get(what.name)
+        if read is not None:
+            yield from read()
         # Copies: the event loop goes on meanwhile.
-        for key, kept in tuple(self._histograms[what.name].items()):
-            counts = tuple(kept.counts)
-            total = sum(counts)
-            points.append(
-                HistogramDataPoint(
-                    attributes=dict(key),
-                    start_time_unix_nano=self._begun_ns,
-                    time_unix_nano=now_ns,
-                    count=total,
-                    sum=kept.sum,
-                    bucket_counts=counts,
-                    explicit_bounds=kept.bounds,
-                    min=kept.min if total else 0.0,
-                    max=kept.max,
-                )
-            )
-        return Metric(what.name, what.meaning, what.unit, HistogramData(points, AggregationTemporality.CUMULATIVE))
-
-    def close(self) -> None:
-        """Ends it; nothing can be collected any more."""
-        self._provider.shutdown()
+        for key, counter in tuple(self._counters[what.name].items()):
+            yield dict(key), counter.value
+        for key, histogram in tuple(self._histograms[what.name].items()):
+            yield dict(key), histogram.now()
 
     def read_from(self, what: Instrument, read: Callable[[], Readings]) -> None:
         """See `Telemetry.read_from`."""
@@ -225,15 +173,6 @@ class Meters(Telemetry):
         self.read_from(BREAKER_OPEN, lambda: [({"stage": stage}, int(breaker.is_open))])
         self.read_from(BREAKER_TRIPS, lambda: [({"stage": stage}, breaker.trips)])
 
-    def _observe(self, what: Instrument, options: CallbackOptions) -> Iterator[Observation]:
-        read = self._reads.get(what.name)
-        if read is not None:
-            for attributes, value in read():
-                yield Observation(value, attributes)
-        # A copy: the event loop may add a counter meanwhile.
-        for key, counter in tuple(self._counters[what.name].items()):
-            yield Observation(counter.value, dict(key))
-
     def _stream_readings(self, field: int) -> Readings:
         return [({"stream": name}, facts[field]) for name, facts in tuple(self.streams.items())]
 
@@ -259,10 +198,13 @@ class Meters(Telemetry):
         return [({"stage": stage, "state": state}, count) for (stage, state), count in counts.items()]
 
     def _read_holds(self) -> Readings:
+        """A partition may have several subjects in a stream, as its receipts and seals: the longest hold counts."""
         now_s = time.monotonic()
+        held: dict[_Attributes, float] = {}
         for writer in tuple(self._writers.values()):
-            since_s = writer.full_since_s
-            yield writer.place, 0.0 if since_s is None else now_s - since_s
+            since_s, place = writer.full_since_s, tuple(writer.place.items())
+            held[place] = max(held.get(place, 0.0), 0.0 if since_s is None else now_s - since_s)
+        return [(dict(place), age_s) for place, age_s in held.items()]
 
     def _read_circuits(self) -> Readings:
         now_s = time.monotonic()

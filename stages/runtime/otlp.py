@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,16 +17,73 @@ from typing import Any, Final
 import requests
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Gauge,
+    HistogramDataPoint,
+    Metric,
+    MetricExportResult,
+    MetricsData,
+    NumberDataPoint,
+    ResourceMetrics,
+    ScopeMetrics,
+    Sum,
+)
+from opentelemetry.sdk.metrics.export import Histogram as HistogramData
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from contracts.budgets import OTLP_ANSWER, OTLP_CLOSE, OTLP_REQUEST
 from contracts.settings import hide_credentials
+from stages.runtime.instruments import Family, Histogram
+from stages.runtime.meters import Meters
 
 log = logging.getLogger(__name__)
 
 SPANS_AT_ONCE: Final = 256
+
+
+def metrics_data(meters: Meters, resource: Resource) -> MetricsData:
+    """What the instruments hold now, as the exporter takes it; `resource` says whose they are."""
+    now_ns = time.time_ns()
+    metrics = [_metric(family, meters.begun_ns, now_ns) for family in meters.collect()]
+    scope = ScopeMetrics(InstrumentationScope("fi"), metrics, "")
+    return MetricsData([ResourceMetrics(resource, [scope], resource.schema_url)])
+
+
+def _metric(family: Family, begun_ns: int, now_ns: int) -> Metric:
+    what = family.what
+    return Metric(what.name, what.meaning, what.unit, _data(family, begun_ns, now_ns))
+
+
+def _data(family: Family, begun_ns: int, now_ns: int) -> Sum | Gauge | HistogramData:
+    if family.what.kind == "histogram":
+        counted = [
+            HistogramDataPoint(
+                attributes=dict(attributes),
+                start_time_unix_nano=begun_ns,
+                time_unix_nano=now_ns,
+                count=sum(value.counts),
+                sum=value.sum,
+                bucket_counts=value.counts,
+                explicit_bounds=value.bounds,
+                min=value.min if any(value.counts) else 0.0,
+                max=value.max,
+            )
+            for attributes, value in family.points
+            if isinstance(value, Histogram)
+        ]
+        return HistogramData(counted, AggregationTemporality.CUMULATIVE)
+    points = [
+        NumberDataPoint(dict(attributes), begun_ns, now_ns, value)
+        for attributes, value in family.points
+        if not isinstance(value, Histogram)
+    ]
+    if family.what.kind == "counter":
+        return Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
+    return Gauge(points)
 
 
 class _Session(requests.Session):
@@ -70,7 +128,7 @@ class OtlpExporter:
         self,
         endpoint: str,
         interval_s: float,
-        collect: Callable[[], MetricsData | None],
+        collect: Callable[[], MetricsData],
         spans: deque[ReadableSpan],
     ) -> None:
         # It logs every try, each with its own words; what matters of that is said here, once.
@@ -121,8 +179,7 @@ class OtlpExporter:
         """Everything there is, up to the first request that fails; False if one did."""
         # Spans that end meanwhile go with the next export.
         batches = -(-len(self._spans) // SPANS_AT_ONCE)
-        data = self._collect()
-        taken = data is None or self._metric_exporter.export(data) is MetricExportResult.SUCCESS
+        taken = self._metric_exporter.export(self._collect()) is MetricExportResult.SUCCESS
         for _ in range(batches if taken else 0):
             batch = [self._spans.popleft() for _ in range(min(SPANS_AT_ONCE, len(self._spans)))]
             if self._span_exporter.export(batch) is not SpanExportResult.SUCCESS:

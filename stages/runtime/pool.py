@@ -46,7 +46,7 @@ class PooledClient(Client):
         for address in others:
             try:
                 await super()._connect_to_server(_at(s, address))
-            except (OSError, TimeoutError) as error:
+            except OSError as error:
                 log.debug("%s at %s: %r", s.uri.hostname, address, error)
             else:
                 return

@@ -7,7 +7,7 @@ import time
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from contracts.errors import StoreFailedError
 from contracts.frames import Frame, decode_frame_head
@@ -39,7 +39,9 @@ from stages.runtime.circuit import Circuit
 from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.messages import StoredMessage
 from stages.runtime.telemetry import Feed, FrameTimes, LaneProbe, ReaderProbe, WriterProbe
-from stages.runtime.tracing import FrameTrace, Tracer
+
+if TYPE_CHECKING:
+    from stages.runtime.tracing import FrameTrace, Tracer
 
 _NS: Final = 1e-9
 _MADE_FROM: Final[dict[Stage, str]] = {"ingest": "accepted_ns", "segment": "ingest_ns", "hash": "segment_ns"}

@@ -263,7 +263,6 @@ class OrderedReader:
                     log.info("%s: reader reopens: %r", self._filter, error)
                     await self._api.pause()
                 finally:
-                    self._inbox, self._inbox_token = "", b""
                     if subscription is not None:
                         await self._drop(subscription)
         except FiError as error:

@@ -1,8 +1,9 @@
 """What a process tells of itself: the object that lanes, readers and writers are handed to record with.
 
-Always true: when nothing listens (no OTLP endpoint and no health port) every call here does nothing and OpenTelemetry
-is not imported; when something does, a call touches memory only. Export happens in a thread of its own
-(`stages.runtime.otlp`), so that a slow or missing collector costs the pipeline nothing.
+Always true: when nothing listens (no OTLP endpoint and no health port) every call here does nothing; when something
+does, a call touches memory only. Without an OTLP endpoint OpenTelemetry is not imported before `/metrics` is asked for,
+and then no more of it than names the process. Export happens in a thread of its own (`stages.runtime.otlp`), so that a
+slow or missing collector costs the pipeline nothing.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Watch:
         self._reconnects = meters.counter(RECONNECTS, {})
         try:
             if self._settings.health_port >= 0:
-                await self._serve(meters)
+                await self._serve(self._observed)
         except BaseException:
             await self._observed.close()
             raise
@@ -186,7 +186,7 @@ class Watch:
         """The process was told to stop: it is not ready from now on."""
         self._draining = True
 
-    async def _serve(self, meters: Meters) -> None:
+    async def _serve(self, observed: Observed) -> None:
         from stages.runtime.exposition import prometheus_text
 
         async def livez() -> Answer:
@@ -197,7 +197,9 @@ class Watch:
 
         async def metrics() -> Answer:
             loop = asyncio.get_running_loop()
-            text = await loop.run_in_executor(self._threads, lambda: prometheus_text(meters.collect()))
+            text = await loop.run_in_executor(
+                self._threads, lambda: prometheus_text(observed.meters.collect(), observed.resource.attributes)
+            )
             return Answer(200, PROMETHEUS, text)
 
         host, port = self._settings.health_host, self._settings.health_port

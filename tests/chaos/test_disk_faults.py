@@ -85,7 +85,7 @@ def work(lane: Lane) -> None:
     lane.commit(3)
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_whichever_disk_operation_is_refused_first_nothing_is_lost(
     filled: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

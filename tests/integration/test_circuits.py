@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from lanes import going
-from opentelemetry.sdk.resources import Resource
 from pipeline import Load, Pipeline, running, settings, under_load, until, workload
 
 from cluster.health import get, read_health_files
@@ -144,7 +143,7 @@ async def test_a_disk_that_fails_one_partition_opens_its_circuit_alone_and_a_com
     async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
         facts = await read_cluster(pipeline.client)
         store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
-        meters = Meters(Resource({}))
+        meters = Meters()
         api = Api(pipeline.client, chosen, telemetry=meters)
         lanes = [PersistLane(api, store, number, f"here-{number}", lambda _: None) for number in range(2)]
         trips = meters.counter(CIRCUIT_TRIPS, {"target": TARGET_DISK})
@@ -158,27 +157,24 @@ async def test_a_disk_that_fails_one_partition_opens_its_circuit_alone_and_a_com
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             real(fd)
 
-        try:
-            async with going(*lanes):
-                with monkeypatch.context() as patch:
-                    patch.setattr(files, "_fdatasync", refuse)
-                    load = Load(workload(seed=63, events=300))
-                    await load.publish(pipeline.client)
+        async with going(*lanes):
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "_fdatasync", refuse)
+                load = Load(workload(seed=63, events=300))
+                await load.publish(pipeline.client)
 
-                    async def others_go_on() -> bool:
-                        return set(await pipeline.unsettled()) == {0} and meters.circuits().get(TARGET_DISK) == "open"
+                async def others_go_on() -> bool:
+                    return set(await pipeline.unsettled()) == {0} and meters.circuits().get(TARGET_DISK) == "open"
 
-                    await until(others_go_on, "partition 0 stops alone, its circuit open")
+                await until(others_go_on, "partition 0 stops alone, its circuit open")
 
-                    async def tried_again() -> bool:
-                        return refused >= 2
+                async def tried_again() -> bool:
+                    return refused >= 2
 
-                    await until(tried_again, "partition 0 tries its disk again")
-                    assert meters.lanes["persist", 1].disk is not None
-                    assert meters.lanes["persist", 1].disk.state(time.monotonic()) == "closed"
-                    assert trips.value == 1
-                await pipeline.assert_whole(load)
-                assert meters.circuits()[TARGET_DISK] == "closed"
+                await until(tried_again, "partition 0 tries its disk again")
+                assert meters.lanes["persist", 1].disk is not None
+                assert meters.lanes["persist", 1].disk.state(time.monotonic()) == "closed"
                 assert trips.value == 1
-        finally:
-            meters.close()
+            await pipeline.assert_whole(load)
+            assert meters.circuits()[TARGET_DISK] == "closed"
+            assert trips.value == 1

@@ -104,5 +104,4 @@ async def test_a_stream_that_counts_anew_is_neither_read_nor_trimmed_until_it_is
         assert code == 0, err
         for load in (settled, early, late):
             await load.publish(pipeline.client)
-        for load in (settled, early, late):
-            await pipeline.assert_whole(load)
+        await pipeline.assert_whole(settled, early, late)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import secrets
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import pytest_asyncio
 from lanes import going
 from pipeline import Load, Pipeline, flip, running, settings, under_load, until, workload
 
@@ -23,20 +25,29 @@ from stages.persist import files
 from stages.persist.actor import PersistLane
 from stages.persist.disk import LOCAL, Disk, Turns
 from stages.persist.header import read_live_header
-from stages.persist.names import FIRST_SHARD, live_name, partition_state
+from stages.persist.names import FIRST_SHARD, list_shards, live_name, partition_state
 from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
 from stages.persist.seal import SealedInfo
 from stages.persist.storedir import open_store
+from stages.runtime.api import Api
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
 
 PARTITIONS = 2
 DISK_BYTES = 160 * MIB
 LEFT_BYTES = 4 * MIB
 PADDING_BYTES = 40_000
 PADDED_EVENTS = 900
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    """Without a persister of its own: `lanes_here` takes its place, one test after the other."""
+    async with running(tmp_path_factory.mktemp("disk"), settings(partitions=PARTITIONS), {"persist": 0}) as started:
+        yield started
 
 
 def persist_log(pipeline: Pipeline) -> str:
@@ -69,25 +80,33 @@ async def test_a_full_disk_stops_the_partition_and_it_goes_on_when_space_returns
         assert pid_of(pipeline, "persist-0") == pid
 
 
-@contextlib.asynccontextmanager
-async def lanes_here(
-    pipeline: Pipeline, disk: Disk = LOCAL, turns: Turns | None = None
-) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Persist's lanes in this process, where its file functions can be made to fail."""
+async def make_lanes(
+    pipeline: Pipeline, disk: Disk = LOCAL, turns: Turns | None = None, **changes: Any
+) -> list[PersistLane]:
+    """Persist's lanes for this process, where its file functions can be made to fail; `changes` of settings by name."""
     facts = await read_cluster(pipeline.client)
     store = open_store(pipeline.shards, facts.cluster_id, now_ns=1)
-    lanes = [
-        PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None, turns=turns, disk=disk)
+    api, nonce = Api(pipeline.client, settings(partitions=PARTITIONS, **changes)), secrets.token_hex(6)
+    return [
+        PersistLane(api, store, number, f"here-{nonce}-{number}", lambda _: None, turns=turns, disk=disk)
         for number in range(PARTITIONS)
     ]
-    async with going(*lanes) as tasks:
+
+
+@contextlib.asynccontextmanager
+async def lanes_here(
+    pipeline: Pipeline, disk: Disk = LOCAL, turns: Turns | None = None, **changes: Any
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """`make_lanes`, at work."""
+    async with going(*await make_lanes(pipeline, disk, turns, **changes)) as tasks:
         yield tasks
 
 
+@in_module_loop
 async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_is_mended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(tmp_path, settings(partitions=PARTITIONS), {"persist": 0}) as pipeline, lanes_here(pipeline):
+    async with lanes_here(pipeline):
         first = Load(workload(seed=22, events=100))
         await first.publish(pipeline.client)
         await pipeline.settled()
@@ -106,8 +125,7 @@ async def test_after_a_failed_fsync_nothing_more_is_acknowledged_until_the_disk_
 
             await until(stopped, "every partition says that it stops")
             assert await pipeline.totals() == before
-        await pipeline.assert_whole(second)
-        await pipeline.assert_whole(first)
+        await pipeline.assert_whole(second, first)
 
 
 class Callers:
@@ -131,29 +149,26 @@ class Callers:
         return call
 
 
+@in_module_loop
 @pytest.mark.skipif(sys.platform != "linux", reason="the path of a descriptor is read from /proc")
 async def test_no_lane_uses_its_files_on_the_event_loop_which_a_hanging_disk_would_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = settings(partitions=PARTITIONS, shard_events_max=50, seal_on_drain=True)
-    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
-        store = open_store(pipeline.shards, (await read_cluster(pipeline.client)).cluster_id, now_ns=1)
-        lanes = [
-            PersistLane(pipeline.api, store, number, f"here-{number}", lambda _: None) for number in range(PARTITIONS)
-        ]
-        load = Load(workload(seed=29, events=500))
-        with monkeypatch.context() as patch:
-            callers = Callers(patch, pipeline.shards)
-            async with going(*lanes):
-                await load.publish(pipeline.client)
-                await pipeline.settled()
-        assert callers.threads
-        assert threading.main_thread() not in callers.threads
-        await pipeline.assert_whole(load)
+    lanes = await make_lanes(pipeline, shard_events_max=50, seal_on_drain=True)
+    load = Load(workload(seed=29, events=500))
+    with monkeypatch.context() as patch:
+        callers = Callers(patch, pipeline.shards)
+        async with going(*lanes):
+            await load.publish(pipeline.client)
+            await pipeline.settled()
+    assert callers.threads
+    assert threading.main_thread() not in callers.threads
+    await pipeline.assert_whole(load)
 
 
+@in_module_loop
 async def test_sealed_ids_that_cannot_be_read_stop_their_partition_alone_until_they_can(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = threading.Event()
 
@@ -169,10 +184,7 @@ async def test_sealed_ids_that_cannot_be_read_stop_their_partition_alone_until_t
         files.seen.seen = unreadable  # type: ignore[method-assign]
         return files
 
-    async with (
-        running(tmp_path, settings(partitions=PARTITIONS), {"persist": 0}) as pipeline,
-        lanes_here(pipeline, LOCAL._replace(open=opened)) as tasks,
-    ):
+    async with lanes_here(pipeline, LOCAL._replace(open=opened)) as tasks:
         failing.set()
         load = Load(workload(seed=27, events=200))
         await load.publish(pipeline.client)
@@ -191,39 +203,38 @@ async def test_sealed_ids_that_cannot_be_read_stop_their_partition_alone_until_t
         await pipeline.assert_whole(load)
 
 
+@in_module_loop
 async def test_a_store_that_goes_away_while_a_damaged_shard_is_waited_for_ends_no_lane(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = settings(partitions=PARTITIONS, seal_on_drain=False)
-    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
-        load = Load(workload(seed=28, events=200))
-        async with lanes_here(pipeline):
-            await load.publish(pipeline.client)
-            await pipeline.settled()
-        path = pipeline.shards / live_name(0, FIRST_SHARD)
-        whole = path.read_bytes()
-        flip(path, read_live_header(path).index.offset + ROW_BYTES // 2)
-        missed = threading.Event()
+    load = Load(workload(seed=28, events=200))
+    async with lanes_here(pipeline, seal_on_drain=False):
+        await load.publish(pipeline.client)
+        await pipeline.settled()
+    path = list_shards(pipeline.shards)[0][-1].path
+    whole = path.read_bytes()
+    flip(path, read_live_header(path).index.offset + ROW_BYTES // 2)
+    missed = threading.Event()
 
-        def look(directory: Path, partition: int) -> object:
-            try:
-                return partition_state(directory, partition)
-            except OSError:
-                missed.set()
-                raise
+    def look(directory: Path, partition: int) -> object:
+        try:
+            return partition_state(directory, partition)
+        except OSError:
+            missed.set()
+            raise
 
-        async with lanes_here(pipeline, LOCAL._replace(state=look)) as tasks:
+    async with lanes_here(pipeline, LOCAL._replace(state=look), seal_on_drain=False) as tasks:
 
-            async def stopped() -> bool:
-                return any("rebuild it" in record.__dict__.get("reason", "") for record in caplog.records)
+        async def stopped() -> bool:
+            return any("rebuild it" in record.__dict__.get("reason", "") for record in caplog.records)
 
-            await until(stopped, "the partition says that it stops")
-            pipeline.shards.rename(tmp_path / "away")
-            assert await asyncio.to_thread(missed.wait, 60)
-            (tmp_path / "away").rename(pipeline.shards)
-            path.write_bytes(whole)
-            await pipeline.assert_whole(load)
-            assert not any(task.done() for task in tasks)
+        await until(stopped, "the partition says that it stops")
+        pipeline.shards.rename(tmp_path / "away")
+        assert await asyncio.to_thread(missed.wait, 60)
+        (tmp_path / "away").rename(pipeline.shards)
+        path.write_bytes(whole)
+        await pipeline.assert_whole(load)
+        assert not any(task.done() for task in tasks)
 
 
 class CountedLock(asyncio.Lock):
@@ -241,7 +252,8 @@ class CountedLock(asyncio.Lock):
         return await super().acquire()
 
 
-async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> None:
+@in_module_loop
+async def test_lanes_of_a_process_seal_one_after_the_other(pipeline: Pipeline) -> None:
     turns, sealing = Turns(), CountedLock()
     turns.sealing = sealing
     under_way: set[PartitionFiles] = set()
@@ -263,14 +275,12 @@ async def test_lanes_of_a_process_seal_one_after_the_other(tmp_path: Path) -> No
         files.seal = watched  # type: ignore[method-assign]
         return files
 
-    chosen = settings(partitions=PARTITIONS, seal_on_drain=True)
     load = Load(workload(seed=26, events=100))
-    async with running(tmp_path, chosen, {"persist": 0}) as pipeline:
-        async with lanes_here(pipeline, LOCAL._replace(open=opened), turns):
-            await load.publish(pipeline.client)
-            await pipeline.settled()
-        assert most == [1] * PARTITIONS
-        await pipeline.assert_whole(load)
+    async with lanes_here(pipeline, LOCAL._replace(open=opened), turns, seal_on_drain=True):
+        await load.publish(pipeline.client)
+        await pipeline.settled()
+    assert most == [1] * PARTITIONS
+    await pipeline.assert_whole(load)
 
 
 @pytest.mark.slow
@@ -294,5 +304,4 @@ async def test_a_damaged_shard_stops_its_partition_alone_until_it_is_put_right(t
         await until(only_one_is_behind, "partition 1 goes on")
         assert "rebuild it from the stream" in persist_log(pipeline)
         path.write_bytes(whole)
-        await pipeline.assert_whole(more)
-        await pipeline.assert_whole(load)
+        await pipeline.assert_whole(more, load)

@@ -306,12 +306,12 @@ async def test_an_event_without_an_id_is_stored_once_though_the_servers_have_for
 async def test_a_stage_that_would_refuse_everything_holds_until_it_is_told_that_the_events_are_bad(
     tmp_path: Path,
 ) -> None:
-    chosen = settings(partitions=2, dead_events_min=60, breaker_pause_s=0.5, drain_s=60.0)
+    bad, chosen = 160, settings(partitions=2, dead_events_min=60, breaker_pause_s=0.5, drain_s=60.0)
     async with running(tmp_path, chosen) as pipeline:
         supervisor = pipeline.supervisor
         log = supervisor.directory / "logs" / "ingest-0.log"
         consultations = [next(NAMES) for _ in range(8)]
-        for number in range(400):
+        for number in range(bad):
             await publish(pipeline, "clinic-1", consultations[number % 8], b"not JSON %d" % number)
         await publish(pipeline, "clinic-1", consultations[0], *(event(consultations[0], n) for n in range(20)))
 
@@ -331,7 +331,7 @@ async def test_a_stage_that_would_refuse_everything_holds_until_it_is_told_that_
         await supervisor.scale("ingest", 0)
         await supervisor.scale("ingest", 2)
         totals = await pipeline.settled()
-        assert (totals.persisted, totals.dead_lettered) == (20, 400)
+        assert (totals.persisted, totals.dead_lettered) == (20, bad)
         letters = await pipeline.letters()
         places = {(letter.headers[DEAD_ORIGIN], letter.headers[DEAD_INDEX]) for letter in letters}
-        assert len(places) == len(letters) == 400
+        assert len(places) == len(letters) == bad

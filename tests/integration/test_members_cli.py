@@ -199,8 +199,7 @@ async def test_draining_commits_what_was_accepted_and_says_what_was_not(pipeline
     assert (code, answer["committed"], answer["waiting"]) == (1, False, 40), err
     assert answer["unfinished"] == ["ingest"]
     assert (await fictl(pipeline, "scale", *(f"{stage}=1" for stage in STAGES)))[0] == 0
-    await pipeline.assert_whole(load)
-    await pipeline.assert_whole(late)
+    await pipeline.assert_whole(load, late)
 
 
 async def test_a_drain_that_is_broken_off_says_how_to_start_what_it_stopped(pipeline: Pipeline) -> None:

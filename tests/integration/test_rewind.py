@@ -6,12 +6,13 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import UUID
 
 import msgspec
 import pytest
+import pytest_asyncio
 from commands import Ran, run_fictl
 from pipeline import Load, Pipeline, extra_stage, flip, running, settings, until, workload
 
@@ -37,8 +38,16 @@ from stages.runtime.access import Servers
 from stages.runtime.facts import read_cluster
 
 pytestmark = pytest.mark.cluster
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
 
 PARTITIONS = 2
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    """One partition, for tests after which its store is whole; the last one moves it away."""
+    async with running(tmp_path_factory.mktemp("rewind"), settings(partitions=1)) as started:
+        yield started
 
 
 async def fictl(pipeline: Pipeline, *arguments: str | Path) -> Ran:
@@ -85,8 +94,7 @@ async def test_damaged_and_deleted_live_shards_are_made_again_from_the_stream(tm
         assert code == 0, err
         assert f"{kept} events stay" in out
         more = await published(pipeline, seed=32)
-        for one in (earlier, load, more):
-            await pipeline.assert_whole(one)
+        await pipeline.assert_whole(earlier, load, more)
         assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
         (aside,) = (pipeline.shards / ASIDE).glob("*.h5.*")
         assert aside.name.startswith(damaged.name)
@@ -120,87 +128,88 @@ async def test_what_was_taken_back_is_made_again_though_no_hop_held_a_frame_and_
         await pipeline.assert_whole(load)
 
 
+@in_module_loop
 async def test_a_partition_that_persist_works_on_is_passed_over_and_nothing_is_called_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(tmp_path, settings(partitions=1)) as pipeline:
-        await published(pipeline, seed=29)
-        code, out, err = await fictl(pipeline, "rebuild", "--json")
-        assert code == 1
-        assert [(row["partition"], "persist works on it" in row["passed_over"]) for row in json.loads(out)] == [
-            (0, True)
-        ]
-        assert "partition 0 is passed over" in err
-        with monkeypatch.context() as patch:
-            patch.setattr(rewind, "REWIND_LOCK", msgspec.structs.replace(REWIND_LOCK, s=600.0))
-            store = existing_store(pipeline.shards, (await read_cluster(pipeline.client)).cluster_id)
-            async with asyncio.timeout(60):
-                with pytest.raises(NotOursError, match="A persister works on partition 0"):
-                    await Rewinder(pipeline.api, store).rebuild(0, dry_run=True)
-        for verb in (("rebuild",), ("partitions", "move")):
-            code, out, err = await fictl(pipeline, *verb, "99")
-            assert (code, out) == (2, "")
-            assert "partition 99: the cluster has 0 to 0" in err
-        assert not (pipeline.shards / lock_name(99)).exists()
+    await published(pipeline, seed=29)
+    code, out, err = await fictl(pipeline, "rebuild", "--json")
+    assert code == 1
+    assert [(row["partition"], "persist works on it" in row["passed_over"]) for row in json.loads(out)] == [(0, True)]
+    assert "partition 0 is passed over" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(rewind, "REWIND_LOCK", msgspec.structs.replace(REWIND_LOCK, s=600.0))
+        store = existing_store(pipeline.shards, (await read_cluster(pipeline.client)).cluster_id)
+        async with asyncio.timeout(60):
+            with pytest.raises(NotOursError, match="A persister works on partition 0"):
+                await Rewinder(pipeline.api, store).rebuild(0, dry_run=True)
+    for verb in (("rebuild",), ("partitions", "move")):
+        code, out, err = await fictl(pipeline, *verb, "99")
+        assert (code, out) == (2, "")
+        assert "partition 99: the cluster has 0 to 0" in err
+    assert not (pipeline.shards / lock_name(99)).exists()
 
 
-async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(tmp_path: Path) -> None:
-    async with running(tmp_path, settings(partitions=1)) as pipeline:
-        await published(pipeline, seed=28)
-        there = tmp_path / "there"
-        for verb in (("rebuild",), ("rebuild", "0", "--dry-run")):
-            code, _, err = await fictl(pipeline, *verb, "--shards", there)
-            assert (code, "is not a store" in err) == (1, True)
-        move = ("partitions", "move", "0", "--dry-run", "--shards", there)
-        code, out, err = await fictl(pipeline, *move)
-        assert (code, "would go back" in out) == (0, True), err
-        assert not there.exists()
-        open_store(there, (await read_cluster(pipeline.client)).cluster_id, now_ns=1)
-        before = set(there.iterdir())
-        code, out, err = await fictl(pipeline, *move)
-        assert (code, "would go back" in out) == (0, True), err
-        assert set(there.iterdir()) == before
-        code, out, err = await fictl(pipeline, "rebuild", "--dry-run", "--shards", there)
-        assert (code, "owns no partition" in out) == (0, True), err
-        await pipeline.supervisor.hold_down("persist-0")
-        code, out, err = await fictl(pipeline, "rebuild", "--dry-run")
-        assert (code, "every file is as the records say" in out) == (0, True), err
+@in_module_loop
+async def test_a_look_at_what_would_be_done_makes_no_store_and_no_lock(pipeline: Pipeline, tmp_path: Path) -> None:
+    await published(pipeline, seed=28)
+    there = tmp_path / "there"
+    for verb in (("rebuild",), ("rebuild", "0", "--dry-run")):
+        code, _, err = await fictl(pipeline, *verb, "--shards", there)
+        assert (code, "is not a store" in err) == (1, True)
+    move = ("partitions", "move", "0", "--dry-run", "--shards", there)
+    code, out, err = await fictl(pipeline, *move)
+    assert (code, "would go back" in out) == (0, True), err
+    assert not there.exists()
+    open_store(there, (await read_cluster(pipeline.client)).cluster_id, now_ns=1)
+    before = set(there.iterdir())
+    code, out, err = await fictl(pipeline, *move)
+    assert (code, "would go back" in out) == (0, True), err
+    assert set(there.iterdir()) == before
+    code, out, err = await fictl(pipeline, "rebuild", "--dry-run", "--shards", there)
+    assert (code, "owns no partition" in out) == (0, True), err
+    await pipeline.supervisor.hold_down("persist-0")
+    code, out, err = await fictl(pipeline, "rebuild", "--dry-run")
+    assert (code, "every file is as the records say" in out) == (0, True), err
+    await pipeline.supervisor.bring_back("persist-0")
 
 
-async def test_what_was_moved_is_shown_also_when_nobody_works_on_it_in_time(tmp_path: Path) -> None:
-    async with running(tmp_path, settings(partitions=1)) as pipeline:
-        await published(pipeline, seed=28)
-        there = tmp_path / "there"
-        code, out, err = await fictl(pipeline, "partitions", "move", "0", "--shards", there, "--wait", "0.1")
-        assert (code, "partition 0: from store" in out, "have not caught up" in err) == (3, True, True), err
-
-
-async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_again(tmp_path: Path) -> None:
+@in_module_loop
+async def test_what_was_in_a_deleted_sealed_shard_can_be_proved_once_it_is_made_again(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     """Its seal record was left lying, and is not that of the new file of the same name."""
-    async with running(tmp_path, settings(partitions=1)) as pipeline:
-        load = await published(pipeline, seed=41)
-        await sealed(pipeline)
-        (before,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
-        await pipeline.supervisor.hold_down("persist-0")
-        mark = pipeline.shards / BACKUP_FILE
-        mark.write_bytes(encode_last_backup(LastBackup(at_ns=1, to="/mnt", copied={0: 1})))
-        before.unlink()
-        code, _, err = await fictl(pipeline, "rebuild", "--wait", "0")
-        assert code == 0, err
-        # What is made again is not what was copied.
-        assert decode_last_backup(mark.read_bytes()).copied == {0: 0}
-        await pipeline.supervisor.bring_back("persist-0")
-        await pipeline.assert_whole(load)
-        await sealed(pipeline)
-        (after,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
-        assert after == before
-        assert await assert_agrees(pipeline, pipeline.shards) == 1
-        wanted = str(UUID(bytes=stored(pipeline.shards)[0].event_id))
-        planted = record_path(after)
-        planted.write_bytes(encode_receipt(msgspec.structs.replace(decode_seal(planted.read_bytes()), root="0" * 64)))
-        code, _, err = await fictl(pipeline, "prove", wanted, "--output", tmp_path / "proof.json")
-        assert (code, err.count("no receipt")) == (0, 0), err
-        assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0
+    load = await published(pipeline, seed=41)
+    await sealed(pipeline)
+    (before,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
+    await pipeline.supervisor.hold_down("persist-0")
+    mark = pipeline.shards / BACKUP_FILE
+    mark.write_bytes(encode_last_backup(LastBackup(at_ns=1, to="/mnt", copied={0: 1})))
+    before.unlink()
+    code, _, err = await fictl(pipeline, "rebuild", "--wait", "0")
+    assert code == 0, err
+    # What is made again is not what was copied.
+    assert decode_last_backup(mark.read_bytes()).copied == {0: 0}
+    await pipeline.supervisor.bring_back("persist-0")
+    await pipeline.assert_whole(load)
+    await sealed(pipeline)
+    (after,) = (file.path for file in list_shards(pipeline.shards)[0] if file.sealed)
+    assert after == before
+    assert await assert_agrees(pipeline, pipeline.shards) == 1
+    wanted = str(UUID(bytes=stored(pipeline.shards)[0].event_id))
+    planted = record_path(after)
+    planted.write_bytes(encode_receipt(msgspec.structs.replace(decode_seal(planted.read_bytes()), root="0" * 64)))
+    code, _, err = await fictl(pipeline, "prove", wanted, "--output", tmp_path / "proof.json")
+    assert (code, err.count("no receipt")) == (0, 0), err
+    assert (await run_fictl("check-proof", tmp_path / "proof.json"))[0] == 0
+
+
+@in_module_loop
+async def test_what_was_moved_is_shown_also_when_nobody_works_on_it_in_time(pipeline: Pipeline, tmp_path: Path) -> None:
+    await published(pipeline, seed=48)
+    there = tmp_path / "there"
+    code, out, err = await fictl(pipeline, "partitions", "move", "0", "--shards", there, "--wait", "0.1")
+    assert (code, "partition 0: from store" in out, "have not caught up" in err) == (3, True, True), err
 
 
 @pytest.fixture
@@ -234,8 +243,7 @@ async def test_a_store_whose_disk_was_lost_is_whole_again_from_its_backup_and_th
         code, out, err = await fictl(pipeline, "rebuild", "--wait", "0")
         assert (code, out.count("are made again from the stream")) == (0, PARTITIONS), err
         await pipeline.supervisor.bring_back("persist-0")
-        for load in loads:
-            await pipeline.assert_whole(load)
+        await pipeline.assert_whole(*loads)
         assert await assert_agrees(pipeline, pipeline.shards) == PARTITIONS
         told = json.loads((await run_fictl("backup", pipeline.shards, copies, "--json")).out)
         assert (told["problems"], told["aside"]) == ([], [])
@@ -263,8 +271,7 @@ async def test_the_newest_sealed_shard_is_made_again_and_an_older_one_is_refused
         assert f"FI_EVENTS no longer has what {oldest} holds" in err
         oldest.write_bytes(whole)
         await pipeline.supervisor.bring_back("persist-0")
-        for load in loads:
-            await pipeline.assert_whole(load)
+        await pipeline.assert_whole(*loads)
         assert await assert_agrees(pipeline, pipeline.shards) == 1
         await sealed(pipeline)
         assert await assert_agrees(pipeline, pipeline.shards) == 1

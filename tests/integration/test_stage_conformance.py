@@ -132,8 +132,7 @@ async def test_every_frame_joins_on_to_the_one_before_it_and_is_bounded(pipeline
         assert [head.prev for head in heads[1:]] == [head.last for head in heads[:-1]]
         assert max(len(frame.data) for frame in frames) < 4 * pipeline.supervisor.settings.frame_bytes_max
     await pipeline.supervisor.start_stage("persist")
-    for load in loads:
-        await pipeline.assert_whole(load)
+    await pipeline.assert_whole(*loads)
 
 
 async def frames_of_all(pipeline: Pipeline, stage: Stage, partition: int) -> list[StoredMessage]:

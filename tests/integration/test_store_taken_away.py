@@ -75,8 +75,7 @@ async def test_who_lost_its_lock_file_writes_nothing_over_what_its_successor_com
                     await until(told, "who lost the partition stands by")
             finally:
                 halt.over.set()
-            for load in (first, second, third):
-                await pipeline.assert_whole(load)
+            await pipeline.assert_whole(first, second, third)
     assert any(record.message == EVENT_PERSIST_FAILED for record in caplog.records)
 
 
@@ -105,5 +104,4 @@ async def test_a_store_that_is_not_there_any_more_is_not_written_elsewhere_and_g
         assert not list(pipeline.shards.iterdir())
         pipeline.shards.rmdir()
         away.rename(pipeline.shards)
-        await pipeline.assert_whole(second)
-        await pipeline.assert_whole(first)
+        await pipeline.assert_whole(second, first)

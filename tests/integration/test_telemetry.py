@@ -280,12 +280,15 @@ async def test_the_log_lines_of_a_sampled_frame_name_its_trace(tmp_path: Path) -
         assert letters[0]["span_id"] in {traced.span.span_id.hex() for traced in receiver.spans}
 
 
-async def test_what_is_off_records_nothing_and_does_not_load_opentelemetry() -> None:
-    """The modules a stage process of each kind loads, as it would without any setting."""
+async def test_without_a_collector_opentelemetry_is_not_loaded() -> None:
+    """The modules a stage process of each kind loads, without any setting and with a health port."""
     script = (
         "import sys; from stages.runtime.watch import Watch; from stages.actors import actor; "
         "from pathlib import Path; actor('persist', Path('x')); import stages.persist.actor, stages.persist.flush; "
-        "from contracts.settings import MIB, Settings; Watch('hash', 'hash', Settings(), {}); "
+        "from contracts.settings import Settings; Watch('hash', 'hash', Settings(), {}); import asyncio\n"
+        "async def listening():\n"
+        "    async with Watch('hash', 'hash', Settings(health_port=0), {}): pass\n"
+        "asyncio.run(listening())\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from opentelemetry.sdk.resources import Resource
-
 from contracts.telemetry import CATALOGUE
 from stages.runtime.exposition import prometheus_text
 from stages.runtime.meters import Meters
@@ -27,7 +25,7 @@ TARGET = {"job", "instance"}
 
 def shown() -> dict[str, tuple[str, set[str]]]:
     """Name → (type, labels) of every series at `/metrics`, once each instrument has a value, and of Prometheus' own."""
-    meters = Meters(Resource({}))
+    meters = Meters()
     for what in CATALOGUE.values():
         attributes = dict.fromkeys((*what.attributes, *what.optional), "x")
         if what.kind == "counter":
@@ -36,8 +34,7 @@ def shown() -> dict[str, tuple[str, set[str]]]:
             meters.histogram(what, attributes).record(1.0)
         else:
             meters.read_from(what, lambda attributes=attributes: [(attributes, 1)])  # type: ignore[misc]
-    lines = prometheus_text(meters.collect()).decode().splitlines()
-    meters.close()
+    lines = prometheus_text(meters.collect(), {}).decode().splitlines()
     kinds = dict(line.split()[2:] for line in lines if line.startswith("# TYPE"))
     found: dict[str, tuple[str, set[str]]] = {"up": ("gauge", TARGET)}
     for line in lines:

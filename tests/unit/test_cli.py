@@ -371,6 +371,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert in_fresh_interpreter(code) == f"{len(cluster.cli.VERBS)} []"
 
 
+def test_a_verb_that_prints_json_to_a_program_loads_nothing_that_draws(tmp_path: Path) -> None:
+    (tmp_path / "events").write_bytes(b"")
+    for verb in (["verify", str(tmp_path / "none")], ["publish", str(tmp_path / "events"), "--check-only"]):
+        code = (
+            "import sys, cluster.cli\n"
+            f"try: cluster.cli.main({[*verb, '--json']})\n"
+            "except SystemExit: print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
+        )
+        assert in_fresh_interpreter(code).splitlines()[-1] == "[]"
+
+
 def test_a_process_loads_the_module_of_its_own_verb_and_of_no_other() -> None:
     code = (
         "import sys, cluster.cli\n"

@@ -225,7 +225,8 @@ def bar_on(
     from cluster.cli import common
 
     screen = Screen()
-    monkeypatch.setattr(common, "console", lambda stderr: Console(file=screen, force_terminal=terminal))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(common, "console", lambda stderr: Console(file=screen, force_terminal=True))
     monkeypatch.setattr(common, "PROGRESS", msgspec.structs.replace(common.PROGRESS, s=delay_s))
     with common.progress_bar("exporting") as tell:
         yield tell, screen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from opentelemetry.sdk.resources import Resource
 from overviews import (
     PARTITIONS,
     histogram,
@@ -134,17 +133,14 @@ def test_percentiles_of_nothing_are_not_known_and_above_all_bounds_are_the_highe
 
 
 def test_what_a_process_shows_at_its_metrics_path_is_read_back() -> None:
-    meters = Meters(Resource.create({}))
-    try:
-        durable = meters.histogram(DURABLE_LATENCY, {})
-        for value_s in (0.0005, 0.02, 0.02, 1000.0):
-            durable.record(value_s)
-        meters.writer("FI_HASH", "fi.hash.3").holding(0.0)
-        meters.writer("FI_HASH", "fi.hash.4")
-        meters.storage_free_bytes = 123
-        metered = parse_metrics(prometheus_text(meters.collect()).decode())
-    finally:
-        meters.close()
+    meters = Meters()
+    durable = meters.histogram(DURABLE_LATENCY, {})
+    for value_s in (0.0005, 0.02, 0.02, 1000.0):
+        durable.record(value_s)
+    meters.writer("FI_HASH", "fi.hash.3").holding(0.0)
+    meters.writer("FI_HASH", "fi.hash.4")
+    meters.storage_free_bytes = 123
+    metered = parse_metrics(prometheus_text(meters.collect(), {}).decode())
     counts = metered.histograms[DURABLE_LATENCY.name]
     assert (counts[0], counts[DURABLE_LATENCY.buckets.index(0.025)], counts[-1], sum(counts)) == (1, 2, 1, 4)
     assert [(held.stream, held.partition) for held in metered.held] == [("FI_HASH", "3")]

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import pytest
-from opentelemetry.sdk.resources import Resource
 
 from contracts.settings import Settings
 from stages.persist.room import EventsRoom
@@ -56,12 +55,11 @@ async def count_pending(api: Any) -> None:
 
 
 async def look_for_health(api: Any) -> None:
-    meters = Meters(Resource({}))
+    meters = Meters()
     watch = Watch("hash", "hash-0", Settings(), {})
     watch.connected(api, api)
     await watch._look(meters)
     assert all(problem.startswith("no answer") for problem in watch._streams.values())
-    meters.close()
 
 
 @pytest.mark.parametrize("look", [look_at_room, count_pending, look_for_health])
