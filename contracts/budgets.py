@@ -70,6 +70,9 @@ CIRCUIT_PAUSE_MAX: Final = _pause(
     0.5, "the same, after doubling; also between two signs of life that count", "one tries for all"
 )
 CONSUMER_INACTIVE: Final = _limit(20.0, "a server: its consumer to be asked for messages", "it removes the consumer")
+CONSUMER_MADE: Final = _limit(
+    5.0, "a reader: the server that was given its consumer to make it", "it asks for another one, elsewhere"
+)
 SWITCH_INTERVAL: Final = _limit(
     0.001, "the event loop of a stage: a thread that computes to let go of the interpreter lock", "it is made to"
 )

@@ -19,7 +19,7 @@ import msgspec
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from contracts.budgets import CONSUMER_INACTIVE, WITNESS_LAG
+from contracts.budgets import CONSUMER_INACTIVE, CONSUMER_MADE, WITNESS_LAG
 from contracts.errors import CountsAnewError, FiError, TopologyError
 from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
@@ -323,12 +323,13 @@ class OrderedReader:
         }
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
-        # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
-        answer = await self._api.request(self._stream, subject, msgspec.json.encode(request))
+        # A lost answer is safe to repeat: creating the same consumer again gives the same one. But what was given to
+        # a server whose JetStream ended just then stays there: only another name is put elsewhere.
         try:
-            made = _decode_consumer(answer)
-        except msgspec.MsgspecError as error:
-            raise NatsError(f"what answered is no consumer: {error}") from error
+            async with asyncio.timeout(CONSUMER_MADE.s):
+                made = _decode_consumer(await self._api.request(self._stream, subject, msgspec.json.encode(request)))
+        except (TimeoutError, msgspec.MsgspecError) as error:
+            raise NatsError(f"no server made the consumer, another one is asked for: {error!r}") from error
         self.pending = made.num_pending
         self.server = "" if made.cluster is None else made.cluster.leader
 
