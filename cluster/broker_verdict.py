@@ -41,7 +41,10 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
     for group in silent.values():
         names, first = [stream.status.name for stream in group], group[0].status
         answering = sum(server.reachable for server in summary.servers)
-        hung = "wait 10 s for an election; then `kill -9` the server whose disk hangs (its log, `iostat`)"
+        hung = (
+            "wait 10 s for an election; then the servers' logs: one without room, on its disk or within its limits, "
+            "needs room and a restart; `kill -9` the server whose disk hangs (`iostat`)"
+        )
         step = hung if answering == len(summary.servers) else "bring back a majority of the servers"
         why, step = first.problem or "has no leader", first.next or step
         told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)

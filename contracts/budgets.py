@@ -55,6 +55,11 @@ CONNECTION_END: Final = _limit(
 TROUBLE_COUNTS: Final = _limit(
     10.0, "a client: how long trouble with its connection counts", "it is over, or told in the log again"
 )
+SERVER_USELESS: Final = _limit(
+    10.0,
+    "a client: any stream to answer through its server, elections included",
+    "it goes on at another server: this one may be cut off from the others",
+)
 GREETING: Final = _limit(
     2.0, "a stage or publisher that connects: a server to say its name, a stream its leader", "it takes any server"
 )

@@ -310,6 +310,7 @@ def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
     )
     assert [problem.kind for problem in found] == ["no_leader"]
     assert found[0].what == "all streams: nats: timeout (3 of 3 servers answer): nothing is accepted"
+    assert "one without room, on its disk or within its limits, needs room and a restart" in found[0].next
     assert "`kill -9` the server whose disk hangs" in found[0].next
 
 
