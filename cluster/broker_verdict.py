@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from cluster.problem import Problem
+from cluster.status import with_fewer_copies
 from cluster.summary import StreamSummary, Summary
 from cluster.words import partitions
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
@@ -61,6 +62,10 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
             what=f"{RECEIPTS} was lost and made again {since}: {where}",
             next="`fictl partitions restore` on each node with a store",
         )
+    for status in with_fewer_copies([stream.status for stream in summary.streams]):
+        what = f"{status.name} is on {status.copies} of the servers alone: what it holds goes with them"
+        step = "wait if that is being changed; else `fictl cluster plan`, then `fictl cluster apply`"
+        yield Problem(urgency=5, kind="few_copies", what=what, next=step)
     for stream in summary.streams:
         status = stream.status
         if status.name not in HOPS and NEAR_FULL_SHARE <= status.used < FULL_SHARE:

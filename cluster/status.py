@@ -80,6 +80,11 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaStatus, ...] = ()
     lost: str = ""
 
+    @property
+    def copies(self) -> int:
+        """How many servers keep it; 0 where that is not known, or without replication."""
+        return bool(self.leader) + len(self.replicas)
+
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster. `facts` is None, and `problem` says why, while `FI_EVENTS` cannot be read or is not ours."""
@@ -91,12 +96,19 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def healthy(self) -> bool:
-        """True when every server answers and every stream has a leader and only current replicas."""
+        """True when every server answers and every stream has a leader, as many copies as others, and all current."""
         streams_well = all(
             not stream.problem and all(replica.current and not replica.offline for replica in stream.replicas)
             for stream in self.streams
         )
+        streams_well = streams_well and not with_fewer_copies(self.streams)
         return self.facts is not None and streams_well and all(server.reachable for server in self.servers)
+
+
+def with_fewer_copies(streams: Sequence[StreamStatus]) -> list[StreamStatus]:
+    """The streams that fewer servers keep than others: as somebody changed them by hand."""
+    most = max((stream.copies for stream in streams), default=0)
+    return [stream for stream in streams if 0 < stream.copies < most]
 
 
 async def status(client: GuardedClient, urls: Sequence[str]) -> ClusterStatus:

@@ -32,6 +32,8 @@ from contracts.subjects import STAGES, STREAMS, Stage
 from contracts.telemetry import DURABLE_LATENCY, STAGE_LATENCY
 from stages.runtime.health import Check
 
+FOLLOWS = ReplicaStatus(name="n3", current=True, offline=False, lag=0)
+
 
 def verdict(*looks: Overview) -> list[Problem]:
     return list(judge(summarize(looks)))
@@ -276,7 +278,7 @@ def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:
 
 
 def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> None:
-    replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4),)
+    replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4), FOLLOWS)
     problem = only(overview(streams=with_streams(FI_HASH={"replicas": replicas})))
     assert problem.text == "replica n9 is offline for FI_HASH -> start that server"
 
@@ -284,12 +286,22 @@ def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> Non
 def test_a_server_that_answers_and_whose_replicas_are_behind_is_told_once() -> None:
     """As one is whose JetStream a full disk turned off."""
     behind = {
-        name: {"replicas": (ReplicaStatus(name="n2", current=False, offline=False, lag=lag),)}
+        name: {"replicas": (ReplicaStatus(name="n2", current=False, offline=False, lag=lag), FOLLOWS)}
         for name, lag in (("FI_EVENTS", 1456), ("FI_HASH", 1373), ("FI_DLQ", 1))
     }
     problem = only(overview(streams=with_streams(**behind)))
     assert problem.what == "replica n2 is behind for FI_EVENTS, FI_HASH, FI_DLQ"
     assert "a full disk turns its JetStream off" in problem.next
+
+
+def test_a_stream_that_fewer_servers_keep_than_others_is_told() -> None:
+    problem = only(overview(streams=with_streams(FI_RECEIPTS={"replicas": ()})))
+    assert problem.what == "FI_RECEIPTS is on 1 of the servers alone: what it holds goes with them"
+    assert "`fictl cluster plan`" in problem.next
+
+
+def test_streams_of_a_single_server_are_no_problem() -> None:
+    assert not verdict(overview(streams=tuple(stream(name, leader="", replicas=()) for name in STREAMS)))
 
 
 def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
