@@ -8,13 +8,14 @@ from typing import Final
 from cluster.problem import Problem
 from cluster.status import with_fewer_copies
 from cluster.summary import StreamSummary, Summary
-from cluster.words import partitions
+from cluster.words import duration, partitions
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
 
 FULL_SHARE: Final = 0.98
 """A stream that is so full counts as full even where no process says that it refuses."""
 NEAR_FULL_SHARE: Final = 0.8
 """As in the alerts FiStreamNearFull and FiHopNearFull."""
+CLOCK_APART_S_MAX: Final = 1.0
 
 
 def connection_problems(summary: Summary) -> Iterator[Problem]:
@@ -104,6 +105,21 @@ def make_room(stream: str) -> str:
         return "`fictl dlq ls`, then replay or drop"
     limits = {EVENTS: "events_bytes_max", RECEIPTS: "receipts_bytes_max"}
     return f"`fictl cluster apply --set {limits[stream]}=N` with more" if stream in limits else "look who fills it"
+
+
+def clock_problems(summary: Summary) -> Iterator[Problem]:
+    """Servers whose clock is not this machine's. Nothing is lost by it, and what stands here is wrong."""
+    apart = {
+        stream.status.leader or "the server": stream.status.clock_ahead_s
+        for stream in summary.streams
+        if abs(stream.status.clock_ahead_s) > CLOCK_APART_S_MAX
+    }
+    for name, ahead_s in apart.items():
+        way = "ahead of" if ahead_s > 0 else "behind"
+        what = f"the clock of {name} is {duration(abs(ahead_s))} {way} this machine's: ages and latencies err by that"
+        yield Problem(
+            urgency=2, kind="clock", what=what, next="set both by NTP; what is behind or late here may not be"
+        )
 
 
 def server_problems(summary: Summary) -> Iterator[Problem]:

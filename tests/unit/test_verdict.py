@@ -25,9 +25,10 @@ from cluster.members import MembersReport, Unheld
 from cluster.overview import Letters, Overview
 from cluster.problem import Problem
 from cluster.scrape import Held, Metered
-from cluster.status import ReplicaStatus, ServerStatus
+from cluster.status import ReplicaStatus, ServerStatus, clock_ahead_s
 from cluster.summary import summarize
 from cluster.verdict import judge
+from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, STREAMS, Stage
 from contracts.telemetry import DURABLE_LATENCY, STAGE_LATENCY
 from stages.runtime.health import Check
@@ -298,6 +299,29 @@ def test_a_stream_that_fewer_servers_keep_than_others_is_told() -> None:
     problem = only(overview(streams=with_streams(FI_RECEIPTS={"replicas": ()})))
     assert problem.what == "FI_RECEIPTS is on 1 of the servers alone: what it holds goes with them"
     assert "`fictl cluster plan`" in problem.next
+
+
+@pytest.mark.parametrize(("ahead_s", "told"), [(3600.0, "60 min ahead of"), (-1800.0, "30 min behind")])
+def test_a_server_whose_clock_is_another_is_told_once_and_before_what_seems_late(ahead_s: float, told: str) -> None:
+    streams = tuple(stream(name, clock_ahead_s=ahead_s) for name in STREAMS)
+    problem = only(overview(streams=streams))
+    assert problem.what == f"the clock of n1 is {told} this machine's: ages and latencies err by that"
+    assert problem.urgency == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("2026-11-23T19:00:00.5Z", 0.0),
+        ("2026-11-23T19:00:02Z", 1.0),
+        ("2026-11-23T18:59:57Z", -3.0),
+        ("yesterday", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_how_far_a_clock_is_before_ours_counts_from_the_question_to_the_answer(told: object, expected: float) -> None:
+    asked_ns = parse_rfc3339("2026-11-23T19:00:00Z")
+    assert clock_ahead_s(told, asked_ns, asked_ns + 10**9) == expected
 
 
 def test_streams_of_a_single_server_are_no_problem() -> None:
