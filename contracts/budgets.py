@@ -57,7 +57,7 @@ TROUBLE_COUNTS: Final = _limit(
 )
 SERVER_USELESS: Final = _limit(
     10.0,
-    "a client: any stream to answer through its server, elections included",
+    "a client: any stream to answer through its server, elections included; twice as long for each one left in vain",
     "it goes on at another server: this one may be cut off from the others",
 )
 GREETING: Final = _limit(

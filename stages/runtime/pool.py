@@ -17,6 +17,7 @@ from stages.runtime.sockets import cut
 
 log = logging.getLogger(__name__)
 
+_DOUBLINGS_MAX = 4
 _SERVERS_MIN = 2
 """One alone is not left: there is no other."""
 _WEB = frozenset({"ws", "wss"})
@@ -34,20 +35,26 @@ class PooledClient(Client):
         super().__init__()
         self._names = Names()
         self._useless_since_s: float | None = None
+        self._servers_left = 0
+        """Servers that were left since a stream answered last."""
 
     def note_stream(self, *, answers: bool) -> None:
         """A request to a stream was answered, or it was not, or only that nobody can answer now."""
+        self._servers_left = 0 if answers else self._servers_left
         if answers or not self.is_connected or len(self._server_pool) < _SERVERS_MIN:
             self._useless_since_s = None
             return
         now_s = asyncio.get_running_loop().time()
+        # Where no server is of use, it is the streams that wait for something.
+        limit_s = SERVER_USELESS.s * 2 ** min(self._servers_left, _DOUBLINGS_MAX)
         if self._useless_since_s is None:
             self._useless_since_s = now_s
-        elif now_s - self._useless_since_s > SERVER_USELESS.s:
+        elif now_s - self._useless_since_s > limit_s:
             self._useless_since_s = None
+            self._servers_left += 1
             url = self.connected_url
             place = f"{url.hostname}:{url.port}" if url is not None else "this server"
-            log.warning("no stream answers through %s, for %g s: trying another server", place, SERVER_USELESS.s)
+            log.warning("no stream answers through %s, for %g s: trying another server", place, limit_s)
             cut(self._transport)
 
     def _setup_server_pool(self, connect_url: list[str]) -> None:

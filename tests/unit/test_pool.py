@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from urllib.parse import urlparse
 
 import pytest
@@ -135,6 +136,24 @@ async def test_a_server_through_which_no_stream_answers_is_left(monkeypatch: pyt
     assert client.left == 1
     client.note_stream(answers=False)
     assert client.left == 1, "the next one has its time too"
+
+
+async def test_servers_that_are_all_of_no_use_are_left_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Connected(monkeypatch, "nats://n1:4222", "nats://n2:4222")
+    monkeypatch.setattr(pool_module, "SERVER_USELESS", replace(SERVER_USELESS, s=1.0))
+    loop, now_s = asyncio.get_running_loop(), 0.0
+    monkeypatch.setattr(loop, "time", lambda: now_s)
+    left_s = []
+    for second in range(110):
+        now_s, before = float(second), client.left
+        client.note_stream(answers=False)
+        left_s += [second] * (client.left - before)
+    assert left_s == [2, 6, 12, 22, 40, 58, 76, 94]
+    client.note_stream(answers=True)
+    for second in (200.0, 201.5):
+        now_s, before = second, client.left
+        client.note_stream(answers=False)
+    assert client.left == before + 1
 
 
 async def test_a_server_that_is_alone_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
