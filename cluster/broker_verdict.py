@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from cluster.problem import Problem
-from cluster.status import with_fewer_copies
+from cluster.status import copies_set_most, with_fewer_copies
 from cluster.summary import StreamSummary, Summary
 from cluster.words import duration, partitions
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
@@ -63,10 +63,14 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
             what=f"{RECEIPTS} was lost and made again {since}: {where}",
             next="`fictl partitions restore` on each node with a store",
         )
+    few: dict[int, list[str]] = {}
     for status in with_fewer_copies([stream.status for stream in summary.streams]):
-        what = f"{status.name} is on {status.copies} of the servers alone: what it holds goes with them"
-        step = "wait if that is being changed; else `fictl cluster plan`, then `fictl cluster apply`"
-        yield Problem(urgency=5, kind="few_copies", what=what, next=step)
+        few.setdefault(status.copies, []).append(status.name)
+    for copies, names in few.items():
+        shall = copies_set_most([stream.status for stream in summary.streams])
+        told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
+        step = "a server was taken out? Start one in its place. Else `fictl cluster plan`, then `fictl cluster apply`"
+        yield Problem(urgency=5, kind="few_copies", what=f"{told}: {copies} of {shall} copies are there", next=step)
     for stream in summary.streams:
         status = stream.status
         if status.name not in HOPS and NEAR_FULL_SHARE <= status.used < FULL_SHARE:

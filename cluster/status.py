@@ -66,6 +66,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         used: bytes / bytes_max, 0 to 1.
         leader: name of the server that leads it; empty when none does, or without replication.
         replicas: the followers; without a leader all replicas.
+        copies_set: how many servers shall keep it.
         clock_ahead_s: how far its leader's clock is before this machine's; below 0: behind. By it all stored times go.
         lost: when it was made again after it was lost, RFC 3339; empty if it never was (`stages.persist.lost`).
     """
@@ -81,6 +82,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     used: float = 0.0
     leader: str = ""
     replicas: tuple[ReplicaStatus, ...] = ()
+    copies_set: int = 0
     clock_ahead_s: float = 0.0
     lost: str = ""
 
@@ -100,7 +102,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def healthy(self) -> bool:
-        """True when every server answers and every stream has a leader, as many copies as others, and all current."""
+        """True when every server answers and every stream has a leader and all its copies, all of them current."""
         streams_well = all(
             not stream.problem and all(replica.current and not replica.offline for replica in stream.replicas)
             for stream in self.streams
@@ -110,9 +112,13 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def with_fewer_copies(streams: Sequence[StreamStatus]) -> list[StreamStatus]:
-    """The streams that fewer servers keep than others: as somebody changed them by hand."""
-    most = max((stream.copies for stream in streams), default=0)
-    return [stream for stream in streams if 0 < stream.copies < most]
+    """The streams that fewer servers keep than any shall have: somebody changed them, or took a server out."""
+    return [stream for stream in streams if 0 < stream.copies < copies_set_most(streams)]
+
+
+def copies_set_most(streams: Sequence[StreamStatus]) -> int:
+    """How many servers shall keep a stream, of which the most shall; 0 where none is known."""
+    return max((stream.copies_set for stream in streams), default=0)
 
 
 async def status(client: GuardedClient, urls: Sequence[str]) -> ClusterStatus:
@@ -198,6 +204,7 @@ def _stream(name: str, told: _Told | NatsError) -> StreamStatus:
             ReplicaStatus(name=peer.name or "", current=keeps_up(peer), offline=bool(peer.offline), lag=peer.lag or 0)
             for peer in (cluster.replicas if cluster else None) or []
         ),
+        copies_set=info.config.num_replicas or 0,
         clock_ahead_s=told.clock_ahead_s,
         lost=(info.config.metadata or {}).get(META_RECEIPTS_LOST, ""),
     )

@@ -296,9 +296,12 @@ def test_a_server_that_answers_and_whose_replicas_are_behind_is_told_once() -> N
 
 
 def test_a_stream_that_fewer_servers_keep_than_others_is_told() -> None:
-    problem = only(overview(streams=with_streams(FI_RECEIPTS={"replicas": ()})))
-    assert problem.what == "FI_RECEIPTS is on 1 of the servers alone: what it holds goes with them"
+    problem = only(overview(streams=with_streams(FI_RECEIPTS={"replicas": (), "copies_set": 1})))
+    assert problem.what == "FI_RECEIPTS: 1 of 3 copies are there"
     assert "`fictl cluster plan`" in problem.next
+    # So it is once a server was taken out of the cluster, and nothing stands in its place.
+    problem = only(overview(streams=tuple(stream(name, replicas=(FOLLOWS,)) for name in STREAMS)))
+    assert problem.what == "all streams: 2 of 3 copies are there"
 
 
 @pytest.mark.parametrize(("ahead_s", "told"), [(3600.0, "60 min ahead of"), (-1800.0, "30 min behind")])
@@ -325,7 +328,7 @@ def test_how_far_a_clock_is_before_ours_counts_from_the_question_to_the_answer(t
 
 
 def test_streams_of_a_single_server_are_no_problem() -> None:
-    assert not verdict(overview(streams=tuple(stream(name, leader="", replicas=()) for name in STREAMS)))
+    assert not verdict(overview(streams=tuple(stream(name, leader="", replicas=(), copies_set=1) for name in STREAMS)))
 
 
 def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
