@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from typing import Final
 
 from cluster.problem import Problem
+from cluster.status import copies_set_most, with_fewer_copies
 from cluster.summary import StreamSummary, Summary
-from cluster.words import partitions
+from cluster.words import duration, partitions
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
 
 FULL_SHARE: Final = 0.98
 """A stream that is so full counts as full even where no process says that it refuses."""
 NEAR_FULL_SHARE: Final = 0.8
 """As in the alerts FiStreamNearFull and FiHopNearFull."""
+CLOCK_APART_S_MAX: Final = 1.0
 
 
 def connection_problems(summary: Summary) -> Iterator[Problem]:
@@ -41,7 +43,10 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
     for group in silent.values():
         names, first = [stream.status.name for stream in group], group[0].status
         answering = sum(server.reachable for server in summary.servers)
-        hung = "wait 10 s for an election; then `kill -9` the server whose disk hangs (its log, `iostat`)"
+        hung = (
+            "wait 10 s for an election; then the servers' logs: one without room, on its disk or within its limits, "
+            "needs room and a restart; `kill -9` the server whose disk hangs (`iostat`)"
+        )
         step = hung if answering == len(summary.servers) else "bring back a majority of the servers"
         why, step = first.problem or "has no leader", first.next or step
         told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
@@ -58,6 +63,14 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
             what=f"{RECEIPTS} was lost and made again {since}: {where}",
             next="`fictl partitions restore` on each node with a store",
         )
+    few: dict[int, list[str]] = {}
+    for status in with_fewer_copies([stream.status for stream in summary.streams]):
+        few.setdefault(status.copies, []).append(status.name)
+    for copies, names in few.items():
+        shall = copies_set_most([stream.status for stream in summary.streams])
+        told = "all streams" if len(names) == len(summary.streams) else ", ".join(names)
+        step = "a server was taken out? Start one in its place. Else `fictl cluster plan`, then `fictl cluster apply`"
+        yield Problem(urgency=5, kind="few_copies", what=f"{told}: {copies} of {shall} copies are there", next=step)
     for stream in summary.streams:
         status = stream.status
         if status.name not in HOPS and NEAR_FULL_SHARE <= status.used < FULL_SHARE:
@@ -96,6 +109,21 @@ def make_room(stream: str) -> str:
         return "`fictl dlq ls`, then replay or drop"
     limits = {EVENTS: "events_bytes_max", RECEIPTS: "receipts_bytes_max"}
     return f"`fictl cluster apply --set {limits[stream]}=N` with more" if stream in limits else "look who fills it"
+
+
+def clock_problems(summary: Summary) -> Iterator[Problem]:
+    """Servers whose clock is not this machine's. Nothing is lost by it, and what stands here is wrong."""
+    apart = {
+        stream.status.leader or "the server": stream.status.clock_ahead_s
+        for stream in summary.streams
+        if abs(stream.status.clock_ahead_s) > CLOCK_APART_S_MAX
+    }
+    for name, ahead_s in apart.items():
+        way = "ahead of" if ahead_s > 0 else "behind"
+        what = f"the clock of {name} is {duration(abs(ahead_s))} {way} this machine's: ages and latencies err by that"
+        yield Problem(
+            urgency=2, kind="clock", what=what, next="set both by NTP; what is behind or late here may not be"
+        )
 
 
 def server_problems(summary: Summary) -> Iterator[Problem]:

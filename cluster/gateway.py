@@ -47,6 +47,7 @@ from stages.runtime.writer import (
     PubAnswer,
     error_type,
     read_pub_answer,
+    says_something,
 )
 
 log = logging.getLogger(__name__)
@@ -286,12 +287,15 @@ class Gateway:
             raise unavailable(subject, error) from error
         except NoRespondersError as error:
             self._probe.sent(begun_s, type(error).__name__)
+            self.client.note_stream(answers=False)
             return _Failure.NOT_STORED
         except (NatsError, TimeoutError) as error:
             self._probe.sent(begun_s, type(error).__name__)
+            self.client.note_stream(answers=False)
             log.debug("%s: to be published again: %r", subject, error)
             return _Failure.UNKNOWN
         answer = read_pub_answer(reply.data, EVENTS, subject)
+        self.client.note_stream(answers=says_something(answer.error))
         self._probe.sent(begun_s, error_type(answer.error))
         return answer if answer.error is None else self._judge(subject, answer.error)
 

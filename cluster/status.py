@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from nats.errors import Error as NatsError
@@ -15,6 +16,7 @@ from nats.js.errors import APIError
 from contracts import subjects
 from contracts.budgets import FOLLOWER_HEARD, STATUS_ANSWER
 from contracts.errors import TopologyError
+from contracts.events import parse_rfc3339
 from contracts.settings import hide_credentials
 from stages.runtime.answers import step_after, why_silent
 from stages.runtime.api import NO_STREAM
@@ -64,6 +66,8 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         used: bytes / bytes_max, 0 to 1.
         leader: name of the server that leads it; empty when none does, or without replication.
         replicas: the followers; without a leader all replicas.
+        copies_set: how many servers shall keep it.
+        clock_ahead_s: how far its leader's clock is before this machine's; below 0: behind. By it all stored times go.
         lost: when it was made again after it was lost, RFC 3339; empty if it never was (`stages.persist.lost`).
     """
 
@@ -78,7 +82,14 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     used: float = 0.0
     leader: str = ""
     replicas: tuple[ReplicaStatus, ...] = ()
+    copies_set: int = 0
+    clock_ahead_s: float = 0.0
     lost: str = ""
+
+    @property
+    def copies(self) -> int:
+        """How many servers keep it; 0 where that is not known, or without replication."""
+        return bool(self.leader) + len(self.replicas)
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,12 +102,23 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def healthy(self) -> bool:
-        """True when every server answers and every stream has a leader and only current replicas."""
+        """True when every server answers and every stream has a leader and all its copies, all of them current."""
         streams_well = all(
             not stream.problem and all(replica.current and not replica.offline for replica in stream.replicas)
             for stream in self.streams
         )
+        streams_well = streams_well and not with_fewer_copies(self.streams)
         return self.facts is not None and streams_well and all(server.reachable for server in self.servers)
+
+
+def with_fewer_copies(streams: Sequence[StreamStatus]) -> list[StreamStatus]:
+    """The streams that fewer servers keep than any shall have: somebody changed them, or took a server out."""
+    return [stream for stream in streams if 0 < stream.copies < copies_set_most(streams)]
+
+
+def copies_set_most(streams: Sequence[StreamStatus]) -> int:
+    """How many servers shall keep a stream, of which the most shall; 0 where none is known."""
+    return max((stream.copies_set for stream in streams), default=0)
 
 
 async def status(client: GuardedClient, urls: Sequence[str]) -> ClusterStatus:
@@ -122,9 +144,9 @@ async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ..
     infos = dict(zip(subjects.STREAMS, found, strict=True))
     facts, problem = None, ""
     events = infos[subjects.EVENTS]
-    if isinstance(events, StreamInfo):
+    if isinstance(events, _Told):
         try:
-            facts = facts_from_metadata(events.config.metadata)
+            facts = facts_from_metadata(events.info.config.metadata)
         except TopologyError as error:
             problem = str(error)
     else:
@@ -132,18 +154,41 @@ async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ..
     return tuple(_stream(name, info) for name, info in infos.items()), facts, problem
 
 
-async def _info(jetstream: JetStreamContext, name: str) -> StreamInfo | NatsError:
+class _Told(NamedTuple):
+    """What a stream's leader told, and how far its clock is before ours, in seconds."""
+
+    info: StreamInfo
+    clock_ahead_s: float
+
+
+async def _info(jetstream: JetStreamContext, name: str) -> _Told | NatsError:
+    asked_ns = time.time_ns()
     try:
-        return await jetstream.stream_info(name)
+        # nats-py's `stream_info` leaves out when the answer was made.
+        answer = await jetstream._api_request(f"$JS.API.STREAM.INFO.{name}", timeout=STATUS_ANSWER.s)
     except NatsError as error:
         return error
+    return _Told(StreamInfo.from_response(answer), clock_ahead_s(answer.get("ts"), asked_ns, time.time_ns()))
 
 
-def _stream(name: str, info: StreamInfo | NatsError) -> StreamStatus:
-    if isinstance(info, NatsError):
-        missing = isinstance(info, APIError) and info.err_code == NO_STREAM
-        step = "`fictl cluster apply` makes what is missing" if missing else step_after(info)
-        return StreamStatus(name=name, problem=why_silent(info), next=step)
+def clock_ahead_s(told: object, asked_ns: int, answered_ns: int) -> float:
+    """How far the clock is before ours that showed `told`, a time in RFC 3339, at some moment between the other two.
+
+    0 where it may show the same, or was not told.
+    """
+    try:
+        told_ns = parse_rfc3339(told) if isinstance(told, str) else asked_ns
+    except ValueError:
+        return 0.0
+    return (min(told_ns - asked_ns, 0) + max(told_ns - answered_ns, 0)) / 1e9
+
+
+def _stream(name: str, told: _Told | NatsError) -> StreamStatus:
+    if isinstance(told, NatsError):
+        missing = isinstance(told, APIError) and told.err_code == NO_STREAM
+        step = "`fictl cluster apply` makes what is missing" if missing else step_after(told)
+        return StreamStatus(name=name, problem=why_silent(told), next=step)
+    info = told.info
     limit = info.config.max_bytes or 0
     cluster = info.cluster
     return StreamStatus(
@@ -159,6 +204,8 @@ def _stream(name: str, info: StreamInfo | NatsError) -> StreamStatus:
             ReplicaStatus(name=peer.name or "", current=keeps_up(peer), offline=bool(peer.offline), lag=peer.lag or 0)
             for peer in (cluster.replicas if cluster else None) or []
         ),
+        copies_set=info.config.num_replicas or 0,
+        clock_ahead_s=told.clock_ahead_s,
         lost=(info.config.metadata or {}).get(META_RECEIPTS_LOST, ""),
     )
 

@@ -14,6 +14,7 @@ from typing import Final
 from cluster.broker_verdict import (
     FULL_SHARE,
     NEAR_FULL_SHARE,
+    clock_problems,
     connection_problems,
     is_silent,
     lost_receipts,
@@ -44,6 +45,7 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
     held_up = {writer for chain in chains for name in chain if (writer := WRITER.get(name)) is not None}
     found = [
         *stream_problems(summary),
+        *clock_problems(summary),
         *_disk(summary),
         *_breakers(summary),
         *_full(summary, chains, blamed),

@@ -55,6 +55,11 @@ CONNECTION_END: Final = _limit(
 TROUBLE_COUNTS: Final = _limit(
     10.0, "a client: how long trouble with its connection counts", "it is over, or told in the log again"
 )
+SERVER_USELESS: Final = _limit(
+    10.0,
+    "a client: any stream to answer through its server, elections included; twice as long for each one left in vain",
+    "it goes on at another server: this one may be cut off from the others",
+)
 GREETING: Final = _limit(
     2.0, "a stage or publisher that connects: a server to say its name, a stream its leader", "it takes any server"
 )
@@ -70,6 +75,9 @@ CIRCUIT_PAUSE_MAX: Final = _pause(
     0.5, "the same, after doubling; also between two signs of life that count", "one tries for all"
 )
 CONSUMER_INACTIVE: Final = _limit(20.0, "a server: its consumer to be asked for messages", "it removes the consumer")
+CONSUMER_MADE: Final = _limit(
+    5.0, "a reader: the server that was given its consumer to make it", "it asks for another one, elsewhere"
+)
 SWITCH_INTERVAL: Final = _limit(
     0.001, "the event loop of a stage: a thread that computes to let go of the interpreter lock", "it is made to"
 )

@@ -88,6 +88,12 @@ class EmbeddedBackend(Backend):
         """See `Backend.cut`. Connections stay open and silent."""
         self._need_links("cut").cut(name)
 
+    def part(self, server: str) -> None:
+        """Cuts a server off from the others, until `heal`: its clients still reach it."""
+        links = self._need_links("part")
+        for other in set(self.plan.servers()) - {server}:
+            links.part(server, other)
+
     async def heal(self, name: str) -> None:
         """See `Backend.heal`."""
         self._need_links("heal").heal(name)

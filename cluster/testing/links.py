@@ -123,12 +123,16 @@ class Links:
         """No byte passes on the links to and from `name`."""
         self._call(self._set(name, passing=False, delay_s=None))
 
+    def part(self, one: str, other: str) -> None:
+        """No byte passes on the links between the two."""
+        self._call(self._part(one, other))
+
     def slow(self, name: str, latency_s: float) -> None:
         """Bytes on the links to and from `name` arrive so many seconds later, each way."""
         self._call(self._set(name, passing=None, delay_s=latency_s))
 
     def heal(self, name: str) -> None:
-        """Ends `cut` and `slow`."""
+        """Ends `cut`, `part` and `slow`."""
         self._call(self._set(name, passing=True, delay_s=0.0))
 
     def close(self) -> None:
@@ -168,6 +172,11 @@ class Links:
                 link.delay_s = delay_s
             if passing is not None:
                 (link.passing.set if passing else link.passing.clear)()
+
+    async def _part(self, one: str, other: str) -> None:
+        for ends, link in self._links.items():
+            if set(ends) == {one, other}:
+                link.passing.clear()
 
     async def _close(self) -> None:
         await asyncio.gather(*(link.close() for link in self._links.values()))

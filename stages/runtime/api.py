@@ -169,13 +169,16 @@ class Api:
         except builtins.TimeoutError:
             raise unavailable(f"{stream} does not answer within {self._give_up_s:g} s", self._met.get(stream)) from None
 
-    def end_if_lasting(self, what: str, met: object) -> None:
-        """Raises `ClusterUnavailableError` about `what` if what was `met` lasts, and this gives up some time.
+    def note_silence(self, what: str, met: object) -> None:
+        """A stream gave no answer about `what`: the client leaves a server through which none does.
 
-        That is a user who may not, or an account without JetStream. A stage asks on, and shows it at /readyz: both can
-        be changed while it runs.
+        Raises `ClusterUnavailableError` if what was `met` lasts, on whichever server, and this gives up some time. That
+        is a user who may not, or an account without JetStream. A stage asks on, and shows it at /readyz: both can be
+        changed while it runs.
         """
-        if self._give_up_s is not None and is_lasting(met):
+        if not is_lasting(met):
+            self.client.note_stream(answers=False)
+        elif self._give_up_s is not None:
             raise unavailable(what, met) from (met if isinstance(met, Exception) else None)
 
     async def request(self, stream: str, subject: str, body: bytes) -> bytes:
@@ -184,7 +187,7 @@ class Api:
         Raises:
             RequestRefusedError: the API answered with an error that waiting does not cure.
             ClusterUnavailableError: the connection was closed, or nothing answered within `give_up_s`. With `give_up_s`
-                also at once as `end_if_lasting`.
+                also at once as `note_silence`.
         """
         return await self._ask(stream, subject, body, None)
 
@@ -223,15 +226,16 @@ class Api:
         except (TimeoutError, OutboundBufferLimitError, NatsError) as error:
             gate.failed(begun_s, why_silent(error))
             self._met[stream] = error
-            self.end_if_lasting(stream, error)
+            self.note_silence(stream, error)
             return None, None
         error_part = _error_in(answer.data, kind)
         if error_part is not None and error_part.code in NOT_NOW:
             gate.failed(begun_s, f"{subject}: {error_part}")
             self._met[stream] = error_part
-            self.end_if_lasting(stream, error_part)
+            self.note_silence(stream, error_part)
         else:
             gate.answered()
+            self.client.note_stream(answers=True)
         return answer.data, error_part
 
     async def _get(self, stream: str, what: dict[str, object]) -> StoredMessage | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable
 from time import monotonic
@@ -10,20 +11,51 @@ from urllib.parse import ParseResult, unquote, urlsplit
 
 from nats.aio.client import Client, Srv
 
+from contracts.budgets import SERVER_USELESS
 from stages.runtime.names import Names, is_ip
+from stages.runtime.sockets import cut
 
 log = logging.getLogger(__name__)
 
+_DOUBLINGS_MAX = 4
+_SERVERS_MIN = 2
+"""One alone is not left: there is no other."""
 _WEB = frozenset({"ws", "wss"})
 """Schemes of those who need the name itself to connect."""
 
 
 class PooledClient(Client):
-    """nats-py's client, with a pool that is kept up to date, and names that are looked up however long that takes."""
+    """nats-py's client, with a pool that is kept up to date, and names that are looked up however long that takes.
+
+    It leaves a server through which no stream answers: one that lost its routes to the others, or that cannot keep
+    what they keep, goes on answering pings.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._names = Names()
+        self._useless_since_s: float | None = None
+        self._servers_left = 0
+        """Servers that were left since a stream answered last."""
+
+    def note_stream(self, *, answers: bool) -> None:
+        """A request to a stream was answered, or it was not, or only that nobody can answer now."""
+        self._servers_left = 0 if answers else self._servers_left
+        if answers or not self.is_connected or len(self._server_pool) < _SERVERS_MIN:
+            self._useless_since_s = None
+            return
+        now_s = asyncio.get_running_loop().time()
+        # Where no server is of use, it is the streams that wait for something.
+        limit_s = SERVER_USELESS.s * 2 ** min(self._servers_left, _DOUBLINGS_MAX)
+        if self._useless_since_s is None:
+            self._useless_since_s = now_s
+        elif now_s - self._useless_since_s > limit_s:
+            self._useless_since_s = None
+            self._servers_left += 1
+            url = self.connected_url
+            place = f"{url.hostname}:{url.port}" if url is not None else "this server"
+            log.warning("no stream answers through %s, for %g s: trying another server", place, limit_s)
+            cut(self._transport)
 
     def _setup_server_pool(self, connect_url: list[str]) -> None:
         super()._setup_server_pool(connect_url)

@@ -19,7 +19,7 @@ import msgspec
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from contracts.budgets import CONSUMER_INACTIVE, WITNESS_LAG
+from contracts.budgets import CONSUMER_INACTIVE, CONSUMER_MADE, WITNESS_LAG
 from contracts.errors import CountsAnewError, FiError, TopologyError
 from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
@@ -322,8 +322,13 @@ class OrderedReader:
         }
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
-        # A lost answer is safe to repeat: creating the same consumer again gives the same consumer.
-        made = await self._api.ask(self._stream, subject, msgspec.json.encode(request), _Consumer)
+        # A lost answer is safe to repeat: creating the same consumer again gives the same one. But what was given to
+        # a server whose JetStream ended just then stays there: only another name is put elsewhere.
+        try:
+            async with asyncio.timeout(CONSUMER_MADE.s):
+                made = await self._api.ask(self._stream, subject, msgspec.json.encode(request), _Consumer)
+        except TimeoutError as error:
+            raise NatsError("no server made the consumer, another one is asked for") from error
         self.pending = made.num_pending
         self.server = "" if made.cluster is None else made.cluster.leader
 

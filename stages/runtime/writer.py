@@ -80,7 +80,7 @@ def error_type(error: ApiError | None) -> str:
     return "in_process" if error.err_code in STILL_IN_PROCESS else "refused"
 
 
-def _says_something(error: ApiError | None) -> bool:
+def says_something(error: ApiError | None) -> bool:
     """False for a refusal that means no more than that there is no leader or no quorum now."""
     return error is None or error.code not in NOT_NOW or error.err_code in STREAM_FULL | STILL_IN_PROCESS
 
@@ -154,7 +154,7 @@ class FencedWriter:
             FencedError: the subject's last message is not the one this writer knows.
             TopologyError: the subject belongs to another stream, or something else than a stream answers there.
             DefiniteError: it can never be stored, e.g. too large.
-            ClusterUnavailableError: the connection was closed, or as `Api.end_if_lasting`.
+            ClusterUnavailableError: the connection was closed, or as `Api.note_silence`.
         """
         fixed = {
             **(headers or {}),
@@ -190,15 +190,17 @@ class FencedWriter:
         except NatsError as error:
             # A time-out, no responder or a lost connection: it may or may not have happened.
             self._gate.failed(turn_s, why_silent(error))
-            self._api.end_if_lasting(self._subject, error)
+            self._api.note_silence(self._subject, error)
             self._probe.sent(begun_s, type(error).__name__)
             log.debug("%s: publish to be retried: %r", self._subject, error)
             return None
         answer = read_pub_answer(reply.data, self._stream, self._subject)
-        if _says_something(answer.error):
+        if says_something(answer.error):
             self._gate.answered()
+            self._api.client.note_stream(answers=True)
         else:
             self._gate.failed(turn_s, str(answer.error))
+            self._api.note_silence(self._subject, answer.error)
         self._probe.sent(begun_s, error_type(answer.error))
         if answer.error is None:
             return answer

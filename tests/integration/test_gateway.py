@@ -170,6 +170,9 @@ class ForgetfulClient:
         self._client = client
         self._losses = losses
 
+    def note_stream(self, *, answers: bool) -> None:
+        """There is no other server."""
+
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
         reply = await self._client.request(*args, **kwargs)
         if self._losses:

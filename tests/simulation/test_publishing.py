@@ -44,6 +44,9 @@ class Script:
         self.asked_s: list[float] = []
         self.headers: list[dict[str, str]] = []
 
+    def note_stream(self, *, answers: bool) -> None:
+        """There is no other server."""
+
     async def request(self, subject: str, body: bytes, *, timeout: float, headers: dict[str, str]) -> Msg:
         self.asked_s.append(asyncio.get_running_loop().time())
         self.headers.append(dict(headers))

@@ -27,7 +27,9 @@ SECOND_NS = 10**9
 def stream(name: str, **changes: Any) -> StreamStatus:
     replicas = tuple(ReplicaStatus(name=node, current=True, offline=False, lag=0) for node in ("n2", "n3"))
     fields: dict[str, Any] = {"messages": 10, "bytes": 1000, "first_seq": 1, "last_seq": 10, "bytes_max": 10**6}
-    return StreamStatus(**{"name": name, "leader": "n1", "replicas": replicas, "used": 0.001, **fields, **changes})
+    return StreamStatus(
+        **{"name": name, "leader": "n1", "replicas": replicas, "used": 0.001, "copies_set": 3, **fields, **changes}
+    )
 
 
 def receipt(partition: int, persisted: int = 100, **changes: Any) -> Receipt:

@@ -37,6 +37,9 @@ class Client:
     def __init__(self, silent_s: float, back_s: float, wrong: dict[str, Any] = GONE) -> None:
         self._silent_s, self._back_s, self._wrong = silent_s, back_s, wrong
 
+    def note_stream(self, *, answers: bool) -> None:
+        """There is no other server."""
+
     async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
         now_s = asyncio.get_running_loop().time()
         if now_s < self._silent_s:

@@ -30,6 +30,9 @@ class SlowClient:
         self._answers.append(asyncio.get_running_loop().create_future())
         return await self._answers[-1]
 
+    def note_stream(self, *, answers: bool) -> None:
+        """There is no other server."""
+
     def answer(self, **changes: Any) -> None:
         """To what was asked last."""
         data = json.dumps({"stream": EVENTS, "seq": len(self.asked), **changes}).encode()

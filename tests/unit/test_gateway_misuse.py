@@ -23,6 +23,9 @@ class Client:
     def __init__(self) -> None:
         self.asked: list[bytes] = []
 
+    def note_stream(self, *, answers: bool) -> None:
+        """There is no other server."""
+
     async def request(self, subject: str, body: bytes, **_: Any) -> Msg:
         self.asked.append(body)
         data = json.dumps({"stream": EVENTS, "seq": len(self.asked)}).encode()

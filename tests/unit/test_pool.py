@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from urllib.parse import urlparse
 
 import pytest
+from msgspec.structs import replace
 from nats.aio.client import Client, Srv
 
+from contracts.budgets import SERVER_USELESS
+from stages.runtime import pool as pool_module
 from stages.runtime.pool import PooledClient, decode_user, discover
 
 
@@ -105,3 +109,55 @@ async def test_who_needs_the_name_itself_is_given_it(url: str, monkeypatch: pyte
     client = Dialled(monkeypatch, "n1")
     await client._connect_to_server(given(url))
     assert client.tried == [urlparse(url).netloc]
+
+
+class Connected(PooledClient):
+    """To the first of its servers."""
+
+    is_connected = True  # type: ignore[assignment]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *servers: str) -> None:
+        super().__init__()
+        self._server_pool = [given(url) for url in servers]
+        self.left = 0
+        monkeypatch.setattr(pool_module, "cut", self._leave)
+        monkeypatch.setattr(pool_module, "SERVER_USELESS", replace(SERVER_USELESS, s=-1.0))
+
+    def _leave(self, _: object) -> None:
+        self.left += 1
+
+
+async def test_a_server_through_which_no_stream_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Connected(monkeypatch, "nats://n1:4222", "nats://n2:4222")
+    for answers in (False, True, False):
+        client.note_stream(answers=answers)
+    assert client.left == 0
+    client.note_stream(answers=False)
+    assert client.left == 1
+    client.note_stream(answers=False)
+    assert client.left == 1, "the next one has its time too"
+
+
+async def test_servers_that_are_all_of_no_use_are_left_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Connected(monkeypatch, "nats://n1:4222", "nats://n2:4222")
+    monkeypatch.setattr(pool_module, "SERVER_USELESS", replace(SERVER_USELESS, s=1.0))
+    loop, now_s = asyncio.get_running_loop(), 0.0
+    monkeypatch.setattr(loop, "time", lambda: now_s)
+    left_s = []
+    for second in range(110):
+        now_s, before = float(second), client.left
+        client.note_stream(answers=False)
+        left_s += [second] * (client.left - before)
+    assert left_s == [2, 6, 12, 22, 40, 58, 76, 94]
+    client.note_stream(answers=True)
+    for second in (200.0, 201.5):
+        now_s, before = second, client.left
+        client.note_stream(answers=False)
+    assert client.left == before + 1
+
+
+async def test_a_server_that_is_alone_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Connected(monkeypatch, "nats://n1:4222")
+    for _ in range(3):
+        client.note_stream(answers=False)
+    assert client.left == 0

@@ -106,6 +106,7 @@ NOT_WAITS = {
     ("cluster/summary.py", "RATE_S"): "over how long a rate is",
     ("cluster/summary.py", "LATENCY_S"): "the same for percentiles",
     ("cluster/top.py", "STALE_S"): "how old a screen may be before its age is shown",
+    ("cluster/broker_verdict.py", "CLOCK_APART_S_MAX"): "how far a server's clock may be from ours",
     ("cluster/verdict.py", "HELD_S_MIN"): "how long a hold must last to be a problem",
     ("cluster/verdict.py", "LOOP_LAG_S_MAX"): "how late an event loop may be",
 }

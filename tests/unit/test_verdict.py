@@ -25,12 +25,15 @@ from cluster.members import MembersReport, Unheld
 from cluster.overview import Letters, Overview
 from cluster.problem import Problem
 from cluster.scrape import Held, Metered
-from cluster.status import ReplicaStatus, ServerStatus
+from cluster.status import ReplicaStatus, ServerStatus, clock_ahead_s
 from cluster.summary import summarize
 from cluster.verdict import judge
+from contracts.events import parse_rfc3339
 from contracts.subjects import STAGES, STREAMS, Stage
 from contracts.telemetry import DURABLE_LATENCY, STAGE_LATENCY
 from stages.runtime.health import Check
+
+FOLLOWS = ReplicaStatus(name="n3", current=True, offline=False, lag=0)
 
 
 def verdict(*looks: Overview) -> list[Problem]:
@@ -276,7 +279,7 @@ def test_of_servers_that_are_not_all_known_no_majority_is_missed() -> None:
 
 
 def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> None:
-    replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4),)
+    replicas = (ReplicaStatus(name="n9", current=False, offline=True, lag=4), FOLLOWS)
     problem = only(overview(streams=with_streams(FI_HASH={"replicas": replicas})))
     assert problem.text == "replica n9 is offline for FI_HASH -> start that server"
 
@@ -284,12 +287,48 @@ def test_a_replica_that_is_behind_is_told_when_its_server_was_not_asked() -> Non
 def test_a_server_that_answers_and_whose_replicas_are_behind_is_told_once() -> None:
     """As one is whose JetStream a full disk turned off."""
     behind = {
-        name: {"replicas": (ReplicaStatus(name="n2", current=False, offline=False, lag=lag),)}
+        name: {"replicas": (ReplicaStatus(name="n2", current=False, offline=False, lag=lag), FOLLOWS)}
         for name, lag in (("FI_EVENTS", 1456), ("FI_HASH", 1373), ("FI_DLQ", 1))
     }
     problem = only(overview(streams=with_streams(**behind)))
     assert problem.what == "replica n2 is behind for FI_EVENTS, FI_HASH, FI_DLQ"
     assert "a full disk turns its JetStream off" in problem.next
+
+
+def test_a_stream_that_fewer_servers_keep_than_others_is_told() -> None:
+    problem = only(overview(streams=with_streams(FI_RECEIPTS={"replicas": (), "copies_set": 1})))
+    assert problem.what == "FI_RECEIPTS: 1 of 3 copies are there"
+    assert "`fictl cluster plan`" in problem.next
+    # So it is once a server was taken out of the cluster, and nothing stands in its place.
+    problem = only(overview(streams=tuple(stream(name, replicas=(FOLLOWS,)) for name in STREAMS)))
+    assert problem.what == "all streams: 2 of 3 copies are there"
+
+
+@pytest.mark.parametrize(("ahead_s", "told"), [(3600.0, "60 min ahead of"), (-1800.0, "30 min behind")])
+def test_a_server_whose_clock_is_another_is_told_once_and_before_what_seems_late(ahead_s: float, told: str) -> None:
+    streams = tuple(stream(name, clock_ahead_s=ahead_s) for name in STREAMS)
+    problem = only(overview(streams=streams))
+    assert problem.what == f"the clock of n1 is {told} this machine's: ages and latencies err by that"
+    assert problem.urgency == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("2026-11-23T19:00:00.5Z", 0.0),
+        ("2026-11-23T19:00:02Z", 1.0),
+        ("2026-11-23T18:59:57Z", -3.0),
+        ("yesterday", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_how_far_a_clock_is_before_ours_counts_from_the_question_to_the_answer(told: object, expected: float) -> None:
+    asked_ns = parse_rfc3339("2026-11-23T19:00:00Z")
+    assert clock_ahead_s(told, asked_ns, asked_ns + 10**9) == expected
+
+
+def test_streams_of_a_single_server_are_no_problem() -> None:
+    assert not verdict(overview(streams=tuple(stream(name, leader="", replicas=(), copies_set=1) for name in STREAMS)))
 
 
 def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
@@ -310,6 +349,7 @@ def test_without_a_quorum_every_stream_that_is_silent_is_named_once() -> None:
     )
     assert [problem.kind for problem in found] == ["no_leader"]
     assert found[0].what == "all streams: nats: timeout (3 of 3 servers answer): nothing is accepted"
+    assert "one without room, on its disk or within its limits, needs room and a restart" in found[0].next
     assert "`kill -9` the server whose disk hangs" in found[0].next
 
 

@@ -110,6 +110,9 @@ class SimClient(GuardedClient):
         """Largest message, in bytes."""
         return PAYLOAD_BYTES_MAX
 
+    def note_stream(self, *, answers: bool) -> None:
+        """The model's servers are one."""
+
     def denial(self, subject: str) -> None:
         """Everybody may do everything."""
 
