@@ -74,6 +74,7 @@ def test_an_unknown_name_is_refused_with_its_place_and_the_nearest_name(
         (toml(seal_on_drain=1), "etc/fi.toml: seal_on_drain = 1: .*`bool`"),
         (toml(hop_storage="tape"), "etc/fi.toml: hop_storage = 'tape'"),
         (toml(pull_batch=[1]), "etc/fi.toml: pull_batch = "),
+        (toml(health_host=""), "etc/fi.toml: health_host = ''"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_names_file_and_key_though_the_environment_hides_it(
