@@ -279,7 +279,8 @@ async def _look_at_servers(client: GuardedClient, servers: Servers) -> str:
 
 
 async def _refusal(url: str, access: Access) -> str:
-    """Why the server at `url` itself takes no connection, which the others hide from a client; empty when it does."""
+    """Why the server at `url` itself takes no connection, or not all messages; empty when it does. Others hide that."""
+    from contracts.frames import FRAME_BYTES_MAX
     from stages.runtime.connection import connect
 
     try:
@@ -287,6 +288,8 @@ async def _refusal(url: str, access: Access) -> str:
     except ClusterUnavailableError as error:
         return str(error)
     await client.close()
+    if client.max_payload < FRAME_BYTES_MAX:
+        return f"max_payload of {hide_credentials(url)} is {client.max_payload}: not every frame passes; set it to 8MB"
     return ""
 
 

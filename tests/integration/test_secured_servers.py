@@ -284,7 +284,7 @@ async def test_one_server_with_a_certificate_that_is_not_trusted_keeps_nobody_fr
     server: Server, tmp_path: Path
 ) -> None:
     authority, other = Authority(tmp_path, "hospital"), Authority(tmp_path, "other")
-    await server.start(tls(authority, "good"))
+    await server.start(tls(authority, "good") + "max_payload: 8MB\n")
     access = Access(ca_file=str(authority.file))
     with HeldPorts() as held:
         bad = Server(tmp_path, *held.take(1), "bad")
@@ -301,6 +301,15 @@ async def test_one_server_with_a_certificate_that_is_not_trusted_keeps_nobody_fr
             assert (checked.code, found["result"]) == (3, "failed"), checked.out
             assert found["detail"].startswith(f"no TLS with {bad.urls[0]}: CERTIFICATE_VERIFY_FAILED")
             assert server.urls[0] not in found["detail"]
+            await bad.kill()
+            await bad.start(tls(authority, "small"))
+            small = await run_fictl(
+                *("config", "check", "--connect", *at_servers((*server.urls, *bad.urls))),
+                FI_NATS_CA_FILE=access.ca_file,
+            )
+            assert f"max_payload of {bad.urls[0]} is 1048576" in " ".join(small.out.split())
+            await bad.kill()
+            await bad.start(tls(other, "bad"))
             seen = await run_fictl("status", "--json", *at_servers(bad.urls), FI_NATS_CA_FILE=access.ca_file)
         finally:
             await bad.kill()
