@@ -23,7 +23,13 @@ def connection_problems(summary: Summary) -> Iterator[Problem]:
     urls = ", ".join(server.url for server in summary.servers)
     if answering := [server.name for server in summary.servers if server.reachable]:
         what = f"no connection, though {', '.join(answering)} answer{'s' if len(answering) == 1 else ''}"
-        yield Problem(urgency=1, kind="disconnected", what=what, next="right password? Then see the servers' logs")
+        why, _, step = summary.no_connection.partition("; ")
+        yield Problem(
+            urgency=1,
+            kind="disconnected",
+            what=f"{what}: {why}" if why else what,
+            next=step or "right password? Then see the servers' logs",
+        )
     else:
         what = f"no server answers at {urls}: nothing is accepted"
         yield Problem(urgency=1, kind="no_server", what=what, next="start the servers, or give their --nats URLs")

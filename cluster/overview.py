@@ -91,6 +91,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         streams_s, receipts_s, metrics_s: when streams, partitions and metrics were read, of a clock that never steps.
         servers: those whose URL was given.
         connected: a server took the connection.
+        no_connection: why none did, and the next step; "" where that is not known.
         streams: every stream.
         facts: of the cluster.
         partitions: those that could be read.
@@ -105,6 +106,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     metrics_s: float = 0.0
     servers: tuple[ServerStatus, ...] = ()
     connected: bool = False
+    no_connection: str = ""
     streams: tuple[StreamStatus, ...] = ()
     facts: ClusterFacts | None = None
     partitions: tuple[PartitionLook, ...] = ()
@@ -127,6 +129,7 @@ class Looker:
         self._servers = servers
         self._directory = directory
         self._client: GuardedClient | None = None
+        self._no_connection = ""
         self._seen: dict[object, tuple[object, Any]] = {}
 
     async def close(self) -> None:
@@ -159,12 +162,13 @@ class Looker:
 
     async def _connected(self) -> GuardedClient | None:
         if self._client is None:
+            urls, access = self._servers
             try:
-                async with asyncio.timeout(STATUS_CONNECT.s):
-                    urls, access = self._servers
-                    self._client = await connect(urls, "fi-status", access=access, wait_s=STATUS_CONNECT.s)
-            except (ClusterUnavailableError, TimeoutError):
+                self._client = await connect(urls, "fi-status", access=access, wait_s=STATUS_CONNECT.s)
+            except ClusterUnavailableError as error:
+                self._no_connection = str(error)
                 return None
+        self._no_connection = self._client.trouble
         return self._client if self._client.is_connected else None
 
     async def _cluster(self, limit_s: float, unread: list[str]) -> dict[str, Any]:
@@ -172,7 +176,7 @@ class Looker:
         deadline_s = time.monotonic() + limit_s
         client = await self._connected()
         if client is None:
-            return {}
+            return {"no_connection": self._no_connection}
         streams, facts, problem = await look_at_streams(client)
         fields: dict[str, Any] = {
             "connected": True,

@@ -121,6 +121,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     window_s: float | None
     latency_window_s: float | None
     connected: bool
+    no_connection: str
     servers: tuple[ServerStatus, ...]
     cluster: str
     partition_count: int | None
@@ -177,6 +178,7 @@ def summarize(looks: Sequence[Overview]) -> Summary:
         window_s=None if before is None else now.streams_s - before.streams_s,
         latency_window_s=None if earlier is None else now.metrics_s - earlier.metrics_s,
         connected=now.connected,
+        no_connection=now.no_connection,
         servers=now.servers,
         cluster="" if facts is None else facts.cluster_id,
         partition_count=None if facts is None else facts.partitions,

@@ -130,7 +130,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     member_ttl_s: _Positive = 3
     member_renew_s: _Seconds = 1.0
     health_port: Annotated[int, Meta(ge=-1, le=65535)] = -1
-    health_host: str = "127.0.0.1"
+    health_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     nats_ca_file: str = ""
     nats_cert_file: str = ""
     nats_key_file: str = ""

@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> tuple[int, str]:
     """Runs the verb and tells what went wrong on stderr. Gives its exit code, and the error in words; "" without."""
     try:
-        return app(arguments, standalone_mode=False) or 0, ""
+        return app(arguments, prog_name="fictl", standalone_mode=False) or 0, ""
     except typer.Abort:
         # The end of input where something was asked.
         return _failed("aborted", FAILED)

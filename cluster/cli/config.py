@@ -35,13 +35,14 @@ from cluster.cli.common import (
 )
 from cluster.config import DEFAULT_FILE
 from cluster.state import NotRunningError
-from contracts.budgets import TOPOLOGY_PLAN
+from contracts.budgets import GREETING, TOPOLOGY_PLAN
 from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
 from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value
 from stages.persist.names import SHARDS
 
 if TYPE_CHECKING:
     from contracts.settings import SettingsFile, Source
+    from stages.runtime.access import Access, Servers
     from stages.runtime.client import GuardedClient
 
 DRIFTS_SHOWN_MAX = 3
@@ -248,7 +249,7 @@ def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] |
     async def look() -> list[Check]:
         servers, settings = find_servers(directory, nats, chosen), find_settings(directory, nats, chosen)
         async with connected(servers) as client:
-            greeted = await _try_async("servers", _look_at_servers(client, servers.urls))
+            greeted = await _try_async("servers", _look_at_servers(client, servers))
             return [greeted, await _try_async("streams", _look_at_streams(client, settings))]
 
     try:
@@ -258,14 +259,34 @@ def _cluster_checks(directory: Path, nats: list[str] | None, chosen: list[str] |
         return [_failed("servers", error), Check(name="streams", result="not checked", detail="no server to ask")]
 
 
-async def _look_at_servers(client: GuardedClient, urls: tuple[str, ...]) -> str:
+async def _look_at_servers(client: GuardedClient, servers: Servers) -> str:
     from cluster.status import status
+    from stages.runtime.tasks import side_by_side
 
-    servers = (await status(client, urls)).servers
-    silent = [hide_credentials(server.url) for server in servers if not server.reachable]
+    shown = [hide_credentials(url) for url in servers.urls]
+    found = (await status(client, servers.urls)).servers
+    silent = [hide_credentials(server.url) for server in found if not server.reachable]
     if silent:
         raise ClusterUnavailableError(f"{', '.join(silent)} does not answer; start it, or correct the address")
-    return f"{', '.join(hide_credentials(server.url) for server in servers)} answer"
+    refusals = await side_by_side(*(_refusal(url, servers.access) for url in servers.urls))
+    if any(refusals):
+        raise ClusterUnavailableError("; ".join(filter(None, refusals)))
+    return f"{', '.join(shown)} answer"
+
+
+async def _refusal(url: str, access: Access) -> str:
+    """Why the server at `url` itself takes no connection, or not all messages; empty when it does. Others hide that."""
+    from contracts.frames import FRAME_BYTES_MAX
+    from stages.runtime.connection import connect
+
+    try:
+        client = await connect((url,), "fi", access=access, wait_s=GREETING.s, discover=False)
+    except ClusterUnavailableError as error:
+        return str(error)
+    await client.close()
+    if client.max_payload < FRAME_BYTES_MAX:
+        return f"max_payload of {hide_credentials(url)} is {client.max_payload}: not every frame passes; set it to 8MB"
+    return ""
 
 
 async def _look_at_streams(client: GuardedClient, settings: Settings) -> str:

@@ -314,8 +314,7 @@ class GuardedClient(PooledClient):
         if _PERMISSIONS in words:
             await super()._process_err(err_msg)
             return
-        # nats-py would give up for good, where a limit is raised again, or a password that is being changed comes to us
-        # too: credentials are read for each connection.
+        # nats-py would give up for good; but limits are raised again, and credentials are read for each connection.
         await self._process_op_err(NatsError(f"nats: {words}"))
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
@@ -398,12 +397,12 @@ class GuardedClient(PooledClient):
             except SettingsError as error:
                 raise NatsError(str(error)) from error
             await super()._process_connect_init()
-            tell_of_tls(self._transport)
             self._stop_if_ended()
             if not self.is_connected:
                 raise NatsError("the server answered the first ping with something else")
         except BaseException as error:
             cut(transport)
+            self._transport = None  # Else nats-py waits for its end, of which one that TLS failed on never hears.
             for task in (self._reading_task, self._ping_interval_task, self._flusher_task):
                 if task is not None:
                     task.cancel()
@@ -411,6 +410,10 @@ class GuardedClient(PooledClient):
                 # After anything else nats-py would end reconnecting for good, and nobody would see it.
                 raise NatsError(f"{type(error).__name__}: {error}") from error
             raise
+
+    def _connect_command(self) -> bytes:
+        tell_of_tls(self._transport)
+        return super()._connect_command()
 
     def _stop_if_ended(self) -> None:
         if self._ended:

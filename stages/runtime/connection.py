@@ -32,6 +32,7 @@ async def connect(
     access: Access = OPEN,
     wait_s: float = FIRST_CONNECTION.s,
     in_order: bool = False,
+    discover: bool = True,
     reconnected: Callable[[], None] | None = None,
 ) -> GuardedClient:
     """Connects to any of `urls` and then reconnects for ever.
@@ -42,6 +43,7 @@ async def connect(
         access: files for TLS, and credentials.
         wait_s: how long the first connection may take.
         in_order: try `urls` in this order, not in a random one.
+        discover: connect also to servers that these name.
         reconnected: called after each later connection.
 
     Raises:
@@ -81,6 +83,7 @@ async def connect(
         "dont_randomize": in_order,
     }
     client = GuardedClient(access)
+    client.discovers = discover
     await client.read_papers()
     # While allow_reconnect holds, nats-py treats the first connection like any other: it keeps trying.
     connecting = asyncio.create_task(

@@ -91,14 +91,16 @@ class HealthServer:
         """Begins to listen.
 
         Raises:
-            SettingsError: the port cannot be had.
+            SettingsError: the port, or the address, cannot be had.
         """
         try:
             self._server = await asyncio.start_server(self._accept, self._host, self.port, limit=HEAD_BYTES_MAX)
-        except OSError as error:
-            why = error.strerror or error
+        # UnicodeError: what no name of a host can be.
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
             raise SettingsError(
-                f"health_port = {self.port} on {self._host}: {why}; choose another, or 0 for a free one"
+                f"health_port = {self.port} on health_host = {self._host!r}: {why}; choose another port, 0 for a "
+                "free one, or an address of this machine"
             ) from error
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -29,7 +29,12 @@ class PooledClient(Client):
 
     It leaves a server through which no stream answers: one that lost its routes to the others, or that cannot keep
     what they keep, goes on answering pings.
+
+    Attributes:
+        discovers: connects also to servers that others name; False: only to those that it was given.
     """
+
+    discovers = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +69,7 @@ class PooledClient(Client):
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         self._max_payload = info.get("max_payload", self._max_payload)
-        if self._current_server is not None and (addresses := info.pop("connect_urls", None)):
+        if self._current_server is not None and (addresses := info.pop("connect_urls", None)) and self.discovers:
             discover(self._server_pool, self._current_server, addresses)
         await super()._process_info(info, initial_connection)
 

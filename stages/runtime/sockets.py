@@ -50,10 +50,12 @@ def cut(transport: Any) -> None:
 
 
 def tell_of_tls(transport: Any) -> None:
-    """Tells the stream of a connection that it goes over TLS now, which nats-py does not.
+    """Tells the stream of a connection that it goes over TLS now, which nats-py does not. Nothing was read from it yet.
 
     It would warn at every end of a connection, and take in without bounds what nobody has read yet.
     """
     writer = getattr(transport, "_io_writer", None)
     if writer is not None and writer.get_extra_info("sslcontext") is not None:
-        writer.transport.get_protocol().connection_made(writer.transport)
+        protocol = writer.transport.get_protocol()
+        if protocol is not None:  # It was not lost meanwhile.
+            protocol.connection_made(writer.transport)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from contracts.errors import SettingsError
 from contracts.frames import Frame
@@ -216,8 +217,17 @@ def otlp_endpoint(settings: Settings, env: Mapping[str, str]) -> str:
     """
     if env.get(DISABLED_VARIABLE, "").lower() == "true":
         return ""
+    given = "otlp_endpoint" if settings.otlp_endpoint else ENDPOINT_VARIABLE
     endpoint = settings.otlp_endpoint or env.get(ENDPOINT_VARIABLE, "")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
+    if endpoint and not _is_http_url(endpoint):
         shown = hide_credentials(endpoint)
-        raise SettingsError(f"otlp_endpoint = {shown!r}: give the collector's OTLP/HTTP URL, e.g. http://host:4318")
+        raise SettingsError(f"{given} = {shown!r}: give the collector's OTLP/HTTP URL, e.g. http://host:4318")
     return endpoint.rstrip("/")
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and " " not in text
+    except ValueError:
+        return False

@@ -265,3 +265,55 @@ async def test_credentials_that_expired_are_read_anew(
         await client.flush(timeout=60)
     finally:
         await client.close()
+
+
+async def test_a_user_that_is_refused_over_tls_is_told_once_and_the_log_is_not_filled(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path, "hospital")
+    words = "authorization { user: gateway, password: right }\n"
+    await server.start(tls(authority, "server") + words)
+    (url,) = server.urls
+    access = Access(ca_file=str(authority.file))
+    with caplog.at_level(logging.WARNING), pytest.raises(ClusterUnavailableError, match="Authorization Violation"):
+        await connect((url.replace("//", "//gateway:wrong@"),), "test", access=access, wait_s=1.0)
+    assert caplog.text == ""
+
+
+async def test_one_server_with_a_certificate_that_is_not_trusted_keeps_nobody_from_the_others_and_is_named(
+    server: Server, tmp_path: Path
+) -> None:
+    authority, other = Authority(tmp_path, "hospital"), Authority(tmp_path, "other")
+    await server.start(tls(authority, "good") + "max_payload: 8MB\n")
+    access = Access(ca_file=str(authority.file))
+    with HeldPorts() as held:
+        bad = Server(tmp_path, *held.take(1), "bad")
+        try:
+            await bad.start(tls(other, "bad"))
+            client = await connect((*bad.urls, *server.urls), "test", access=access, in_order=True)
+            await client.flush(timeout=60)
+            await client.close()
+            checked = await run_fictl(
+                *("config", "check", "--connect", "--json", *at_servers((*server.urls, *bad.urls))),
+                FI_NATS_CA_FILE=access.ca_file,
+            )
+            (found,) = (check for check in json.loads(checked.out)["checks"] if check["name"] == "servers")
+            assert (checked.code, found["result"]) == (3, "failed"), checked.out
+            assert found["detail"].startswith(f"no TLS with {bad.urls[0]}: CERTIFICATE_VERIFY_FAILED")
+            assert server.urls[0] not in found["detail"]
+            await bad.kill()
+            await bad.start(tls(authority, "small"))
+            small = await run_fictl(
+                *("config", "check", "--connect", *at_servers((*server.urls, *bad.urls))),
+                FI_NATS_CA_FILE=access.ca_file,
+            )
+            assert f"max_payload of {bad.urls[0]} is 1048576" in " ".join(small.out.split())
+            await bad.kill()
+            await bad.start(tls(other, "bad"))
+            seen = await run_fictl("status", "--json", *at_servers(bad.urls), FI_NATS_CA_FILE=access.ca_file)
+        finally:
+            await bad.kill()
+    (problem,) = json.loads(seen.out)["problems"]
+    assert (seen.code, problem["kind"]) == (3, "disconnected")
+    assert "no TLS with" in problem["what"]
+    assert "FI_NATS_CA_FILE" in problem["next"]

@@ -76,6 +76,8 @@ VERBS = [(), *((name,) for name in cluster.cli.VERBS), *((name, verb) for name i
 def test_every_verb_has_help_and_every_leaf_an_example(verb: tuple[str, ...], capsys: Captured) -> None:
     assert fictl(*verb, "--help") == 0
     out = capsys.readouterr().out
+    # Also in a container, whose command is ``python -m cluster``.
+    assert " ".join(("Usage: fictl", *verb)) in " ".join(out.split())
     if " ".join(verb) not in ("", *GROUPS):
         assert "Example: fictl " in " ".join(out.split())
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -106,8 +107,14 @@ async def test_more_clients_than_allowed_are_turned_away_and_silent_ones_are_hun
 
 async def test_a_port_that_is_taken_is_a_clear_error(server: HealthServer) -> None:
     second = HealthServer("127.0.0.1", server.port, {})
-    with pytest.raises(SettingsError, match=rf"health_port = {server.port} .* or 0 for a free one"):
+    with pytest.raises(SettingsError, match=rf"health_port = {server.port} .* 0 for a free one"):
         await second.start()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "x" * 64])
+async def test_an_address_that_cannot_be_had_is_named_by_its_setting(host: str) -> None:
+    with pytest.raises(SettingsError, match=f"health_host = '{re.escape(host)}'"):
+        await HealthServer(host, 0, {}).start()
 
 
 async def test_a_stuck_loop_answers_nobody_and_knows_it_afterwards(

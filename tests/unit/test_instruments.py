@@ -372,5 +372,16 @@ def test_the_collector_is_named_by_our_setting_or_opentelemetrys_variable() -> N
     assert otlp_endpoint(Settings(), env) == "http://other:4318"
     assert otlp_endpoint(Settings(otlp_endpoint="https://ours:4318/"), env) == "https://ours:4318"
     assert otlp_endpoint(Settings(otlp_endpoint="https://ours:4318/"), {"OTEL_SDK_DISABLED": "true"}) == ""
-    with pytest.raises(SettingsError, match="otlp_endpoint = 'ours:4318'"):
-        otlp_endpoint(Settings(otlp_endpoint="ours:4318"), {})
+    for wrong in (
+        "ours:4318",
+        "ftp://ours",
+        "http://",
+        "http://ours:http",
+        "http://ours:99999",
+        "http://our s",
+        "http://[::1",
+    ):
+        with pytest.raises(SettingsError, match=f"^otlp_endpoint = {re.escape(repr(wrong))}"):
+            otlp_endpoint(Settings(otlp_endpoint=wrong), env)
+        with pytest.raises(SettingsError, match=r"^OTEL_EXPORTER_OTLP_ENDPOINT = "):
+            otlp_endpoint(Settings(), {"OTEL_EXPORTER_OTLP_ENDPOINT": wrong})

@@ -51,7 +51,7 @@ def test_the_event_store_example_shows_the_consultation(
     maker: PartitionMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, object] = {}
-    exec(snippets()[0], names)
+    exec(snippets()[1], names)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{event.timestamp_ns} {event.event_type} {event.payload!r}" for event in maker.events]
     assert len(names["frame"]) == len(maker.events)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_the_event_store_example_shows_the_consultation(
 def test_the_plain_h5py_example_shows_every_committed_event_and_no_other(
     maker: PartitionMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(snippets()[1], {})
+    exec(snippets()[2], {})
     lines = capsys.readouterr().out.splitlines()
     live, first = maker.events[4:], maker.events[0]
     expected = [f"{event.event_id.hex()} {event.event_type} {event.payload!r}" for event in live]
@@ -77,13 +77,13 @@ def test_the_auditors_example_takes_a_proof_and_nothing_else(
     for number, event_id in enumerate(ids):
         proof = prove_event(maker.store.directory, event_id, maker.receipts)
         Path("proof.json").write_bytes(encode_evidence(proof))
-        exec(snippets()[2], {})
+        exec(snippets()[3], {})
         said = f"in partition 3 of cluster {CLUSTER} as event {number}, says {SIGNER.public_key}\n"
         assert capsys.readouterr().out == said
         whole = json.loads(Path("proof.json").read_bytes())
         # What is printed is what was signed; `check-proof` refuses this one.
         Path("proof.json").write_text(json.dumps(whole | {"partition": 0, "event_id": str(UUID(int=99))}))
-        exec(snippets()[2], {})
+        exec(snippets()[3], {})
         assert capsys.readouterr().out == said
         other = base64.b64encode(base64.b64decode(whole["record"]) + b"\0").decode()
         for change in ({"record": other}, {"index": number + 1}, {"path": whole["path"][1:]}, {"path": ["00" * 32]}):
@@ -91,11 +91,11 @@ def test_the_auditors_example_takes_a_proof_and_nothing_else(
                 continue
             Path("proof.json").write_text(json.dumps(whole | change))
             with pytest.raises(AssertionError):
-                exec(snippets()[2], {})
+                exec(snippets()[3], {})
         head = whole["head"] | {"statement": whole["head"]["statement"] | {"origin": 1 << 40}}
         Path("proof.json").write_text(json.dumps(whole | {"head": head}))
         with pytest.raises(InvalidSignature):
-            exec(snippets()[2], {})
+            exec(snippets()[3], {})
 
 
 def verified_ids(maker: Witnessed) -> Iterator[UUID]:
@@ -118,4 +118,4 @@ def test_no_command_of_the_readme_needs_an_environment_before_it_is_made() -> No
 
 
 def test_the_gateway_teams_example_is_the_test_that_we_run() -> None:
-    assert snippets()[3] == (README.parent / "tests" / "integration" / "test_gateway_example.py").read_text()
+    assert snippets()[4] == (README.parent / "tests" / "integration" / "test_gateway_example.py").read_text()

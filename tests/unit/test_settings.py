@@ -76,6 +76,7 @@ def test_an_unknown_name_is_refused_with_its_place_and_the_nearest_name(
         (toml(pull_batch=[1]), "etc/fi.toml: pull_batch = "),
         # TOML takes it in hexadecimal; Python writes none of more than 4,300 digits.
         (toml(partitions=16**5000), "etc/fi.toml: partitions = a number of thousands of digits: "),
+        (toml(health_host=""), "etc/fi.toml: health_host = ''"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_names_file_and_key_though_the_environment_hides_it(
