@@ -196,6 +196,9 @@ class Telemetry:
     def dead_letter(self, stage: Stage, reason: str) -> None:
         """An event was dead-lettered."""
 
+    def unreadable(self, stream: str, server: str) -> None:
+        """The server passed over a stored message that another one has: a file of its stream is damaged."""
+
     def circuit(self, target: str, circuit: Circuit) -> None:
         """`circuit` is the one of this process before the stream `target`."""
 

@@ -15,6 +15,7 @@ from contracts.subjects import EVENTS, raw_filter
 from stages.runtime.base import InputFeed
 from stages.runtime.checkpoint import Cursor
 from stages.runtime.messages import StoredMessage
+from stages.runtime.telemetry import OFF
 from stages.runtime.witness import Witness
 
 SERVERS = ("n1", "n2", "n3")
@@ -56,7 +57,12 @@ def feed_of(ground: Ground, nonce: str = "n") -> InputFeed:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("server", SERVERS)
-def test_what_a_server_passes_over_is_read_from_another_in_its_place(server: str, seed: int) -> None:
+def test_what_a_server_passes_over_is_read_from_another_in_its_place(
+    server: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(OFF, "unreadable", lambda *place: told.append(place))
+
     async def job(ground: Ground) -> None:
         made = damage(ground, {server: {1, 2, 17, 39}}, seed)
         await store(ground, STORED)
@@ -64,6 +70,8 @@ def test_what_a_server_passes_over_is_read_from_another_in_its_place(server: str
         messages = await taken(feed, STORED)
         assert [message.seq for message in messages] == list(range(1, STORED + 1))
         assert [message.data for message in messages] == [b"%d" % number for number in range(STORED)]
+        assert set(told) <= {(EVENTS, server)}
+        assert told or made[0].server != server
         assert len({consumer.server for consumer in made}) > 1
         assert feed.reader._buffered_bytes == 0
         await feed.reader.close()
