@@ -19,7 +19,7 @@ import msgspec
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from contracts.budgets import WITNESS_LAG
+from contracts.budgets import WITNESS_LAG, WITNESS_LAG_MAX
 from contracts.errors import CountsAnewError, FiError, TopologyError
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
 from stages.runtime.consumers import create_consumer, delete_consumer, pending_of
@@ -102,6 +102,7 @@ class OrderedReader:
         self._ending: set[asyncio.Task[None]] = set()
         self.server = ""
         self.last_seq = 0
+        self._lag_s = WITNESS_LAG.s
         self._current_s = 0.0
         """When nothing waited behind what came last, or something held it back."""
         self._reset()
@@ -149,8 +150,14 @@ class OrderedReader:
         if self._wants_more():
             self._woken.set()
 
-    def unwitness(self, *, for_good: bool = False) -> None:
-        """What comes from now on may be taken at once; `for_good`: however long something waits."""
+    def unwitness(self, *, silent: bool = False, for_good: bool = False) -> None:
+        """What comes from now on may be taken at once.
+
+        Args:
+            silent: the other server gives nothing: it is asked again later than the last time.
+            for_good: there is no other, however long something waits.
+        """
+        self._lag_s = min(2 * self._lag_s, WITNESS_LAG_MAX.s) if silent else self._lag_s
         self._make_witness = None if for_good else self._make_witness
         if self._witness is not None:
             self._witness.end()
@@ -363,10 +370,12 @@ class OrderedReader:
         self._keep(subject, seq, time_ns, block, payload)
 
     def _lags(self) -> bool:
-        """Something waited ever since `WITNESS_LAG`, and nothing holds it back."""
+        """Something waited for as long as `WITNESS_LAG` at least, and nothing holds it back."""
+        if not self.pending:
+            self._lag_s = WITNESS_LAG.s
         if not self.pending or self._witness is not None or not self.server:
             self._current_s = self._active_s
-        return self._active_s > self._current_s + WITNESS_LAG.s
+        return self._active_s > self._current_s + self._lag_s
 
     def _keep(self, subject: bytes, seq: int, time_ns: int, block: bytes, payload: bytes) -> None:
         stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))

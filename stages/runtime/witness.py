@@ -214,4 +214,4 @@ class Witness:
         log.warning("no second server gives what %s gives: what it cannot read is not missed", self._first.server)
         while self._held:
             self._first.release(self._held.popleft())
-        self._first.unwitness(for_good=for_good)
+        self._first.unwitness(silent=not for_good, for_good=for_good)

@@ -252,3 +252,31 @@ def test_an_idle_look_waits_for_what_is_held() -> None:
         await feed.reader.close()
 
     in_virtual_time(job)
+
+
+def test_a_second_server_that_hangs_holds_a_long_backlog_up_ever_more_seldom() -> None:
+    async def job(ground: Ground) -> None:
+        def place(consumer: Consumer) -> None:
+            # The one that reads is on n1, and whoever stands beside it on a server that hangs.
+            consumer.server = "n2" if "_w" in consumer.name else "n1"
+            consumer.muted = consumer.server == "n2"
+
+        ground.broker.placed = place
+        await store(ground, 450)
+        feed = feed_of(ground)
+        loop = asyncio.get_running_loop()
+        begun_s, stood_s = loop.time(), 0.0
+        while feed.cursor.origin < 450:
+            before_s = loop.time()
+            await feed.reader.wait()
+            if loop.time() > before_s + 1:
+                stood_s += loop.time() - before_s
+            messages = [m for m in feed.reader.take(1, 1 << 20) if m.seq > feed.cursor.origin]
+            feed.cursor = Cursor(messages[-1].seq) if messages else feed.cursor
+            await asyncio.sleep(0.2)
+        took_s = loop.time() - begun_s
+        assert took_s > 90
+        assert 0 < stood_s < 0.2 * took_s, (stood_s, took_s)
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
