@@ -40,7 +40,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Unreadable(msgspec.Struct, frozen=True):
-    """Stored messages of `stream` that `server` could not read, since the process that saw it began."""
+    """How often `server` could not read a message of `stream` that it stored, since the process that saw it began."""
 
     stream: str
     server: str

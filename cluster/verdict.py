@@ -335,9 +335,9 @@ def _damaged(summary: Summary) -> Iterator[Problem]:
         yield Problem(
             urgency=5,
             kind="server_damaged",
-            what=f"a file of {stream} is damaged on {server}: {messages:,} messages were read from another server",
+            what=f"a file of {stream} is damaged on {server}: {messages:,} times it could not read what it stored",
             next=f"while all other servers are current: stop {server}, delete its jetstream directory, start it; once "
-            "`fictl cluster status` shows it current, `fictl restart ingest`",
+            "`fictl cluster status` shows it current, `fictl restart`",
         )
 
 

@@ -266,7 +266,7 @@ READERS_OPENED: Final = _counter(
 MESSAGES_UNREADABLE: Final = _counter(
     "fi.messages.unreadable",
     "{message}",
-    "stored messages that a server passed over and another one has: a file of the stream is damaged there",
+    "stored messages that a server could not read, each time: a file of the stream is damaged there",
     "stream",
     "server",
 )

@@ -303,8 +303,8 @@ def _servers() -> Iterator[Alert]:
         expr=f"{highest(MESSAGES_UNREADABLE, 'server', 'stream')} > 0",
         held="0s",
         severity="ticket",
-        summary="{{ $labels.server }} cannot read {{ $value }} messages of {{ $labels.stream }} that it stored",
-        description="Its disk gave wrong bytes. Others have them, and they were read there: there is one copy less.",
+        summary="{{ $labels.server }} cannot read what it stored of {{ $labels.stream }}",
+        description="{{ $value }} times. Its disk gave wrong bytes. Others have what it has: there is one copy less.",
     )
 
 

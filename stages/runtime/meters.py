@@ -208,10 +208,10 @@ class Meters(Telemetry):
         self.counter(MESSAGES_UNREADABLE, {"stream": stream, "server": server}).add()
 
     def damaged(self) -> list[str]:
-        """Of which stream which server could not read how many messages, since the process began: in words."""
+        """Of which stream which server could not read what it stored, since the process began: in words."""
         found = tuple(self._counters[MESSAGES_UNREADABLE.name].items())
         places = [(dict(key), int(counter.value)) for key, counter in found]
-        return [f"{at['server']} could not read {count} messages of {at['stream']}" for at, count in places]
+        return [f"{at['server']} could not read {at['stream']} {count} times" for at, count in places]
 
     def circuit(self, target: str, circuit: Circuit) -> None:
         """See `Telemetry.circuit`."""

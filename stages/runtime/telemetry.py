@@ -197,7 +197,7 @@ class Telemetry:
         """An event was dead-lettered."""
 
     def unreadable(self, stream: str, server: str) -> None:
-        """The server passed over a stored message that another one has: a file of its stream is damaged."""
+        """The server cannot read a message that it stored: a file of its stream is damaged."""
 
     def circuit(self, target: str, circuit: Circuit) -> None:
         """`circuit` is the one of this process before the stream `target`."""

@@ -174,7 +174,7 @@ def test_what_servers_cannot_read_is_counted_for_each_of_them_and_each_stream() 
         meters.unreadable("FI_EVENTS", server)
     places = ((("server", "n2"), ("stream", "FI_EVENTS")), (("server", "n1"), ("stream", "FI_EVENTS")))
     assert points(meters.collect(), "fi.messages.unreadable") == dict(zip(places, (2, 1), strict=True))
-    assert meters.damaged()[0] == "n2 could not read 2 messages of FI_EVENTS"
+    assert meters.damaged()[0] == "n2 could not read FI_EVENTS 2 times"
     (seen, _) = parse_metrics(prometheus_text(meters.collect()).decode()).unreadable
     assert seen == Unreadable("FI_EVENTS", "n2", 2)
     meters.close()

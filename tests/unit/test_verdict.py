@@ -352,7 +352,7 @@ def test_a_server_that_cannot_read_what_it_stored_is_told_with_what_to_do() -> N
         )
     )
     assert (found.urgency, found.kind) == (5, "server_damaged")
-    assert found.what == "a file of FI_EVENTS is damaged on n2: 1,234 messages were read from another server"
+    assert found.what == "a file of FI_EVENTS is damaged on n2: 1,234 times it could not read what it stored"
     assert "stop n2, delete its jetstream directory" in found.next
 
 
