@@ -11,9 +11,13 @@ from virtual import Ground, in_virtual_time
 from cluster.testing.sim.consumers import Consumer
 from cluster.testing.waiting import until
 from contracts.budgets import WITNESS_LAG
-from contracts.subjects import EVENTS, raw_filter
+from contracts.events import Event
+from contracts.frames import Frame, encode_frame
+from contracts.subjects import EVENTS, PERSIST, raw_filter
+from stages.hash.core import HashCore
 from stages.runtime.base import InputFeed
 from stages.runtime.checkpoint import Cursor
+from stages.runtime.lane import Lane
 from stages.runtime.messages import StoredMessage
 from stages.runtime.telemetry import OFF
 from stages.runtime.witness import Witness
@@ -280,3 +284,24 @@ def test_a_second_server_that_hangs_holds_a_long_backlog_up_ever_more_seldom() -
         await feed.reader.close()
 
     in_virtual_time(job, pull_batch=8)
+
+
+@pytest.mark.parametrize("unreadable", [{1}, {4, 5}, {10}], ids=["the first", "in the middle", "the last"])
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_a_hop_has_no_witness_and_what_a_server_passes_over_there_is_a_hole(seed: int, unreadable: set[int]) -> None:
+    """Read there three times running (seed 2), the hop is emptied, and made again by who is upstream: nobody here."""
+
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {"n1": unreadable}, seed)
+        for at in range(1, 11):
+            event = Event(at, 0, b"%16d" % at, b"c" * 16, "s", "CORE_ERROR_OCCURRED", 1, True, b"{}", b"{}", 1)
+            await ground.publish("fi.hash.0", encode_frame(Frame(0, at - 1, at, at, (), "w", 0, b"", (), (event,))))
+        lane = Lane(ground.api, HashCore(), 0, "nonce", lambda _: None)
+        running = asyncio.create_task(lane.run())
+        await until(lambda: [event.origin for event in ground.events(PERSIST)][-1:] == [10], "all are passed on")
+        lane.stop()
+        await running
+        assert [event.origin for event in ground.events(PERSIST)] == list(range(1, 11))
+        assert len(made) > 1 or made[0].server != "n1"
+
+    in_virtual_time(job)
