@@ -19,6 +19,7 @@ from contracts.telemetry import (
     LANES,
     LOOP_LAG,
     MEMORY_USAGE,
+    MESSAGES_UNREADABLE,
     STAGE_LATENCY,
     STORAGE_FREE,
     Instrument,
@@ -38,6 +39,14 @@ class Held(msgspec.Struct, frozen=True):
     age_s: float
 
 
+class Unreadable(msgspec.Struct, frozen=True):
+    """How often `server` could not read a message of `stream` that it stored, since the process that saw it began."""
+
+    stream: str
+    server: str
+    messages: int
+
+
 class Metered(msgspec.Struct, frozen=True, kw_only=True):
     """One process's metrics at one time.
 
@@ -45,6 +54,7 @@ class Metered(msgspec.Struct, frozen=True, kw_only=True):
         histograms: name of the instrument → values in each of its buckets since the process began, the last one for
             those above all bounds.
         held: publishes that a full stream holds.
+        unreadable: what files of servers are damaged.
         lanes: state → how many.
         memory_bytes: resident.
         storage_free_bytes: where the shards lie (persist).
@@ -52,6 +62,7 @@ class Metered(msgspec.Struct, frozen=True, kw_only=True):
 
     histograms: dict[str, tuple[int, ...]] = {}
     held: tuple[Held, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
     lanes: dict[str, int] = {}
     memory_bytes: int | None = None
     storage_free_bytes: int | None = None
@@ -93,6 +104,10 @@ def parse_metrics(text: str) -> Metered:
             Held(labels["stream"], labels["partition"], age_s)
             for labels, age_s in samples.get(BACKPRESSURE_AGE.prometheus_name, ())
             if age_s > 0
+        ),
+        unreadable=tuple(
+            Unreadable(labels["stream"], labels["server"], int(messages))
+            for labels, messages in samples.get(MESSAGES_UNREADABLE.prometheus_name, ())
         ),
         lanes={labels["state"]: int(value) for labels, value in samples.get(LANES.prometheus_name, ())},
         memory_bytes=None if memory is None else int(memory),

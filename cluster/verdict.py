@@ -54,6 +54,7 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
         *_late(summary, blamed | held_up | waits),
         *_latencies(summary),
         *_letters(summary),
+        *_damaged(summary),
         *_processes(summary, blamed),
         *_unread(summary),
     ]
@@ -321,6 +322,22 @@ def _letters(summary: Summary) -> Iterator[Problem]:
         total = sum(letters.by_stage.values())
         what = f"dead letters grew by {letters.recent:,} in the last {_recent()} (now {total:,})"
         yield Problem(urgency=4, kind="dead_letters", what=what, next="`fictl dlq ls --since 5m` shows why")
+
+
+def _damaged(summary: Summary) -> Iterator[Problem]:
+    """Servers that cannot read what they stored; others have it still."""
+    found: dict[tuple[str, str], int] = {}
+    for process in summary.processes or ():
+        for one in process.metered.unreadable if process.metered is not None else ():
+            found[one.server, one.stream] = found.get((one.server, one.stream), 0) + one.messages
+    for (server, stream), messages in sorted(found.items()):
+        yield Problem(
+            urgency=5,
+            kind="server_damaged",
+            what=f"a file of {stream} is damaged on {server}: {messages:,} times it could not read what it stored",
+            next=f"while all other servers are current: stop {server}, delete its jetstream directory, start it; once "
+            "`fictl cluster status` shows it current, `fictl restart`",
+        )
 
 
 def _recent() -> str:

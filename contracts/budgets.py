@@ -106,6 +106,9 @@ WITNESS_LAG: Final = _limit(
     "ingest, while something always waits behind what it is given: that it is given it from memory (servers keep 10 s)",
     "it is read again, from two servers",
 )
+WITNESS_LAG_MAX: Final = _limit(
+    60.0, "the same, twice as long each time that a second server gives nothing, until nothing waits", "the same"
+)
 WITNESS_SILENT: Final = _limit(
     3.0,
     "ingest, with messages that were stored before: a second server to give the same ones",

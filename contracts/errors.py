@@ -55,6 +55,10 @@ class WireFormatError(DefiniteError):
     """Bytes that should be a frame, receipt or seal record are not, or are of a version this build cannot read."""
 
 
+class UnreadableError(WireFormatError):
+    """A server has a message and cannot read it any more: a file of its stream is damaged."""
+
+
 class StrayFrameError(WireFormatError):
     """A message on a hop that no stage of any version wrote there: garbage, or a frame of another partition.
 

@@ -263,6 +263,13 @@ READERS_OPENED: Final = _counter(
     "consumers made to read a stream; more than one for a lane means that it healed itself",
     "stream",
 )
+MESSAGES_UNREADABLE: Final = _counter(
+    "fi.messages.unreadable",
+    "{message}",
+    "stored messages that a server could not read, each time: a file of the stream is damaged there",
+    "stream",
+    "server",
+)
 FRAME_EVENTS: Final = _histogram("fi.frame.events", "{event}", _COUNTS, "events in each frame published", "stage")
 FRAME_BYTES: Final = _histogram("fi.frame.size", "By", _SIZES_BYTES, "size of each frame published", "stage")
 COMMIT_EVENTS: Final = _histogram("fi.commit.events", "{event}", _COUNTS, "events in each group commit")
@@ -349,6 +356,7 @@ CATALOGUE: Final[dict[str, Instrument]] = {
         POLICY_VERSION,
         LANE_RESTARTS,
         READERS_OPENED,
+        MESSAGES_UNREADABLE,
         FRAME_EVENTS,
         FRAME_BYTES,
         COMMIT_EVENTS,

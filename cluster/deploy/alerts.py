@@ -31,6 +31,7 @@ from contracts.telemetry import (
     LANES,
     LOOP_LAG,
     MEMORY_USAGE,
+    MESSAGES_UNREADABLE,
     ORIGIN_REACHED,
     QUEUE_BYTES,
     QUEUE_LIMIT,
@@ -296,6 +297,17 @@ def _disk() -> Iterator[Alert]:
     )
 
 
+def _servers() -> Iterator[Alert]:
+    yield Alert(
+        name="FiServerDamaged",
+        expr=f"{highest(MESSAGES_UNREADABLE, 'server', 'stream')} > 0",
+        held="0s",
+        severity="ticket",
+        summary="{{ $labels.server }} cannot read what it stored of {{ $labels.stream }}",
+        description="{{ $value }} times. Its disk gave wrong bytes. Others have what it has: there is one copy less.",
+    )
+
+
 def _processes() -> Iterator[Alert]:
     yield Alert(
         name="FiNothingRuns",
@@ -369,6 +381,7 @@ GROUPS: Final[dict[str, tuple[Alert, ...]]] = {
     "fi-back-pressure": tuple(_pressure()),
     "fi-dead-letters": tuple(_letters()),
     "fi-disk": tuple(_disk()),
+    "fi-servers": tuple(_servers()),
     "fi-processes": tuple(_processes()),
 }
 """Every alert, by group."""

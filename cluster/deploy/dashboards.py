@@ -50,6 +50,7 @@ from contracts.telemetry import (
     LANES,
     LOOP_LAG,
     MEMORY_USAGE,
+    MESSAGES_UNREADABLE,
     OPERATION_DURATION,
     ORIGIN_REACHED,
     PERSIST_ERRORS,
@@ -371,6 +372,11 @@ _INFRASTRUCTURE: Final = {
             title="Consumers made, in 15 minutes",
             queries=((grown(READERS_OPENED, "stream", window="15m"), "{{stream}}"),),
             description=READERS_OPENED.meaning,
+        ),
+        Panel(
+            title="Messages that a server cannot read",
+            queries=((highest(MESSAGES_UNREADABLE, "server", "stream"), "{{server}} {{stream}}"),),
+            description=MESSAGES_UNREADABLE.meaning,
         ),
     ),
     "Disk": (

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError
+from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError, UnreadableError
 from contracts.events import decode_event, stored_ns_at
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
@@ -89,10 +89,11 @@ async def keep_places(api: Api, partitions: int, cluster: str, nonce: str) -> No
     if await _why_not_new(api):
         return
     for partition in range(partitions):
-        _, seq = await last_receipt(api, partition)
-        if not seq:
-            writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
-            with suppress(FencedError):
+        # What cannot be read was kept, and its lane says so.
+        with suppress(FencedError, UnreadableError):
+            _, seq = await last_receipt(api, partition)
+            if not seq:
+                writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)
                 await writer.publish(encode_receipt(place_kept(partition, cluster, nonce)), "place")
 
 

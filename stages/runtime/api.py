@@ -23,10 +23,16 @@ from nats.errors import ConnectionClosedError, OutboundBufferLimitError, Timeout
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CIRCUIT_PAUSE_MAX, CIRCUIT_PAUSE_MIN, STREAM_REMADE
-from contracts.errors import AccessDeniedError, ClusterUnavailableError, DefiniteError, NotAppliedError
+from contracts.errors import (
+    AccessDeniedError,
+    ClusterUnavailableError,
+    DefiniteError,
+    NotAppliedError,
+    UnreadableError,
+)
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
-from contracts.subjects import HOPS, MEMBERS
+from contracts.subjects import DLQ, HOPS, MEMBERS, RECEIPTS
 from contracts.telemetry import CIRCUIT_TRIPS
 from contracts.wire import UNREADABLE
 from stages.runtime.answers import is_lasting, unavailable, why_silent
@@ -48,6 +54,11 @@ CIRCUIT_FAILURES: Final = 5
 
 REMADE: Final = frozenset({*HOPS, MEMBERS})
 """Streams that are made again when they are gone (`stages.runtime.remake`, `fictl cluster apply`)."""
+
+_FENCED: Final = frozenset({RECEIPTS, DLQ})
+"""On disk, and written by who read the last message: the fence lets in what expects none."""
+_LOOKS: Final = 3
+"""Reads that must find nothing where the stream counts something: one, and that count, may each be a stale leader's."""
 
 _STATUS: Final = "Status"
 _END_OF_ANSWERS: Final = "204"
@@ -97,6 +108,19 @@ FOREIGN: Final = ApiError(
 _OURS: Final = "io.nats.jetstream.api."
 """What the type of everything that JetStream answers begins with."""
 _answer_decoder = msgspec.json.Decoder(_Answer)
+
+
+class _Told(msgspec.Struct):
+    """What is looked at of a stream's description."""
+
+    class State(msgspec.Struct, frozen=True):
+        subjects: dict[str, int] = {}
+
+    class Cluster(msgspec.Struct, frozen=True):
+        leader: str = ""
+
+    state: State = State()
+    cluster: Cluster | None = None
 
 
 def _error_in(data: bytes, kind: type | None) -> ApiError | None:
@@ -255,11 +279,29 @@ class Api:
     async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
         """The last message on `subject` (wildcards allowed), or None when there is none.
 
+        A leader that cannot read it any more answers that there is none, and accepts what is published as the first.
+
         Raises:
             NotAppliedError: the stream does not exist.
+            UnreadableError: there is one in `FI_RECEIPTS` or `FI_DLQ`, and the leader cannot read it.
             ClusterUnavailableError: as `request`.
         """
-        return await self._get(stream, {"last_by_subj": subject})
+        told = _Told()
+        for _ in range(_LOOKS):
+            message = await self._get(stream, {"last_by_subj": subject})
+            if message is not None or stream not in _FENCED:
+                return message
+            which = msgspec.json.encode({"subjects_filter": subject})
+            told = await self.ask(stream, f"$JS.API.STREAM.INFO.{stream}", which, _Told)
+            if not any(told.state.subjects.values()):
+                return None
+            await self.pause()
+        server = (told.cluster.leader if told.cluster else "") or "the server"
+        self.telemetry.unreadable(stream, server)
+        raise UnreadableError(
+            f"{server} cannot read the last message of {subject}: a file of its {stream} is damaged. Stop that server, "
+            "so that another one leads, delete its store, and start it again, while all others are current"
+        )
 
     async def message_at(self, stream: str, seq: int) -> StoredMessage | None:
         """The message with this stream sequence, or None. Raises as `last_message`."""

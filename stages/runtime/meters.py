@@ -27,6 +27,7 @@ from contracts.telemetry import (
     EVENTS_FAILED,
     LANES,
     MEMORY_USAGE,
+    MESSAGES_UNREADABLE,
     ORIGIN_REACHED,
     QUEUE_BYTES,
     QUEUE_LENGTH,
@@ -149,6 +150,16 @@ class Meters(Telemetry):
     def dead_letter(self, stage: Stage, reason: str) -> None:
         """See `Telemetry.dead_letter`."""
         self.counter(EVENTS_FAILED, {"stage": stage, "error_type": reason}).add()
+
+    def unreadable(self, stream: str, server: str) -> None:
+        """See `Telemetry.unreadable`."""
+        self.counter(MESSAGES_UNREADABLE, {"stream": stream, "server": server}).add()
+
+    def damaged(self) -> list[str]:
+        """Of which stream which server could not read what it stored, since the process began: in words."""
+        found = tuple(self._counters[MESSAGES_UNREADABLE.name].items())
+        places = [(dict(key), int(counter.value)) for key, counter in found]
+        return [f"{at['server']} could not read {at['stream']} {count} times" for at, count in places]
 
     def circuit(self, target: str, circuit: Circuit) -> None:
         """See `Telemetry.circuit`."""

@@ -13,16 +13,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import msgspec
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from contracts.budgets import CONSUMER_INACTIVE, CONSUMER_MADE, WITNESS_LAG
+from contracts.budgets import WITNESS_LAG, WITNESS_LAG_MAX
 from contracts.errors import CountsAnewError, FiError, TopologyError
-from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, RequestRefusedError
+from stages.runtime.consumers import create_consumer, delete_consumer, pending_of
 from stages.runtime.headers import parse_headers, read_headers
 from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import end_tasks
@@ -30,18 +30,11 @@ from stages.runtime.tasks import end_tasks
 log = logging.getLogger(__name__)
 
 _NS: Final = 1_000_000_000
+PLACES_TRIED: Final = 12
+"""Servers put a consumer on any of the stream's, by chance."""
 _NAME_SAFE: Final = str.maketrans({".": "_", ">": "all", "*": "any"})
 _END_OF_PULL: Final = frozenset({"404", "408"})
 _END_OF_BYTES: Final = frozenset({"Message Size Exceeds MaxBytes", "Batch Completed"})
-
-
-class _Group(msgspec.Struct):
-    leader: str = ""
-
-
-class _Consumer(msgspec.Struct):
-    num_pending: int = 0
-    cluster: _Group | None = None
 
 
 class Holding(Protocol):
@@ -60,9 +53,6 @@ class Holding(Protocol):
         """Ends what it needed, after `end`."""
 
 
-_decode_consumer = msgspec.json.Decoder(_Consumer).decode
-
-
 class OrderedReader:
     """Reads one filter subject of one stream.
 
@@ -79,6 +69,8 @@ class OrderedReader:
         server: which one the consumer is on; empty where there is no cluster, or none was made yet.
         last_seq: of the last message that can be, or could be, taken.
     """
+
+    _headers_only: ClassVar = False
 
     def __init__(
         self,
@@ -110,6 +102,7 @@ class OrderedReader:
         self._ending: set[asyncio.Task[None]] = set()
         self.server = ""
         self.last_seq = 0
+        self._lag_s = WITNESS_LAG.s
         self._current_s = 0.0
         """When nothing waited behind what came last, or something held it back."""
         self._reset()
@@ -117,6 +110,8 @@ class OrderedReader:
         """Why the stream refuses to be read, or must not be; empty while neither is so."""
         self.opened = 0
         """How many consumers were made so far: more than one means that the reader healed itself."""
+        self._wanted = ""
+        """The server that the next consumer had best be on."""
 
     def _reset(self) -> None:
         self._buffer: deque[StoredMessage] = deque()
@@ -147,11 +142,6 @@ class OrderedReader:
         if self._ending:
             await asyncio.wait(self._ending)
 
-    def admit(self, message: StoredMessage) -> None:
-        """It may be taken, though it was not given to this reader."""
-        self._buffered_bytes += len(message.data)
-        self.release(message)
-
     def release(self, message: StoredMessage) -> None:
         """What this reader was given may be taken."""
         self._buffer.append(message)
@@ -160,8 +150,14 @@ class OrderedReader:
         if self._wants_more():
             self._woken.set()
 
-    def unwitness(self, *, for_good: bool = False) -> None:
-        """What comes from now on may be taken at once; `for_good`: however long something waits."""
+    def unwitness(self, *, silent: bool = False, for_good: bool = False) -> None:
+        """What comes from now on may be taken at once.
+
+        Args:
+            silent: the other server gives nothing: it is asked again later than the last time.
+            for_good: there is no other, however long something waits.
+        """
+        self._lag_s = min(2 * self._lag_s, WITNESS_LAG_MAX.s) if silent else self._lag_s
         self._make_witness = None if for_good else self._make_witness
         if self._witness is not None:
             self._witness.end()
@@ -170,13 +166,13 @@ class OrderedReader:
             ending.add_done_callback(self._ending.discard)
             self._witness = None
 
-    def peek(self) -> int:
-        """The sequence of the next message that can be taken; there must be one."""
-        return self._buffer[0].seq
+    def reopen(self, why: str, *, on: str = "") -> None:
+        """Makes a new consumer at the position that `locate` gives, if it can be on the server `on`; empty: on any.
 
-    def reopen(self, why: str) -> None:
-        """Makes a new consumer at the position that `locate` gives; what is buffered is read again."""
+        What is buffered is read again.
+        """
         self._trouble = self._trouble or why
+        self._wanted = on or self._wanted
         self._woken.set()
 
     @property
@@ -193,12 +189,8 @@ class OrderedReader:
         """Asks the server for `pending` when nothing is on its way that would tell: this reader is full."""
         if self._outstanding > 0 or not self._buffer or not self._consumer:
             return
-        subject = f"$JS.API.CONSUMER.INFO.{self._stream}.{self._consumer}"
-        try:
-            answer = await self._api.client.request(subject, b"", timeout=self._api.settings.api_timeout_s)
-            self.pending = _decode_consumer(answer.data).num_pending
-        except (NatsError, *UNREADABLE) as error:
-            log.debug("%s: pending is not known: %r", self._filter, error)
+        found = await pending_of(self._api, self._stream, self._consumer)
+        self.pending = self.pending if found is None else found
 
     def wake(self) -> None:
         """Makes one `wait` return now, message or not."""
@@ -283,13 +275,12 @@ class OrderedReader:
         start = await self._locate()
         self.last_seq = start - 1
         self._probe.opened()
-        self._name_consumer()
         inbox = self._api.client.new_inbox()
         self._inbox, self._inbox_token = inbox, inbox.encode()
         # What is under way is bounded by what was asked for: two pulls.
         subscription = await self._api.client.subscribe_sink(inbox, self._on_message)
         try:
-            await self._create_consumer(start)
+            await self._make_consumer(start)
         except BaseException:
             await self._drop(subscription)
             raise
@@ -298,39 +289,25 @@ class OrderedReader:
             self._witness = self._make_witness(self)
         return subscription
 
-    def _name_consumer(self) -> None:
-        self.opened += 1
-        self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
-        self._consumer_token = self._consumer.encode()
-
     def _note_refusal(self, why: str) -> None:
         if why and why != self.refused:
             log.warning("%s: %s refuses to be read: %s; asking again", self._filter, self._stream, why)
         self.refused = why
 
-    async def _create_consumer(self, start: int) -> None:
-        config = {
-            "name": self._consumer,
-            "deliver_policy": "by_start_sequence",
-            "opt_start_seq": max(1, start),
-            "ack_policy": "none",
-            "filter_subject": self._filter,
-            "num_replicas": 1,
-            "mem_storage": True,
-            "inactive_threshold": round(CONSUMER_INACTIVE.s * _NS),
-            "max_waiting": 8,
-        }
-        request = {"stream_name": self._stream, "config": config, "action": "create"}
-        subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._consumer}.{self._filter}"
-        # A lost answer is safe to repeat: creating the same consumer again gives the same one. But what was given to
-        # a server whose JetStream ended just then stays there: only another name is put elsewhere.
-        try:
-            async with asyncio.timeout(CONSUMER_MADE.s):
-                made = await self._api.ask(self._stream, subject, msgspec.json.encode(request), _Consumer)
-        except TimeoutError as error:
-            raise NatsError("no server made the consumer, another one is asked for") from error
-        self.pending = made.num_pending
-        self.server = "" if made.cluster is None else made.cluster.leader
+    async def _make_consumer(self, start: int) -> None:
+        for tries_left in reversed(range(PLACES_TRIED)):
+            self.opened += 1
+            self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
+            self._consumer_token = self._consumer.encode()
+            where = (self._api, self._stream, self._filter, self._consumer)
+            self.pending, self.server = await create_consumer(*where, start, headers_only=self._headers_only)
+            if self._suits(self.server) or not tries_left:
+                break
+            await delete_consumer(self._api, self._stream, self._consumer)
+        self._wanted = ""
+
+    def _suits(self, server: str) -> bool:
+        return self._wanted in ("", server)
 
     async def _feed(self) -> None:
         """Keeps a pull request standing until there is trouble."""
@@ -389,17 +366,19 @@ class OrderedReader:
             return
         self._probe.delivered()
         self._outstanding -= 1
-        stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))
-        self._buffered_bytes += len(payload)
-        self._keep(stored)
+        self._keep(subject, seq, time_ns, block, payload)
 
     def _lags(self) -> bool:
-        """Something waited ever since `WITNESS_LAG`, and nothing holds it back."""
+        """Something waited for as long as `WITNESS_LAG` at least, and nothing holds it back."""
+        if not self.pending:
+            self._lag_s = WITNESS_LAG.s
         if not self.pending or self._witness is not None or not self.server:
             self._current_s = self._active_s
-        return self._active_s > self._current_s + WITNESS_LAG.s
+        return self._active_s > self._current_s + self._lag_s
 
-    def _keep(self, stored: StoredMessage) -> None:
+    def _keep(self, subject: bytes, seq: int, time_ns: int, block: bytes, payload: bytes) -> None:
+        stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))
+        self._buffered_bytes += len(payload)
         if self._witness is None:
             self.release(stored)
         else:

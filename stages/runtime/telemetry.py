@@ -198,6 +198,9 @@ class Telemetry:
     def dead_letter(self, stage: Stage, reason: str) -> None:
         """An event was dead-lettered."""
 
+    def unreadable(self, stream: str, server: str) -> None:
+        """The server cannot read a message that it stored: a file of its stream is damaged."""
+
     def circuit(self, target: str, circuit: Circuit) -> None:
         """`circuit` is the one of this process before the stream `target`."""
 

@@ -294,9 +294,10 @@ class Watch:
         meters = self._observed.meters
         await self._look(meters)
         bad = [f"{name}: {problem}" for name, problem in self._streams.items() if problem]
+        led = f"{', '.join(self._streams)} have leaders"
         checks = {
             "connected": self._connection(),
-            "streams": Check(not bad, "; ".join(bad) or f"{', '.join(self._streams)} have leaders"),
+            "streams": Check(not bad, "; ".join([*(bad or [led]), *meters.damaged()])),
             "lanes": self._lanes(meters),
             "circuits": _circuits(meters),
             "control": Check(False, "not listening yet") if self._control is None else self._control.check(),

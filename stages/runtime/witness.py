@@ -2,8 +2,9 @@
 
 A nats-server passes over a stored message that it cannot read any more (a bit of its disk has changed) and says
 nothing: neither its consumer nor its log shows it, while the stream's other servers still have the message. So while a
-reader works off what was stored before it came, a second one reads the same from another server, and both are merged by
-sequence. What comes in while nothing waits is in the servers' memory, and needs no second reader.
+reader works off what was stored before it came, a second one is told by another server which messages there are: their
+headers, without what is in them. A message goes on once both have come as far; one that the reader's own server leaves
+out has it begin again on the other. What comes in while nothing waits is in the servers' memory, and needs no witness.
 """
 
 from __future__ import annotations
@@ -13,28 +14,33 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 from contracts.budgets import WITNESS_SILENT
-from stages.runtime.api import Api, RequestRefusedError
+from stages.runtime.api import Api
 from stages.runtime.messages import StoredMessage
 from stages.runtime.reader import OrderedReader
 from stages.runtime.telemetry import OFF
 
 log = logging.getLogger(__name__)
 
-PLACES_TRIED: Final = 12
-"""Servers put a consumer on any of the stream's, by chance."""
+AHEAD: Final = 8
+"""How many times as much as the first the second asks for at once: sequences are small."""
 
 
 class SecondReader(OrderedReader):
-    """Reads from another server than the first.
+    """Is told by another server than the first's which messages there are.
 
     Args:
         first: the reader that it is beside: it begins where that one stands.
         arrived: called with every message.
         alone: called when there is no other server.
+
+    Attributes:
+        seqs: of what it was told, and nobody took.
     """
+
+    _headers_only: ClassVar = True
 
     def __init__(
         self,
@@ -51,28 +57,40 @@ class SecondReader(OrderedReader):
         async def locate() -> int:
             return first.last_seq + 1
 
+        self.seqs: deque[int] = deque()
         super().__init__(api, stream, filter_subject, batch=batch, locate=locate, nonce=nonce)
         self._probe = OFF.reader(stream, filter_subject)
         self._avoid = first.server
         self._note_arrival = arrived
         self._note_alone = alone
 
-    async def _create_consumer(self, start: int) -> None:
-        for _ in range(PLACES_TRIED):
-            await super()._create_consumer(start)
-            if self.server != self._avoid:
-                return
-            subject = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}"
-            try:
-                await self._api.request(self._stream, subject, b"")
-            except RequestRefusedError as error:
-                log.debug("%s: %s", self._filter, error)
-            self._name_consumer()
-        self._note_alone()
+    @property
+    def held(self) -> int:
+        """How many it was told of, and nobody took."""
+        return len(self.seqs)
 
-    def _keep(self, stored: StoredMessage) -> None:
-        super()._keep(stored)
+    def _reset(self) -> None:
+        super()._reset()
+        self.seqs.clear()
+
+    def _suits(self, server: str) -> bool:
+        return server != self._avoid
+
+    async def _make_consumer(self, start: int) -> None:
+        await super()._make_consumer(start)
+        if not self._suits(self.server):
+            self._note_alone()
+
+    def _keep(self, subject: bytes, seq: int, time_ns: int, block: bytes, payload: bytes) -> None:
+        self.seqs.append(seq)
+        self.last_seq = seq
         self._note_arrival()
+
+    def take_one(self) -> None:
+        """The first of `seqs` is done with."""
+        self.seqs.popleft()
+        if self._wants_more():
+            self._woken.set()
 
 
 class Witness:
@@ -87,14 +105,19 @@ class Witness:
         self, api: Api, stream: str, filter_subject: str, *, batch: int, nonce: str, first: OrderedReader
     ) -> None:
         self._first = first
+        self._telemetry = api.telemetry
         self._held: deque[StoredMessage] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._clock = asyncio.get_running_loop().time
+        self._since_s = 0.0
+        """Since when what waits has waited for the other reader."""
         self._ended = False
+        self._told = False
         self._second = SecondReader(
             api,
             stream,
             filter_subject,
-            batch=batch,
+            batch=AHEAD * batch,
             nonce=nonce,
             first=first,
             arrived=self._merge,
@@ -108,7 +131,8 @@ class Witness:
     def end(self) -> None:
         """From now on nothing is released. What it holds is read again by whoever wants it."""
         self._ended = True
-        self._stop_timer()
+        if self._timer is not None:
+            self._timer.cancel()
         self._held.clear()
 
     async def close(self) -> None:
@@ -117,51 +141,71 @@ class Witness:
 
     def hold(self, message: StoredMessage) -> None:
         """The first reader was given this."""
-        self._held.append(message)
-        self._merge()
+        if not self._ended:
+            self._held.append(message)
+            self._merge()
 
     def _merge(self) -> None:
         """Releases in order what both have come to."""
         if self._ended:
             return
-        held, second = self._held, self._second
-        before = self._first.last_seq
-        while held and second.buffered:
-            theirs = second.peek()
-            if theirs < held[0].seq:
-                log.error(*_words(self._first, second, theirs))
-                self._first.admit(second.take(1, 1)[0])
-                continue
-            if theirs == held[0].seq:
-                second.take(1, 1)
+        held, first, second = self._held, self._first, self._second
+        while held and second.seqs:
+            seq, theirs = held[0].seq, second.seqs[0]
+            if theirs < seq:
+                self._tell(first, second, theirs)
+                self._swap(f"{first.server} passes over message {theirs}")
+                return
+            if theirs == seq:
+                second.take_one()
             else:
-                log.error(*_words(second, self._first, held[0].seq))
-            self._first.release(held.popleft())
-        if held or second.buffered:
-            self._watch_time(anew=self._first.last_seq != before)
-            return
-        self._stop_timer()
-        if second.last_seq == self._first.last_seq and not second.pending:
-            self._first.unwitness()
+                self._tell(second, first, seq)
+            first.release(held.popleft())
+            self._since_s = 0.0
+        if held or second.seqs:
+            self._watch_time()
+        elif second.last_seq == first.last_seq and not second.pending:
+            first.unwitness()
+        else:
+            self._since_s = 0.0
 
-    def _watch_time(self, *, anew: bool) -> None:
-        if anew:
-            self._stop_timer()
+    def _tell(self, blind: OrderedReader, other: OrderedReader, seq: int) -> None:
+        self._telemetry.unreadable(blind.stream, blind.server)
+        if not self._told:
+            self._told = True
+            log.error(
+                "%s passes over message %d, which %s has: a file of its %s is damaged. It is read from the other one. "
+                "Stop that server, delete its store, and start it again, while all others are current",
+                blind.server,
+                seq,
+                other.server,
+                blind.stream,
+            )
+
+    def _swap(self, why: str) -> None:
+        """The first begins again on the second's server."""
+        server = self._second.server
+        self.end()
+        self._first.reopen(f"{why}, which {server} has", on=server)
+
+    def _watch_time(self) -> None:
+        if not self._since_s:
+            self._since_s = self._clock()
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(WITNESS_SILENT.s, self._one_is_silent)
+            self._timer = asyncio.get_running_loop().call_later(WITNESS_SILENT.s, self._look)
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _one_is_silent(self) -> None:
-        """What the first alone has goes on; for what the second alone has, the first begins again, on any server."""
-        if self._held or self._ended:
+    def _look(self) -> None:
+        """What the first alone has goes on; for what the second alone has, the first begins again, over there."""
+        self._timer = None
+        if self._ended or not self._since_s:
+            return
+        left_s = self._since_s + WITNESS_SILENT.s - self._clock()
+        if left_s > 0:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
+        elif self._held:
             self._give_up()
         else:
-            at = self._second.peek()
-            self._first.reopen(f"{self._second.server} has message {at}, and {self._first.server} gives nothing")
+            self._swap(f"{self._first.server} does not give message {self._second.seqs[0]}")
 
     def _give_up(self, *, for_good: bool = False) -> None:
         """The first is believed alone; `for_good`: no other server has the stream."""
@@ -170,12 +214,4 @@ class Witness:
         log.warning("no second server gives what %s gives: what it cannot read is not missed", self._first.server)
         while self._held:
             self._first.release(self._held.popleft())
-        self._first.unwitness(for_good=for_good)
-
-
-def _words(blind: OrderedReader, other: OrderedReader, seq: int) -> tuple[str, str, int, str, str]:
-    text = (
-        "%s passes over message %d, which %s has: a file of its %s is damaged. It is read from the other one. Stop "
-        "that server, delete its store, and start it again, while all others are current"
-    )
-    return text, blind.server, seq, other.server, blind.stream
+        self._first.unwitness(silent=not for_good, for_good=for_good)

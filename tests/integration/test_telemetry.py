@@ -27,7 +27,7 @@ from stages.runtime.telemetry import OFF, Telemetry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-NOT_HERE = {"fi.persist.errors", "fi.lane.restarts", "fi.backup.age"}
+NOT_HERE = {"fi.persist.errors", "fi.lane.restarts", "fi.backup.age", "fi.messages.unreadable"}
 """Only when something failed or was backed up: see tests/unit/test_instruments.py and test_health_port.py."""
 
 

@@ -119,7 +119,7 @@ def test_what_ingest_refuses_keeps_the_place_it_came_from() -> None:
 
 def test_what_a_gateway_has_in_the_words_of_a_refusal_is_no_header() -> None:
     async def job(ground: Ground) -> None:
-        forged = "x\r\nNats-Rollup: all\r\n\r\n\0\ud800"
+        forged = "x\r\nNats-Rollup: all\r\n\r\n\0"
         error = InvalidEventError("json.malformed", forged, forged)
         (letter,) = await letters_of(ground, "ingest", [DeadLetter(1, 0, error, None)])
         (stored,) = ground.broker.streams[DLQ].messages.values()

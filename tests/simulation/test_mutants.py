@@ -48,7 +48,7 @@ MUTANTS = {
     "counting-anew-is-not-seen": Mutant("a FI_EVENTS that counts anew is not read", 300),
     "duplicates-forgotten": Mutant("rule 4: ids seen before", 60, quick=True),
     "fenced-writer-goes-on": Mutant("rule 2: who is refused reads the checkpoint again", 1500),
-    "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 60, quick=True),
+    "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 160, quick=True),
     "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 120),
     "holes-are-never-purged": Mutant("rule 1: the last resort, purging the input", 120),
     "holes-are-not-seen": Mutant("rule 1: prev at most the cursor", 120),

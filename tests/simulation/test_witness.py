@@ -11,10 +11,15 @@ from virtual import Ground, in_virtual_time
 from cluster.testing.sim.consumers import Consumer
 from cluster.testing.waiting import until
 from contracts.budgets import WITNESS_LAG
-from contracts.subjects import EVENTS, raw_filter
+from contracts.events import Event
+from contracts.frames import Frame, encode_frame
+from contracts.subjects import EVENTS, PERSIST, raw_filter
+from stages.hash.core import HashCore
 from stages.runtime.base import InputFeed
 from stages.runtime.checkpoint import Cursor
+from stages.runtime.lane import Lane
 from stages.runtime.messages import StoredMessage
+from stages.runtime.telemetry import OFF
 from stages.runtime.witness import Witness
 
 SERVERS = ("n1", "n2", "n3")
@@ -56,7 +61,12 @@ def feed_of(ground: Ground, nonce: str = "n") -> InputFeed:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("server", SERVERS)
-def test_what_a_server_passes_over_is_read_from_another_in_its_place(server: str, seed: int) -> None:
+def test_what_a_server_passes_over_is_read_from_another_in_its_place(
+    server: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(OFF, "unreadable", lambda *place: told.append(place))
+
     async def job(ground: Ground) -> None:
         made = damage(ground, {server: {1, 2, 17, 39}}, seed)
         await store(ground, STORED)
@@ -64,6 +74,8 @@ def test_what_a_server_passes_over_is_read_from_another_in_its_place(server: str
         messages = await taken(feed, STORED)
         assert [message.seq for message in messages] == list(range(1, STORED + 1))
         assert [message.data for message in messages] == [b"%d" % number for number in range(STORED)]
+        assert set(told) <= {(EVENTS, server)}
+        assert told or made[0].server != server
         assert len({consumer.server for consumer in made}) > 1
         assert feed.reader._buffered_bytes == 0
         await feed.reader.close()
@@ -242,5 +254,54 @@ def test_an_idle_look_waits_for_what_is_held() -> None:
         await feed.check()
         assert feed.reader._trouble is None
         await feed.reader.close()
+
+    in_virtual_time(job)
+
+
+def test_a_second_server_that_hangs_holds_a_long_backlog_up_ever_more_seldom() -> None:
+    async def job(ground: Ground) -> None:
+        def place(consumer: Consumer) -> None:
+            # The one that reads is on n1, and whoever stands beside it on a server that hangs.
+            consumer.server = "n2" if "_w" in consumer.name else "n1"
+            consumer.muted = consumer.server == "n2"
+
+        ground.broker.placed = place
+        await store(ground, 450)
+        feed = feed_of(ground)
+        loop = asyncio.get_running_loop()
+        begun_s, stood_s = loop.time(), 0.0
+        while feed.cursor.origin < 450:
+            before_s = loop.time()
+            await feed.reader.wait()
+            if loop.time() > before_s + 1:
+                stood_s += loop.time() - before_s
+            messages = [m for m in feed.reader.take(1, 1 << 20) if m.seq > feed.cursor.origin]
+            feed.cursor = Cursor(messages[-1].seq) if messages else feed.cursor
+            await asyncio.sleep(0.2)
+        took_s = loop.time() - begun_s
+        assert took_s > 90
+        assert 0 < stood_s < 0.2 * took_s, (stood_s, took_s)
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+@pytest.mark.parametrize("unreadable", [{1}, {4, 5}, {10}], ids=["the first", "in the middle", "the last"])
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_a_hop_has_no_witness_and_what_a_server_passes_over_there_is_a_hole(seed: int, unreadable: set[int]) -> None:
+    """Read there three times running (seed 2), the hop is emptied, and made again by who is upstream: nobody here."""
+
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {"n1": unreadable}, seed)
+        for at in range(1, 11):
+            event = Event(at, 0, b"%16d" % at, b"c" * 16, "s", "CORE_ERROR_OCCURRED", 1, True, b"{}", b"{}", 1)
+            await ground.publish("fi.hash.0", encode_frame(Frame(0, at - 1, at, at, (), "w", 0, b"", (), (event,))))
+        lane = Lane(ground.api, HashCore(), 0, "nonce", lambda _: None)
+        running = asyncio.create_task(lane.run())
+        await until(lambda: [event.origin for event in ground.events(PERSIST)][-1:] == [10], "all are passed on")
+        lane.stop()
+        await running
+        assert [event.origin for event in ground.events(PERSIST)] == list(range(1, 11))
+        assert len(made) > 1 or made[0].server != "n1"
 
     in_virtual_time(job)

@@ -1,4 +1,4 @@
-"""How long a request waits for a stream in memory that is gone: as long since that is known, however long it asked."""
+"""How long a request waits for a stream that is gone, and what a leader says that cannot read what it has."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from cluster.backlog import count_messages
 from cluster.testing.sim.loop import VirtualLoop
 from contracts.budgets import STREAM_REMADE
-from contracts.errors import ClusterUnavailableError
+from contracts.errors import ClusterUnavailableError, UnreadableError
 from contracts.settings import Settings
-from contracts.subjects import EVENTS, SEGMENT
+from contracts.subjects import DLQ, EVENTS, RECEIPTS, SEGMENT
 from stages.persist.lost import receipts_lost
 from stages.runtime.api import Api, RequestRefusedError
+from stages.runtime.messages import StoredMessage
 from stages.segment.policies import list_versions
 
 THERE = {"type": "io.nats.jetstream.api.v1.stream_msg_get_response"}
 GONE = {"error": {"code": 404, "err_code": 10059, "description": "stream not found"}}
+NOTHING = {"error": {"code": 404, "err_code": 10037, "description": "no message found"}}
 NO_ACCOUNT = {"error": {"code": 503, "err_code": 10039, "description": "JetStream not enabled for account"}}
 STARTING = {"error": {"code": 503, "err_code": 10076, "description": "JetStream not enabled"}}
 
@@ -115,3 +117,36 @@ def test_a_command_does_not_wait_for_an_account_to_have_jetstream(
             await api.request(EVENTS, "$JS.API.STREAM.MSG.GET.X", b"")
 
     assert took_s <= in_virtual_time(job) < took_s + 3
+
+
+class Leader:
+    """Leads a stream with `kept` messages under each subject, and finds none before it was asked `found_at` times."""
+
+    def __init__(self, kept: int, found_at: int) -> None:
+        self._kept, self._found_at, self.asked = kept, found_at, 0
+
+    async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
+        if "STREAM.INFO" in subject:
+            state = {"subjects": {msgspec.json.decode(body)["subjects_filter"]: self._kept} if self._kept else {}}
+            return Answer(msgspec.json.encode({**THERE, "state": state, "cluster": {"leader": "n2"}}))
+        self.asked += 1
+        message = {"subject": "fi.receipts.0", "seq": 7, "time": "2026-01-01T00:00:00Z", "data": "e30="}
+        return Answer(msgspec.json.encode({**THERE, "message": message} if self.asked >= self._found_at else NOTHING))
+
+
+@pytest.mark.parametrize("stream", [RECEIPTS, DLQ])
+def test_what_a_leader_counts_and_cannot_read_is_not_taken_for_nothing(stream: str) -> None:
+    async def read(leader: Leader, stream: str = stream) -> StoredMessage | None:
+        api = Api(leader, Settings(), jitter=lambda: 0.5)  # type: ignore[arg-type]
+        return await api.last_message(stream, "fi.receipts.0")
+
+    async def job() -> None:
+        assert await read(Leader(kept=0, found_at=9)) is None
+        # What it counts came just now, or a stale leader was asked before.
+        assert await read(Leader(kept=1, found_at=2)) is not None
+        with pytest.raises(UnreadableError, match=r"n2 cannot read the last message of fi\.receipts\.0"):
+            await read(Leader(kept=1, found_at=9))
+        # Nothing is written there on the strength of a read.
+        assert await read(Leader(kept=1, found_at=9), SEGMENT) is None
+
+    in_virtual_time(job)

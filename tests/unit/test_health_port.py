@@ -224,6 +224,14 @@ async def test_how_long_ago_the_store_was_copied_is_told_where_it_ever_was(tmp_p
     assert ago_s <= float(values["fi_backup_age_seconds"]) < ago_s + 600
 
 
+async def test_a_server_that_cannot_read_what_it_stored_is_told_at_readyz() -> None:
+    async with Watch("ingest", "ingest-0", Settings(health_port=0), {}) as watched:
+        assert "could not read" not in (await watched.ready()).checks["streams"].why
+        for _ in range(3):
+            watched.telemetry.unreadable("FI_EVENTS", "n2")
+        assert "n2 could not read FI_EVENTS 3 times" in (await watched.ready()).checks["streams"].why
+
+
 async def test_a_partition_whose_disk_hangs_or_refuses_is_not_ready_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from cluster.backlog import StageLag
 from cluster.members import MembersReport, Unheld
 from cluster.overview import Letters, Overview
 from cluster.problem import Problem
-from cluster.scrape import Held, Metered
+from cluster.scrape import Held, Metered, Unreadable
 from cluster.status import ReplicaStatus, ServerStatus, clock_ahead_s
 from cluster.summary import summarize
 from cluster.verdict import judge
@@ -379,6 +379,21 @@ def test_an_open_breaker_a_low_disk_and_stopped_partitions_are_told() -> None:
     )
     assert [problem.kind for problem in found] == ["disk_low", "stopped", "breaker_open"]
     assert "disk below floor: 10 B free at /var/lib/fi/shards" in found[0].what
+
+
+def test_a_server_that_cannot_read_what_it_stored_is_told_with_what_to_do() -> None:
+    seen = tuple(Unreadable("FI_EVENTS", "n2", count) for count in (1200, 34))
+    (found,) = verdict(
+        overview(
+            processes=processes(
+                ingest=process("ingest-0", 100, Metered(unreadable=seen[:1])),
+                hash=process("ingest-1", 104, Metered(unreadable=seen[1:])),
+            )
+        )
+    )
+    assert (found.urgency, found.kind) == (5, "server_damaged")
+    assert found.what == "a file of FI_EVENTS is damaged on n2: 1,234 times it could not read what it stored"
+    assert "stop n2, delete its jetstream directory" in found.next
 
 
 def test_processes_that_judge_by_different_policies_are_told() -> None:

@@ -127,7 +127,8 @@ class Consumer:
             self._pulls.popleft()
         place = f"{self.stream.name}.{self.name}.1.{message.seq}.{self.delivered}.{message.time_ns}.{self.pending()}"
         if self._servers.rng.random() >= self._servers.lost_deliveries:
-            pull.peer.deliver(pull.inbox, message.subject, f"$JS.ACK.{place}", message.data, message.headers)
+            data = b"" if self.config.get("headers_only") else message.data
+            pull.peer.deliver(pull.inbox, message.subject, f"$JS.ACK.{place}", data, message.headers)
         self._sent_s = self._servers.loop.time()
 
     def _stands(self, pull: Pull) -> bool:
