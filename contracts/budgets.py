@@ -102,8 +102,9 @@ MEMBER_LOOK: Final = _pause(
     0.02, "membership: the bucket to show what was heard or said", "it looks again, ten times; then at its renewal"
 )
 WITNESS_LAG: Final = _limit(
-    5.0,
-    "ingest, while something always waits behind what it is given: that it is given it from memory (servers keep 10 s)",
+    4.0,
+    "ingest, behind the end of the stream: that it is given from memory what came in this time, or twice that (servers "
+    "keep 10 s)",
     "it is read again, from two servers",
 )
 WITNESS_LAG_MAX: Final = _limit(

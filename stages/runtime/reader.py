@@ -103,8 +103,10 @@ class OrderedReader:
         self.server = ""
         self.last_seq = 0
         self._lag_s = WITNESS_LAG.s
-        self._current_s = 0.0
-        """When nothing waited behind what came last, or something held it back."""
+        self._seen_s = 0.0
+        """When the end of the stream was seen last: what was delivered since was stored then, or later."""
+        self._seen_end = 0
+        """The delivery that the end will be."""
         self._reset()
         self.refused = ""
         """Why the stream refuses to be read, or must not be; empty while neither is so."""
@@ -127,7 +129,7 @@ class OrderedReader:
         self._trouble: str | None = None
         self._woken = asyncio.Event()
         self._active_s = 0.0
-        self._current_s = self._clock()
+        self._see_end()
 
     def start(self) -> None:
         """Begins reading. Call once."""
@@ -369,12 +371,18 @@ class OrderedReader:
         self._keep(subject, seq, time_ns, block, payload)
 
     def _lags(self) -> bool:
-        """Something waited for as long as `WITNESS_LAG` at least, and nothing holds it back."""
+        """What is delivered may have been stored `WITNESS_LAG` ago, or twice that, and nothing holds it back."""
+        if self._witness is not None or not self.server:
+            self._see_end()
+        lags = self._active_s > self._seen_s + self._lag_s
         if not self.pending:
             self._lag_s = WITNESS_LAG.s
-        if not self.pending or self._witness is not None or not self.server:
-            self._current_s = self._active_s
-        return self._active_s > self._current_s + self._lag_s
+        if not self.pending or self._delivered >= self._seen_end:
+            self._see_end()
+        return lags
+
+    def _see_end(self) -> None:
+        self._seen_s, self._seen_end = self._clock(), self._delivered + self.pending
 
     def _keep(self, subject: bytes, seq: int, time_ns: int, block: bytes, payload: bytes) -> None:
         stored = StoredMessage(subject.decode(errors="replace"), seq, time_ns, payload, parse_headers(block))
@@ -389,6 +397,8 @@ class OrderedReader:
         if status == "100":
             if int(headers.get("Nats-Last-Consumer", self._delivered)) != self._delivered:
                 self.reopen("the heartbeat tells of messages that never came")
+            # There is nothing to deliver.
+            self._seen_s, self._seen_end = self._active_s, self._delivered
             return
         text = headers.get("Description", "")
         if status in _END_OF_PULL or (status == "409" and text in _END_OF_BYTES):

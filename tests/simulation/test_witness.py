@@ -194,6 +194,28 @@ def test_a_reader_that_has_lagged_reads_from_two_servers_again() -> None:
     in_virtual_time(job, pull_batch=8)
 
 
+@pytest.mark.parametrize("idle_s", [0.0, 2 * WITNESS_LAG.s], ids=["ever since", "after a rest"])
+def test_a_reader_that_is_never_far_behind_keeps_to_one_server_however_long_something_waits(idle_s: float) -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {})
+        feed = feed_of(ground)
+        await until(lambda: made, "it reads")
+        await asyncio.sleep(idle_s)
+        waiting = 0
+        for _ in range(60):
+            await store(ground, 10)
+            # More than it holds: something is always left to deliver.
+            for _ in range(2):
+                await asyncio.sleep(0.1)
+                waiting += feed.reader.pending > 0
+                feed.reader.take(5, 1 << 20)
+        assert waiting > 90
+        assert len(made) == 1
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
 @pytest.mark.parametrize("server", ["n1", ""])
 def test_where_no_other_server_has_the_stream_a_reader_that_lags_goes_on(server: str) -> None:
     async def job(ground: Ground) -> None:

@@ -125,6 +125,9 @@ class Leader:
     def __init__(self, kept: int, found_at: int) -> None:
         self._kept, self._found_at, self.asked = kept, found_at, 0
 
+    def note_stream(self, *, answers: bool) -> None:
+        """It is left for nothing here."""
+
     async def request(self, subject: str, body: bytes, timeout: float) -> Answer:
         if "STREAM.INFO" in subject:
             state = {"subjects": {msgspec.json.decode(body)["subjects_filter"]: self._kept} if self._kept else {}}

@@ -164,14 +164,14 @@ def test_a_circuit_is_shown_as_unanswered_also_while_one_tries_in_vain() -> None
 
 
 def test_what_servers_cannot_read_is_counted_for_each_of_them_and_each_stream() -> None:
-    meters = Meters(Resource({}))
+    meters = Meters()
     assert meters.damaged() == []
     for server in ("n2", "n1", "n2"):
         meters.unreadable("FI_EVENTS", server)
     places = ((("server", "n2"), ("stream", "FI_EVENTS")), (("server", "n1"), ("stream", "FI_EVENTS")))
     assert points(meters.collect(), "fi.messages.unreadable") == dict(zip(places, (2, 1), strict=True))
     assert meters.damaged()[0] == "n2 could not read FI_EVENTS 2 times"
-    (seen, _) = parse_metrics(prometheus_text(meters.collect()).decode()).unreadable
+    (seen, _) = parse_metrics(prometheus_text(meters.collect(), {}).decode()).unreadable
     assert seen == Unreadable("FI_EVENTS", "n2", 2)
     meters.close()
 

@@ -382,15 +382,9 @@ def test_an_open_breaker_a_low_disk_and_stopped_partitions_are_told() -> None:
 
 
 def test_a_server_that_cannot_read_what_it_stored_is_told_with_what_to_do() -> None:
-    seen = tuple(Unreadable("FI_EVENTS", "n2", count) for count in (1200, 34))
-    (found,) = verdict(
-        overview(
-            processes=processes(
-                ingest=process("ingest-0", 100, Metered(unreadable=seen[:1])),
-                hash=process("ingest-1", 104, Metered(unreadable=seen[1:])),
-            )
-        )
-    )
+    often, seldom = (Metered(unreadable=(Unreadable("FI_EVENTS", "n2", count),)) for count in (1200, 34))
+    seen = processes(ingest=process("ingest-0", 100, often), hash=process("ingest-1", 104, seldom))
+    (found,) = verdict(overview(processes=seen))
     assert (found.urgency, found.kind) == (5, "server_damaged")
     assert found.what == "a file of FI_EVENTS is damaged on n2: 1,234 times it could not read what it stored"
     assert "stop n2, delete its jetstream directory" in found.next
