@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError, UnreadableError
+from contracts.errors import FencedError, NotOursError, ShardCorruptError, ShardError, WireFormatError
 from contracts.events import decode_event, stored_ns_at
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
@@ -90,7 +90,7 @@ async def keep_places(api: Api, partitions: int, cluster: str, nonce: str) -> No
         return
     for partition in range(partitions):
         # What cannot be read was kept, and its lane says so.
-        with suppress(FencedError, UnreadableError):
+        with suppress(FencedError, WireFormatError):
             _, seq = await last_receipt(api, partition)
             if not seq:
                 writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)

@@ -9,7 +9,7 @@ from operator import methodcaller
 import msgspec
 from msgspec import UNSET
 
-from contracts.errors import FencedError, NotOursError, SettingsError, ShardError, StoreFailedError
+from contracts.errors import FencedError, NotOursError, SettingsError, ShardError, StoreFailedError, WireFormatError
 from contracts.receipts import Receipt, encode_receipt
 from contracts.statements import Record, Signer
 from contracts.subjects import RECEIPTS, receipt_subject
@@ -57,7 +57,11 @@ async def let_go_of_moved(
     A partition that cannot be let go of is told of and left as it is, until the next start; others do not wait for it.
     """
     for partition in range(partitions):
-        last, seq = await last_receipt(api, partition)
+        try:
+            last, seq = await last_receipt(api, partition)
+        except WireFormatError:
+            # Its lane says so.
+            continue
         if last is None or last.store == store.store_id or store.store_id not in last.ends:
             continue
         writer = FencedWriter(api, RECEIPTS, receipt_subject(partition), nonce)

@@ -75,6 +75,7 @@ async def test_no_other_store_begins_a_partition_whose_last_receipt_the_leader_c
             await until(lambda: (tmp_path / "stranger.log").exists(), "it starts")
             await until(lambda: f"{REFUSAL} {receipt_subject(0)}" in stranger.log_text(), "it says why it waits")
             await lead(pipeline, other)
+            await until(lambda: f"belongs to store {before.store}" in stranger.log_text(), "it goes on")
             await end_tasks(starting)
         receipt, _ = await last_receipt(pipeline.api, 0)
         assert receipt is not None
