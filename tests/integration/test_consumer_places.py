@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipeline import Load, settings, workload
@@ -26,19 +27,19 @@ async def make_first_consumer(cluster: FiCluster) -> str:
     """Asks for it as the reader does, and gives the server that was given it."""
     asked: list[bytes] = []
     feed = InputFeed(cluster.api, "ingest", 0, NONCE, Cursor(), Cursor())
-    api_request = cluster.api.request
+    api_ask = cluster.api.ask
 
-    async def noted(stream: str, subject: str, body: bytes) -> bytes:
+    async def noted(stream: str, subject: str, body: bytes, kind: type[Any]) -> Any:
         if "CONSUMER.CREATE" in subject:
             asked.append(body)
-        return await api_request(stream, subject, body)
+        return await api_ask(stream, subject, body, kind)
 
-    cluster.api.request = noted  # type: ignore[method-assign]
+    cluster.api.ask = noted  # type: ignore[method-assign]
     feed.reader.start()
     async with asyncio.timeout(30):
         await feed.reader.wait()
     await feed.reader.close()
-    cluster.api.request = api_request  # type: ignore[method-assign]
+    cluster.api.ask = api_ask  # type: ignore[method-assign]
     assert json.loads(asked[0])["config"]["name"] == NAME
     return feed.reader.server
 

@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 EVENTS, KILLS = 240, 16
+SERVERS = ("n1", "n2", "n3")
+DOWN_AT, BACK_AT = EVENTS // 2, EVENTS * 3 // 4
 
 MAIN = """
 import sys
@@ -102,12 +104,15 @@ async def test_what_the_outbox_has_taken_is_stored_once_and_in_order_though_it_i
                 assert not await outbox.keep(line, killed=True)
             assert await outbox.keep(line, killed=False)
             load.acknowledge([UUID(json.loads(line)["event_id"]).bytes])
-            if number in after:
+            if number == DOWN_AT:
+                for server in SERVERS:
+                    await fi_cluster.kill(server)
+            # What it was about to send to nobody is not sent yet.
+            if number in after or number == DOWN_AT + 20:
                 await outbox.kill()
-            if number == EVENTS // 2:
-                await fi_cluster.kill("n1")
-            if number == EVENTS * 3 // 4:
-                await fi_cluster.start("n1")
+            if number == BACK_AT:
+                for server in SERVERS:
+                    await fi_cluster.start(server)
         await until(sent, "all that was kept is sent", 60)
     finally:
         await outbox.kill()

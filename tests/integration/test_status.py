@@ -71,6 +71,8 @@ def rows_in_shards(shards: Path) -> dict[str, Any]:
     """Files, events and bytes by plain h5py, as the README tells readers."""
     found: dict[str, Any] = {"live": 0, "sealed": 0, "events": 0, "sealed_events": 0, "bytes": 0}
     for path in shards.glob("p[0-9]*.h5"):
+        if path.name.endswith(".next.h5"):
+            continue
         kind = "live" if path.name.endswith(".live.h5") else "sealed"
         with h5py.File(path, "r", locking=False) as file:
             if kind == "sealed":

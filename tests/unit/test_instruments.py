@@ -173,7 +173,6 @@ def test_what_servers_cannot_read_is_counted_for_each_of_them_and_each_stream() 
     assert meters.damaged()[0] == "n2 could not read FI_EVENTS 2 times"
     (seen, _) = parse_metrics(prometheus_text(meters.collect(), {}).decode()).unreadable
     assert seen == Unreadable("FI_EVENTS", "n2", 2)
-    meters.close()
 
 
 def test_a_failed_disk_and_a_lane_that_starts_again_are_counted() -> None:
