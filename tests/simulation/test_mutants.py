@@ -44,12 +44,12 @@ VERDICTS = (
 """What the checker and the books say of events. A mutant that merely crashes is not convicted by them."""
 
 MUTANTS = {
-    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 1200),
+    "copies-do-not-count": Mutant("FI_EVENTS keeps what no backup has", 2000),
     "counting-anew-is-not-seen": Mutant("a FI_EVENTS that counts anew is not read", 300),
     "duplicates-forgotten": Mutant("rule 4: ids seen before", 60, quick=True),
     "fenced-writer-goes-on": Mutant("rule 2: who is refused reads the checkpoint again", 1500),
     "gaps-are-not-seen": Mutant("rule 3: the consumer's sequence is checked", 160, quick=True),
-    "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 120),
+    "going-back-is-not-seen": Mutant("a stage sees that its partition went back", 300),
     "holes-are-never-purged": Mutant("rule 1: the last resort, purging the input", 120),
     "holes-are-not-seen": Mutant("rule 1: prev at most the cursor", 120),
     "letter-from-one-read": Mutant("a letter's original is looked for again", 900),
@@ -61,7 +61,7 @@ MUTANTS = {
     "no-fence": Mutant("rule 2: the fence", 60, quick=True),
     "no-takeover-receipt": Mutant("rule 2: no cut without an accepted takeover", 1500),
     "one-nonce-for-all-sessions": Mutant("rule 2: a nonce for each session", 1500),
-    "one-server-is-believed": Mutant("what waits on disk is read from two servers", 600),
+    "one-server-is-believed": Mutant("what waits on disk is read from two servers", 1500),
     "output-is-not-checked": Mutant("an idle lane looks at its output", 120),
     "overlap-is-not-skipped": Mutant("rule 1: overlap is skipped event by event", 600),
     "persist-skips-nothing": Mutant("rule 4: anything at or below what is committed is skipped", 200),
