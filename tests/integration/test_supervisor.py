@@ -13,6 +13,7 @@ import pytest
 from tiny_stages import SETTINGS, is_gone, journal, make, pid_of
 
 from cluster import keeper
+from cluster import lock as lock_module
 from cluster import supervisor as supervisor_module
 from cluster.keeper import ProcessEvent
 from cluster.lock import DirectoryBusyError, DirectoryLock
@@ -194,26 +195,45 @@ async def test_a_directory_has_one_supervisor_and_a_second_one_says_so_at_once(
         assert read_state(tmp_path).status == "ready"
 
 
-async def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+def waits_for_lock(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once somebody has found a directory's lock taken."""
+    found_taken, try_lock = asyncio.Event(), lock_module._try_lock
+
+    def tell(fd: int) -> bool:
+        if try_lock(fd):
+            return True
+        found_taken.set()
+        return False
+
+    monkeypatch.setattr(lock_module, "_try_lock", tell)
+    return found_taken
+
+
+async def test_a_run_that_is_ending_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with make(tmp_path) as supervisor:
         state = read_state(tmp_path)
     other = DirectoryLock(tmp_path / "lock")
     await other.acquire(1)
     write_state(tmp_path, msgspec.structs.replace(state, status="stopping"))
+    found_taken = waits_for_lock(monkeypatch)
     starting = asyncio.create_task(supervisor.start())
-    # It has found the lock taken once it has begun to wait for it.
-    await asyncio.sleep(0)
+    async with asyncio.timeout(LIMIT_S):
+        await found_taken.wait()
     other.release()
     await starting
     await supervisor.stop()
 
 
-async def test_a_stop_that_is_requested_while_the_directory_is_another_ones_is_not_forgotten(tmp_path: Path) -> None:
+async def test_a_stop_that_is_requested_while_the_directory_is_another_ones_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     supervisor = make(tmp_path)
     other = DirectoryLock(tmp_path / "lock")
     await other.acquire(1)
+    found_taken = waits_for_lock(monkeypatch)
     starting = asyncio.create_task(supervisor.start())
-    await asyncio.sleep(0)
+    async with asyncio.timeout(LIMIT_S):
+        await found_taken.wait()
     supervisor.request_stop()
     other.release()
     await starting
