@@ -14,7 +14,7 @@ import msgspec
 from contracts.membership import Member
 from contracts.subjects import FLUSH_SUBJECT, POLICY_PATTERN, Stage
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.breaker import Breaker
 from stages.runtime.control import Control
