@@ -16,7 +16,7 @@ import typer
 import uvloop
 
 from benchmarks.headline import compare
-from benchmarks.report import LATEST, RESULTS, tell
+from benchmarks.report import LATEST, RESULTS, tell, write_json
 from benchmarks.speedplot import plot
 from benchmarks.speedreport import as_markdown
 from benchmarks.suite import BENCH, run
@@ -48,7 +48,7 @@ def write(result: dict[str, Any], results: Path) -> str:
     text = as_markdown(result)
     plot(result, results / f"{LATEST}.png")
     (results / f"{LATEST}.md").write_text(text)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    write_json(path, result)
     return text
 
 

@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 import uvloop
 
 from benchmarks.judging import judge
 from benchmarks.load import Pipeline, fill, make_messages, running_pipeline, settle
-from benchmarks.report import RESULTS, environment_of, markdown_table
+from benchmarks.report import RESULTS, environment_of, markdown_table, write_json
 from cluster.capacity import EVENTS_PER_SESSION
 from contracts.settings import load_settings
 from contracts.subjects import STAGES, Stage
@@ -49,7 +48,7 @@ def main(
     """Measures how fast a backlog drains on this machine."""
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         result = uvloop.run(_measure(Path(scratch)))
-    (RESULTS / "backlog.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    write_json(RESULTS / "backlog.json", result)
     print(table(result), end="")
     print(f"\n{result['environment']}")
     slow = [row["case"] for row in result["rows"] if row["drained_s"] > DRAIN_S_MAX]

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from cluster.mounts import mount_of
@@ -38,6 +39,11 @@ _VERSIONED = ("nats-py", "h5py", "numpy", "msgspec", "uvloop", "faststream", "re
 def tell(text: str) -> None:
     """A `Say` to standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Keeps a result, indented."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
 def machine(scratch: Path) -> dict[str, Any]:

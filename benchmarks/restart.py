@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 import uvloop
 
 from benchmarks.judging import judge
 from benchmarks.load import Message, Pipeline, make_messages, open_loop, running_pipeline
-from benchmarks.report import RESULTS, environment_of, markdown_table, spread
+from benchmarks.report import RESULTS, environment_of, markdown_table, spread, write_json
 from cluster.track import percentiles_ms
 from contracts.settings import load_settings
 from contracts.subjects import STAGES
@@ -45,7 +44,7 @@ def main(
     """Measures what a rolling restart costs on this machine."""
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         result = uvloop.run(_measure(Path(scratch), seconds, rounds, rate))
-    (RESULTS / "restart.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    write_json(RESULTS / "restart.json", result)
     print(table(result), end="")
     print(f"\n{result['checked']}\n{result['environment']}")
 

@@ -19,21 +19,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 import uvloop
 
+from benchmarks.costs import read_process
 from benchmarks.load import Pipeline, closed_loop, make_messages, open_loop, running_pipeline
+from benchmarks.report import RESULTS, markdown_table, write_json
 from cluster.track import percentiles_ms
 from contracts.settings import load_settings
 
-RESULTS = Path(__file__).parent / "results" / "telemetry.json"
 RATE_PER_S = 150
 """Low enough that nearly every frame holds one event, however busy the machine is."""
 WARM_UP_S = 3
 MESSAGES = 3_000
 PARTITIONS = 4
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 VARIANTS: dict[str, dict[str, Any]] = {
     "off": {},
     "metrics": {"health_port": 0},
@@ -60,14 +59,20 @@ def main(
         "summary": summary,
         "rows": rows,
     }
-    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-    print("| telemetry | stage CPU, ms per 1,000 events | ratio | durable p95, ms | events/s | ratio |")
-    print("|---|---|---|---|---|---|")
-    for variant, found in summary.items():
-        print(
-            f"| {variant} | {found['cpu_ms_per_1000']:.0f} | {found['cpu_ratio']:.3f} | {found['durable_ms_p95']:.1f} "
-            f"| {found['events_per_s']:,.0f} | {found['rate_ratio']:.3f} |"
-        )
+    write_json(RESULTS / "telemetry.json", result)
+    head = ("telemetry", "stage CPU, ms per 1,000 events", "ratio", "durable p95, ms", "events/s", "ratio")
+    lines = [
+        [
+            variant,
+            f"{found['cpu_ms_per_1000']:.0f}",
+            f"{found['cpu_ratio']:.3f}",
+            f"{found['durable_ms_p95']:.1f}",
+            f"{found['events_per_s']:,.0f}",
+            f"{found['rate_ratio']:.3f}",
+        ]
+        for variant, found in summary.items()
+    ]
+    print(markdown_table(head, lines), end="")
 
 
 async def _measure(directory: Path | None, seconds: int, rounds: int) -> list[dict[str, Any]]:
@@ -112,12 +117,11 @@ async def _one(pipeline: Pipeline, seconds: int, seed: int) -> dict[str, float]:
 
 def _stage_cpu_s(pipeline: Pipeline) -> float:
     """User and system time of all stage processes so far."""
-    total = 0
-    for process in pipeline.supervisor.processes:
-        if process.kind != "server":
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
-    return total / TICKS_PER_S
+    return sum(
+        read_process(process.pid).cpu_s
+        for process in pipeline.supervisor.processes
+        if process.kind != "server" and process.pid is not None
+    )
 
 
 def _summary(rows: list[dict[str, Any]], variant: str) -> dict[str, float]:

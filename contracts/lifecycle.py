@@ -12,9 +12,10 @@ import struct
 from contracts.errors import WireFormatError
 from contracts.events import Event
 
+CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
+"""Of events that a consultation is remembered by."""
+
 _ROW = struct.Struct(">16sq")
-
-
 _ALL_BITS = (1 << 128) - 1
 
 
@@ -49,7 +50,7 @@ class ClosedConsultations:
 
     def note(self, event: Event) -> None:
         """Takes an event that passed into account."""
-        if event.event_type not in ("CONSULTATION_RESET", "CONSULTATION_COMMITTED"):
+        if event.event_type not in CLOSING_TYPES:
             return
         closed, opened = event.consultation_id, _turned(event.consultation_id)
         committed_ns, reset_ns = self._closed.get(closed), self._closed.get(opened)

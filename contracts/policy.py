@@ -58,9 +58,9 @@ def _number(payload: dict[str, Any], field: str, low: float, high: float, *, int
         )
 
 
-def _object(payload: dict[str, Any], field: str) -> None:
-    if not isinstance(payload.get(field), dict):
-        raise InvalidEventError("payload.type", f"payload.{field}", "must be an object")
+def _soap_data(payload: dict[str, Any]) -> None:
+    if not isinstance(payload.get("soap_data"), dict):
+        raise InvalidEventError("payload.type", "payload.soap_data", "must be an object")
 
 
 def _message_received(payload: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _extraction_completed(payload: dict[str, Any]) -> None:
 
 
 def _soap_completed(payload: dict[str, Any]) -> None:
-    _object(payload, "soap_data")
+    _soap_data(payload)
     _number(payload, "quality_score", 0, 1)
 
 
@@ -86,17 +86,13 @@ def _gravity(payload: dict[str, Any]) -> None:
         _number(payload, "gravity_score", 1, 10)
 
 
-def _committed(payload: dict[str, Any]) -> None:
-    _object(payload, "soap_data")
-
-
 PAYLOAD_RULES = {
     "MESSAGE_RECEIVED": _message_received,
     "EXTRACTION_COMPLETED": _extraction_completed,
     "SOAP_GENERATION_COMPLETED": _soap_completed,
     "CRITICAL_PATTERN_DETECTED": _gravity,
     "URGENCY_CLASSIFIED": _gravity,
-    "CONSULTATION_COMMITTED": _committed,
+    "CONSULTATION_COMMITTED": _soap_data,
 }
 """event_type → check(payload), raising `InvalidEventError`. Types not named here pass as any object (DOMAIN)."""
 

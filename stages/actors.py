@@ -14,7 +14,7 @@ import msgspec
 from contracts.membership import Member
 from contracts.subjects import FLUSH_SUBJECT, POLICY_PATTERN, Stage
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.breaker import Breaker
 from stages.runtime.control import Control
@@ -43,7 +43,7 @@ def actor(stage: Stage, shards: Path, clock_ns: Callable[[], int] = time.time_ns
         clock_ns: the wall clock.
     """
     if stage == "persist":
-        return PersistActor(shards)
+        return PersistActor(shards, clock_ns)
     if stage == "segment":
         return SegmentActor(clock_ns)
     return HopActor(IngestCore if stage == "ingest" else HashCore, clock_ns)
@@ -128,8 +128,9 @@ class PersistActor:
     h5py and numpy are loaded in persist processes only.
     """
 
-    def __init__(self, shards: Path) -> None:
+    def __init__(self, shards: Path, clock_ns: Callable[[], int]) -> None:
         self._shards = shards
+        self._clock_ns = clock_ns
         self._store: Store
         self._signer: Signer | None = None
         self._flushes: Flushes
@@ -147,7 +148,7 @@ class PersistActor:
         from stages.persist.storedir import open_store
 
         def open_own() -> Store:
-            return open_store(self._shards, facts.cluster_id, now_ns=time.time_ns())
+            return open_store(self._shards, facts.cluster_id, now_ns=self._clock_ns())
 
         self._store = await asyncio.to_thread(open_own)
         key_file = api.settings.signing_key_file
@@ -156,7 +157,7 @@ class PersistActor:
         self._room = EventsRoom(api)
         await control.listen(FLUSH_SUBJECT, self._flushes.take)
         await keep_places(api, facts.partitions, facts.cluster_id, nonce)
-        await let_go_of_moved(api, self._store, facts.partitions, nonce, self._signer, time.time_ns)
+        await let_go_of_moved(api, self._store, facts.partitions, nonce, self._signer, self._clock_ns)
         return self._store.store_id
 
     def make_lane(
@@ -171,6 +172,7 @@ class PersistActor:
             partition,
             nonce,
             on_open,
+            self._clock_ns,
             signer=self._signer,
             flushes=self._flushes,
             room=self._room,

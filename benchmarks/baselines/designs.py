@@ -1,7 +1,7 @@
 """The alternatives by name: how each is started, and what it loses in a crash.
 
-What the HDF5 files lose was measured on prototypes (`benchmarks.classic`); the rest follows from each design: nothing
-that a process had acknowledged is sent again, and nothing here calls fsync on the HDF5 file.
+What the HDF5 files lose was measured on prototypes (`benchmarks.storage.classic`); the rest follows from each design:
+nothing that a process had acknowledged is sent again, and nothing here calls fsync on the HDF5 file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from redis.asyncio import BlockingConnectionPool, Redis
 
 from benchmarks.baselines import jetstream, oneprocess, redisstream
 from benchmarks.baselines.arrivals import Arrivals, listening
-from benchmarks.classic import DESIGNS as FILES
-from benchmarks.classic import ClassicFile
 from benchmarks.load import CONNECTIONS, IN_FLIGHT, Message
+from benchmarks.storage.classic import DESIGNS as FILES
+from benchmarks.storage.classic import ClassicFile
 from cluster.ports import HeldPorts
 from cluster.process import ProcessError
 from cluster.stageprocess import StageProcess

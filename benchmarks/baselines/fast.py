@@ -20,7 +20,7 @@ from nats.js import JetStreamContext
 from benchmarks.baselines.arrivals import Reporter
 from benchmarks.baselines.jetstream import DURABLE, STREAMS, Line, id_of, next_subject, worked
 from benchmarks.baselines.work import sample
-from benchmarks.classic import DESIGNS, ClassicFile
+from benchmarks.storage.classic import DESIGNS, ClassicFile
 from contracts.subjects import STAGES
 
 BATCH = 256

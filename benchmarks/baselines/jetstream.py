@@ -20,7 +20,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, StorageType, S
 
 from benchmarks.baselines.arrivals import Reporter
 from benchmarks.baselines.work import Work, hashed, ingest, sample, segment
-from benchmarks.classic import DESIGNS, ClassicFile
+from benchmarks.storage.classic import DESIGNS, ClassicFile
 from contracts.subjects import STAGES, Stage
 
 STREAMS: dict[Stage, str] = {stage: f"BASE_{stage.upper()}" for stage in STAGES}

@@ -7,8 +7,8 @@ import time
 
 from benchmarks.baselines.arrivals import Arrivals
 from benchmarks.baselines.work import everything
-from benchmarks.classic import ClassicFile
 from benchmarks.load import Message
+from benchmarks.storage.classic import ClassicFile
 
 
 async def store_from(queue: asyncio.Queue[Message], file: ClassicFile, arrivals: Arrivals) -> None:

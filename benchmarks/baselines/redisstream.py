@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from benchmarks.baselines.arrivals import Reporter
 from benchmarks.baselines.jetstream import Line
 from benchmarks.baselines.work import everything
-from benchmarks.classic import DESIGNS, ClassicFile
+from benchmarks.storage.classic import DESIGNS, ClassicFile
 from cluster.ports import LOOPBACK
 from cluster.process import ManagedProcess, ProcessError
 

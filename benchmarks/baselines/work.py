@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.samples import CLASSIFICATION, Sample
+from benchmarks.storage.samples import CLASSIFICATION, Sample
 from contracts.events import decode_event, encode_event, event_to_dict
 from contracts.policy import PAYLOAD_RULES
 from contracts.rules import DEFAULT_POLICY

@@ -16,7 +16,7 @@ import uvloop
 
 from benchmarks.experiments.catalogue import EXPERIMENTS, as_markdown, picture_of
 from benchmarks.experiments.harness import Bench, new_seeds
-from benchmarks.report import RESULTS, environment_of
+from benchmarks.report import RESULTS, environment_of, write_json
 
 JSON, MARKDOWN = "full.json", "full.md"
 
@@ -96,7 +96,7 @@ def write_results(sections: dict[str, Any], drawn: Sequence[str], directory: Pat
     """Writes all sections, the report, and the pictures of those `drawn`."""
     directory.mkdir(parents=True, exist_ok=True)
     ordered = {name: sections[name] for name in EXPERIMENTS if name in sections}
-    (directory / JSON).write_bytes(msgspec.json.format(msgspec.json.encode(ordered)) + b"\n")
+    write_json(directory / JSON, ordered)
     (directory / MARKDOWN).write_text(as_markdown(ordered))
     for name in drawn:
         plot = EXPERIMENTS[name].plot

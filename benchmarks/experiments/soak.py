@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 import uvloop
 
@@ -28,7 +27,7 @@ from benchmarks.experiments.harness import Setup, closed, running
 from benchmarks.experiments.messages import renewed
 from benchmarks.experiments.plots import plot_soak
 from benchmarks.load import Message, Pipeline, make_messages
-from benchmarks.report import RESULTS, Say, environment_of, markdown_table
+from benchmarks.report import RESULTS, Say, environment_of, markdown_table, write_json
 from stages.runtime.tasks import end_tasks
 
 WINDOW_EVENTS = 50_000
@@ -219,7 +218,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 def write_results(result: dict[str, Any], directory: Path) -> None:
     """Writes figures and picture into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "soak.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    write_json(directory / "soak.json", result)
     plot_soak(result, directory / "soak.png")
 
 

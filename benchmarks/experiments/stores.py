@@ -15,13 +15,13 @@ import h5py
 import msgspec
 import numpy as np
 
-from benchmarks.classic import DESIGNS, ClassicFile, Design
 from benchmarks.experiments.harness import Bench, Row
 from benchmarks.experiments.messages import sized_messages
 from benchmarks.experiments.sources import APPEND_MS, STORED_KB, STORED_MS
-from benchmarks.lane import Lane
 from benchmarks.report import RESULTS, markdown_table, spread
-from benchmarks.samples import Sample, Samples
+from benchmarks.storage.classic import DESIGNS, ClassicFile, Design
+from benchmarks.storage.lane import Lane
+from benchmarks.storage.samples import Sample, Samples
 
 EVENTS = 1_000
 EVENT_BYTES = 1_000

@@ -404,8 +404,8 @@ _INFRASTRUCTURE: Final = {
 
 
 DASHBOARDS: Final[dict[str, dict[str, Any]]] = {
-    "latency": dashboard("fi-latency", "fi: latency", _LATENCY, "6h"),
-    "throughput": dashboard("fi-throughput", "fi: throughput and capacity", _THROUGHPUT, "6h", "stage", "partition"),
-    "infrastructure": dashboard("fi-infrastructure", "fi: infrastructure", _INFRASTRUCTURE, "6h", "stage"),
+    "latency": dashboard("fi-latency", "fi: latency", _LATENCY),
+    "throughput": dashboard("fi-throughput", "fi: throughput and capacity", _THROUGHPUT, "stage", "partition"),
+    "infrastructure": dashboard("fi-infrastructure", "fi: infrastructure", _INFRASTRUCTURE, "stage"),
 }
 """Grafana's JSON, by file name."""

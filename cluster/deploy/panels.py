@@ -43,13 +43,12 @@ class Panel(msgspec.Struct, frozen=True, kw_only=True):
     span: str = ""
 
 
-def dashboard(uid: str, title: str, rows: Mapping[str, Sequence[Panel]], since: str, *variables: str) -> dict[str, Any]:
+def dashboard(uid: str, title: str, rows: Mapping[str, Sequence[Panel]], *variables: str) -> dict[str, Any]:
     """A dashboard in Grafana's JSON.
 
     Args:
         uid: as in its address.
         rows: panels under each heading, from left to right.
-        since: the time shown at first, back from now, e.g. ``6h``.
         variables: labels of `CONSUMER_LAG` that can be chosen from.
     """
     panels: list[dict[str, Any]] = []
@@ -75,7 +74,7 @@ def dashboard(uid: str, title: str, rows: Mapping[str, Sequence[Panel]], since: 
         "graphTooltip": 1,
         "timezone": "browser",
         "refresh": "30s",
-        "time": {"from": f"now-{since}", "to": "now"},
+        "time": {"from": "now-6h", "to": "now"},
         "templating": {"list": [_SOURCE_VARIABLE, *map(_variable, variables)]},
         "annotations": {"list": []},
         "links": [{"type": "dashboards", "title": "fi", "tags": ["fi"], "asDropdown": False, "keepTime": True}],

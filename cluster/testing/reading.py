@@ -136,12 +136,11 @@ class Reading(ABC):
             load: what was published.
             dead: ids of its events that were dead-lettered, one for each letter; None: read from `FI_DLQ`.
         """
-        attempts = load.attempts
-        ours = {attempt.consultation_id for attempt in attempts} | {attempt.event_id for attempt in attempts}
-        if dead is None:
-            dead = [key for letter in await self.dead_letters() if (key := event_id_of(letter.data)) in ours]
-        events = await self.events()
-        return check(attempts, [e for e in events if not ours.isdisjoint((e.consultation_id, e.event_id))], dead)
+        return _judge(load, await self.events(), await self._refused() if dead is None else dead)
+
+    async def _refused(self) -> list[bytes]:
+        """The ids of all dead-lettered events, as far as they have one."""
+        return [event_id_of(letter.data) for letter in await self.dead_letters()]
 
     async def verify(self) -> VerifyReport:
         """Every byte of the store, as ``fictl verify`` reads it."""
@@ -156,8 +155,9 @@ class Reading(ABC):
             AssertionError: says what is wrong, with the first counter-example.
         """
         totals = await self.settled()
+        events, refused = await self.events(), await self._refused()
         for load in loads:
-            verdict = await self.verdict(load)
+            verdict = _judge(load, events, refused)
             assert verdict.ok, f"{verdict}\n{await self.logs()}"
             assert verdict.acknowledged == verdict.attempted == verdict.stored, str(verdict)
         report = await self.verify()
@@ -167,3 +167,11 @@ class Reading(ABC):
         for receipt in await self.receipts():
             assert ends[receipt.partition].root == receipt.root, f"partition {receipt.partition}: another Merkle root"
         return totals
+
+
+def _judge(load: Load, events: Iterable[Event], dead: Iterable[bytes]) -> Verdict:
+    """The checker's word, from all that is stored and the ids of all that was refused: others' do not count."""
+    attempts = load.attempts
+    ours = {attempt.consultation_id for attempt in attempts} | {attempt.event_id for attempt in attempts}
+    stored = [event for event in events if not ours.isdisjoint((event.consultation_id, event.event_id))]
+    return check(attempts, stored, [event_id for event_id in dead if event_id in ours])

@@ -1,4 +1,4 @@
-"""What a gateway sent → events and rejections. Pure: no clock, network, disk or randomness but what is passed in.
+"""Ingest's work: what a gateway sent → events and rejections, whatever it holds.
 
 Always true of `parse_message`: it returns for any bytes whatever; every line of the message is either one event or one
 rejection; the payload of an event is the gateway's own bytes, and those bytes decode to something
@@ -44,12 +44,15 @@ from contracts.events import (
     parse_rfc3339,
     split_body,
 )
+from contracts.frames import Dead
 from contracts.letters import LETTERS_APART, FirstSeen, parse_first_seen
 from contracts.policy import EVENT_TYPES
-from contracts.subjects import is_token
-from contracts.telemetry import parse_traceparent
+from contracts.subjects import Stage, is_token, split_raw_subject
+from contracts.telemetry import HEADER_FIRST_SEEN, HEADER_TRACEPARENT, parse_traceparent
 from contracts.wire import UNREADABLE
 from stages.ingest.explain import duplicate_field, explain_decoding, explain_part, quoted
+from stages.runtime.messages import StoredMessage
+from stages.runtime.work import DeadLetter, Step
 
 EVENTS_MAX = 32 * 1024
 """Lines one message may hold. No message within `MESSAGE_BYTES_MAX` can hold as many valid events."""
@@ -109,6 +112,44 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 _decode_wire = msgspec.json.Decoder(_Wire).decode
 _decode_any = msgspec.json.Decoder().decode
+
+
+class IngestCore:
+    """See `StageCore`. Its input counts in origins, so there is nothing to join on to."""
+
+    stage: Stage = "ingest"
+
+    def __init__(self) -> None:
+        self._closed = b""
+
+    def open(self, closed: bytes) -> None:
+        """Keeps segment's memory: frames made after the hops were lost hand it on from the receipt."""
+        self._closed = closed
+
+    def begin(self) -> None:
+        """Nothing changes while the process runs."""
+
+    def step(self, message: StoredMessage, origin: int, now_ns: int) -> Step | None:
+        """Parses one gateway message. See `StageCore.step`."""
+        if message.seq <= origin:
+            return None
+        _, site, consultation = split_raw_subject(message.subject)
+        parsed = parse_message(
+            message.data,
+            subject_site=site,
+            subject_consultation=consultation,
+            origin=message.seq,
+            accepted_ns=message.time_ns,
+            traceparent=message.headers.get(HEADER_TRACEPARENT, ""),
+            now_ns=now_ns,
+            first_seen=message.headers.get(HEADER_FIRST_SEEN, ""),
+        )
+        dead = [Dead(message.seq, sum(row.lines for row in parsed.rejected))] if parsed.rejected else []
+        letters = [
+            DeadLetter(message.seq, row.index, row.error, row.raw, lines=row.lines, original=message)
+            for row in parsed.rejected
+        ]
+        return Step(message.seq, message.seq, parsed.events, dead, letters, (), self._closed, message.time_ns)
 
 
 def parse_message(

@@ -16,7 +16,7 @@ from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from contracts.hashing import MerkleFrontier
 from contracts.receipts import SealRecord, StoreEnd
 from stages.persist.files import is_lost, publish_file, sync_dir, write_new_file
-from stages.persist.live import LiveReader, open_live
+from stages.persist.live import LiveReader, LiveShard
 from stages.persist.names import ShardFile, list_leftovers, list_shards, parse_name, tmp_path
 from stages.persist.newlive import create_live
 from stages.persist.records import record_path
@@ -163,7 +163,7 @@ def _write_kept(store: Store, path: Path, kept: Path, commits: int) -> None:
             if header.begins
             else None,
         )
-        with closing(open_live(kept)) as new:
+        with closing(LiveShard(kept)) as new:
             for row, records in old.scan(commits):
                 new.append(
                     records,

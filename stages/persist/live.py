@@ -311,8 +311,3 @@ class LiveShard(LiveReader):
     def _writable(self) -> None:
         if self._failed:
             raise StoreFailedError(f"{self.path}: a write or fsync failed before; open the shard anew, never retry")
-
-
-def open_live(path: Path) -> LiveShard:
-    """The live shard at `path`, for its owner. Raises as `LiveReader`."""
-    return LiveShard(path)

@@ -26,7 +26,7 @@ from stages.persist.header import read_live_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import FIRST_SHARD, ShardFile
 from stages.persist.records import kept_record
-from stages.persist.resume import CLOSING_TYPES, resume_after
+from stages.persist.resume import resume_after
 from stages.persist.rewind import Damage, Place
 from stages.persist.rows import encode_row
 from stages.persist.seal import events_of_sealed
@@ -201,8 +201,7 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
             digest.update(encode_row(row))
             tree.extend(records)
             for event in map(decode_event, records):
-                if event.event_type in CLOSING_TYPES:
-                    closed.note(event)
+                closed.note(event)
             origin, whole = row.origin, row.ordinal
             duplicates += row.duplicates
             dead_lettered += row.dead_lettered

@@ -7,7 +7,7 @@ sealed (`StoreEnd.rows`), for its owner that starts again, for who takes the par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,6 @@ from contracts.hashing import MerkleFrontier
 from stages.persist.header import LiveHeader, SealedHeader, read_live_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import ShardFile
-from stages.persist.rows import CommitRow, encode_row
 from stages.persist.sealed import SealedReader
 from stages.persist.storedir import Store
 
@@ -27,13 +26,8 @@ _OLDER = (
 )
 
 
-def rows_digest(rows: Iterable[CommitRow]) -> str:
-    """Of the index rows from a shard's first on: what `StoreEnd.rows` says of it."""
-    return sha256(b"".join(map(encode_row, rows))).hexdigest()
-
-
 def sealed_rows(path: Path) -> str:
-    """As `rows_digest`, of all rows of a sealed shard. Raises as `SealedReader`, `read`."""
+    """The digest of a sealed shard's rows, as `StoreEnd.rows`. Raises as `SealedReader`, `read`."""
     with closing(SealedReader(path)) as reader:
         return sha256(reader.read("commits").astype("<i8").tobytes()).hexdigest()
 

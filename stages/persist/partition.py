@@ -22,7 +22,7 @@ from stages.persist.core import Group, count_settled
 from stages.persist.files import publish_file, remove_file, sync_dir
 from stages.persist.header import read_sealed_header
 from stages.persist.ids import SeenIds
-from stages.persist.live import LiveShard, open_live
+from stages.persist.live import LiveShard
 from stages.persist.names import FIRST_SHARD, ShardFile, list_leftovers, list_shards, live_name, next_name, parse_name
 from stages.persist.newlive import create_shard, share_bytes
 from stages.persist.opening import (
@@ -36,7 +36,7 @@ from stages.persist.opening import (
 from stages.persist.records import keep_record
 from stages.persist.resume import resume_after
 from stages.persist.rows import blob_bytes
-from stages.persist.seal import SealedInfo, SealJob, drop_live, events_of_sealed, seal, whole_sealed
+from stages.persist.seal import SealedInfo, SealJob, events_of_sealed, seal, whole_sealed
 from stages.persist.storedir import COPIED, Store, disk_of
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class PartitionFiles:
         if file.sealed:
             self._load_sealed(number, file.path)
             return
-        with contextlib.closing(open_live(file.path)) as live:
+        with contextlib.closing(LiveShard(file.path)) as live:
             check_belongs(file.path, live.header, self._store, self._partition, number)
             before = self.frontier.copy()
             if live.commits < live.watermark() <= live.rows_max:
@@ -212,7 +212,7 @@ class PartitionFiles:
                 )
             self._begin(end.shard)
             return
-        live = open_live(file.path)
+        live = LiveShard(file.path)
         self._live = live
         check_belongs(file.path, live.header, self._store, self._partition, end.shard)
         check_shown(live, end.commits)
@@ -228,7 +228,7 @@ class PartitionFiles:
         refuse_unaccepted(file)
         if file.path != self._live.path:
             try:
-                live = open_live(file.path)
+                live = LiveShard(file.path)
             except ShardCorruptError as error:
                 log.warning("%s; it held nothing that was accepted and is moved aside", error)
                 move_aside([file], self._store.directory / ASIDE, self._clock_ns())
@@ -249,7 +249,7 @@ class PartitionFiles:
             publish_file(prepared, path)
         elif not used:
             self._create(path, number)
-        self._live = open_live(path)
+        self._live = LiveShard(path)
         check_belongs(path, self._live.header, self._store, self._partition, number)
         check_shown(self._live, 0)
         if used:
@@ -403,7 +403,7 @@ class PartitionFiles:
         """The seal record is accepted: the sealed file takes the live one's place."""
         with disk_of(self._store):
             self.seen.replace_live(job.shard, info.path)
-            drop_live(job.path)
+            remove_file(job.path)
         self.sealed[job.shard] = info.path
         self.to_seal.remove(job)
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from contracts.events import decode_event, stored_ns_at
-from contracts.lifecycle import ClosedConsultations
+from contracts.lifecycle import CLOSING_TYPES, ClosedConsultations
 from contracts.receipts import ResumePoint
 from contracts.rules import CLOSED_REMEMBERED_MAX
 from stages.persist.rows import ROW_COLUMNS
@@ -15,9 +15,6 @@ from stages.persist.sealed import SealedReader, Selection
 
 BEGINNING = ResumePoint(frontier=b"", duplicates=0, dead_lettered=0, closed=b"")
 """Before the first shard."""
-
-CLOSING_TYPES = ("CONSULTATION_COMMITTED", "CONSULTATION_RESET")
-"""Of events that segment remembers a consultation by."""
 
 
 def resume_after(before: ResumePoint, sealed: Path) -> ResumePoint:

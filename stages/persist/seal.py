@@ -24,7 +24,7 @@ from contracts.events import decode_event, format_rfc3339
 from contracts.hashing import HASH_BYTES, MerkleFrontier
 from stages.persist.agreement import areas_of, check_agreement
 from stages.persist.columns import COMPRESSED, DESCRIPTIONS, Array, ColumnsBuilder
-from stages.persist.files import is_lost, publish_file, remove_file, sync_file, write_all_at
+from stages.persist.files import is_lost, publish_file, sync_file, write_all_at
 from stages.persist.hdf5 import new_hdf5, read_back
 from stages.persist.header import HEADER_BYTES, SealedHeader, encode_header, read_sealed_header
 from stages.persist.live import LiveReader
@@ -44,7 +44,7 @@ _READ_BYTES = 1024 * 1024
 
 class SealJob(NamedTuple):
     """A full live shard that waits to be sealed: its file, number, commits, the tree before its first event, and the
-    digest of its rows (`opening.rows_digest`).
+    digest of its rows (as `StoreEnd.rows`).
     """
 
     path: Path
@@ -86,7 +86,7 @@ def seal(
 ) -> SealedInfo:
     """Writes the sealed form of the first `commits` rows of a live shard beside it, durable before it has its name.
 
-    The live file is left; the caller removes it (`drop_live`) once nothing needs it. A sealed file that is already
+    The live file is left; the caller removes it once nothing needs it. A sealed file that is already
     there and whole is given back as it is; a damaged one is written again from the live rows.
 
     If the process dies or the power fails here: the live file, and perhaps a `.tmp` file that nobody reads; or both the
@@ -124,11 +124,6 @@ def seal(
         check_committed(live_path, header.shard, written.frontier, digest, committed)
         _check_body(tmp, written)
         return _finish(live, tmp, final, written, (first, last), frontier, sealed_ns)
-
-
-def drop_live(path: Path) -> None:
-    """Removes a live shard whose sealed form is durable. Interrupted as `remove_file`. Raises `OSError`."""
-    remove_file(path)
 
 
 def sealed_info(path: Path) -> SealedInfo:

@@ -19,7 +19,7 @@ from cluster.testing.disk import flip
 from contracts.errors import ShardCorruptError, ShardError, StoreFailedError
 from stages.persist.files import PAGE_BYTES
 from stages.persist.header import HEADER_BYTES, encode_header, read_live_header, read_sealed_header
-from stages.persist.live import open_live
+from stages.persist.live import LiveShard
 from stages.persist.names import live_name, next_name, tmp_path
 from stages.persist.partition import PartitionFiles
 from stages.persist.rows import ROW_BYTES
@@ -68,13 +68,13 @@ def append_unaccepted(stand: Stand) -> Path:
 
 def test_a_commit_without_its_receipt_is_cut_and_stored_again(stand: Stand) -> None:
     path = append_unaccepted(stand)
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         assert live.commits == 5
     lane = stand.lane()
     lane.open()
     assert lane.files.cut_commits
     lane.close()
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         assert live.commits == 4
     healed(stand)
 
@@ -98,17 +98,17 @@ def test_a_shard_begun_after_a_sealed_one_is_gone_on_with_and_what_was_not_accep
 def test_a_torn_tail_is_cut(stand: Stand, part: str) -> None:
     path = append_unaccepted(stand)
     header = read_live_header(path)
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         blob_end = live.end_bytes
     flip(path, header.index.offset + 4 * ROW_BYTES + 9 if part == "row" else header.frames.offset + blob_end - 1)
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         assert live.commits == 4
         assert live.torn
     healed(stand)
 
 
 def test_a_bad_sector_in_what_was_never_accepted_is_cut(stand: Stand, bad_sector: BadSector) -> None:
-    with open_live(stand.path(4)) as live:
+    with LiveShard(stand.path(4)) as live:
         last = live.last_origin or 0
         beyond = live.header.frames.offset + live.end_bytes + PAGE_BYTES
         live.append(
@@ -334,7 +334,7 @@ def test_readers_see_all_of_a_full_shard_again_after_its_watermark_was_lost(stan
     lane = stand.lane()
     lane.open()
     lane.close()
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         assert live.watermark() == live.commits == 4
 
 

@@ -22,7 +22,7 @@ from contracts.hashing import audit_hash
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage, output_subject
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.persist.core import plan_group
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import Cursor, read_frame

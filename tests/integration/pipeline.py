@@ -16,6 +16,7 @@ from typing import Any
 
 from commands import run_fictl
 
+from cluster.members import MemberStatus, look
 from cluster.stageprocess import settings_environment
 from cluster.supervisor import Supervisor
 from cluster.testing.disk import flip
@@ -37,6 +38,7 @@ __all__ = [
     "Totals",
     "extra_stage",
     "flip",
+    "members",
     "running",
     "settings",
     "stage_names",
@@ -139,6 +141,11 @@ async def extra_stage(
 def stage_names(pipeline: Pipeline) -> Iterator[str]:
     """Names of the supervised stage processes, in flow order."""
     return (process.name for process in pipeline.supervisor.processes if process.kind != "server")
+
+
+async def members(pipeline: Pipeline) -> tuple[MemberStatus, ...]:
+    """What `fictl members` shows, for who asks again and again: each command would start a process."""
+    return (await look(pipeline.api)).members
 
 
 async def fictl(pipeline: Pipeline, *arguments: str) -> tuple[int, Any, str]:

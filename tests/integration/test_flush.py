@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 import pytest_asyncio
-from pipeline import Load, Pipeline, fictl, running, settings, under_load, until, workload
+from pipeline import Load, Pipeline, fictl, members, running, settings, under_load, until, workload
 
 from contracts.flush import decode_flush
 from contracts.subjects import CONTROL, FLUSH_SUBJECT, RECEIPTS, seal_subject
@@ -118,8 +118,7 @@ async def test_persist_killed_in_the_middle_seals_when_it_is_back(pipeline: Pipe
 
 
 async def works(pipeline: Pipeline, name: str) -> bool:
-    _, answer, _ = await fictl(pipeline, "members")
-    return any(member["name"] == name and member["partitions"] for member in answer["members"])
+    return any(member.name == name and member.partitions for member in await members(pipeline))
 
 
 async def test_a_target_that_was_missed_is_obeyed_by_a_process_that_starts_later(pipeline: Pipeline) -> None:

@@ -22,7 +22,7 @@ from contracts.settings import MIB, Settings
 from contracts.subjects import DLQ, EVENTS, HOPS, SEGMENT
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
 from stages.ingest import core
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.graveyard import Graveyard
 from stages.runtime.lane import Lane

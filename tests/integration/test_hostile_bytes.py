@@ -28,7 +28,7 @@ from contracts.telemetry import (
     HEADER_FIRST_SEEN,
     HEADER_TRACEPARENT,
 )
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.messages import StoredMessage
 from stages.runtime.writer import read_pub_answer
 from tests.hostile.fuzz.corpus import files_of

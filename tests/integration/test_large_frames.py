@@ -15,7 +15,7 @@ from contracts.frames import decode_frame_head
 from contracts.settings import MIB, Settings
 from contracts.subjects import PERSIST, input_filter
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.base import InputFeed
 from stages.runtime.lane import Lane

@@ -79,6 +79,40 @@ def said(log: Callable[[], str], partition: int = 0) -> Callable[[], Awaitable[b
     return waits
 
 
+@pytest.mark.parametrize(("purged", "seed"), [("fi.receipts.0", 59), (">", 63)])
+async def test_receipts_that_somebody_purges_are_told_again_by_the_store_with_the_shards_and_begun_by_no_other(
+    pipeline: Pipeline, tmp_path: Path, purged: str, seed: int
+) -> None:
+    """The first one here: once the stream was made again, a mark on it tells of that, whatever was purged."""
+    lost = range(PARTITIONS) if purged == ">" else [0]
+    loads = [await published(pipeline, seed)]
+    await pipeline.supervisor.stop_stage("persist")
+    await pipeline.supervisor.start_stage("persist")
+    loads.append(Load(workload(seed + 1, events=600)))
+    async with (
+        extra_stage(pipeline, "persist", "persist-there", shards=tmp_path / "there") as other,
+        under_load(loads[1], pipeline.client, rate_per_s=200),
+    ):
+        await loads[1].reached(100)
+        log = own_log(pipeline)
+        # A receipt that is on its way can be let in behind the purge: then nothing is lost.
+        pipeline.supervisor.freeze("persist-0")
+        await pipeline.receipts()
+        await pipeline.client.jetstream(timeout=10).purge_stream(RECEIPTS, subject=purged)
+        pipeline.supervisor.thaw("persist-0")
+        for partition in lost:
+            await until(said(log, partition), "persist waits", 60)
+        await pipeline.supervisor.hold_down("persist-0")
+        await other.start()
+        for partition in lost:
+            await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
+            assert await receipt(pipeline, partition) is None
+        code, out, err = await fictl(pipeline, "partitions", "restore")
+        assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
+        await pipeline.supervisor.bring_back("persist-0")
+    await pipeline.assert_whole(*loads)
+
+
 async def test_the_stores_say_where_they_go_on_and_nothing_is_lost_doubled_or_made_again(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
@@ -202,50 +236,6 @@ async def test_a_partition_of_which_no_store_has_a_shard_is_begun_only_when_told
                 code, _, err = await fictl(pipeline, "partitions", "restore", partition, "--begin-anew")
                 assert code == 0, err
             await pipeline.assert_whole(load)
-
-
-@pytest.mark.parametrize(("purged", "seed"), [("fi.receipts.0", 59), (">", 63)])
-async def test_receipts_that_somebody_purges_are_told_again_without_making_the_stream_again(
-    pipeline: Pipeline, purged: str, seed: int
-) -> None:
-    lost = range(PARTITIONS) if purged == ">" else [0]
-    loads = [await published(pipeline, seed)]
-    await pipeline.supervisor.stop_stage("persist")
-    await pipeline.supervisor.start_stage("persist")
-    loads.append(Load(workload(seed + 1, events=600)))
-    async with under_load(loads[1], pipeline.client, rate_per_s=200):
-        await loads[1].reached(100)
-        log = own_log(pipeline)
-        # A receipt that is on its way can be let in behind the purge: then nothing is lost.
-        pipeline.supervisor.freeze("persist-0")
-        await pipeline.receipts()
-        await pipeline.client.jetstream(timeout=10).purge_stream(RECEIPTS, subject=purged)
-        pipeline.supervisor.thaw("persist-0")
-        for partition in lost:
-            await until(said(log, partition), "persist waits", 60)
-            assert await receipt(pipeline, partition) is None
-        code, out, err = await fictl(pipeline, "partitions", "restore")
-        assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
-    await pipeline.assert_whole(*loads)
-
-
-@pytest.mark.parametrize(("purged", "seed"), [("fi.receipts.0", 61), (">", 65)])
-async def test_a_store_without_shards_begins_nothing_where_receipts_were_purged(
-    pipeline: Pipeline, tmp_path: Path, purged: str, seed: int
-) -> None:
-    lost = range(PARTITIONS) if purged == ">" else [0]
-    load = await published(pipeline, seed)
-    await pipeline.supervisor.hold_down("persist-0")
-    await pipeline.client.jetstream(timeout=10).purge_stream(RECEIPTS, subject=purged)
-    async with extra_stage(pipeline, "persist", "persist-there", shards=tmp_path / "there") as other:
-        await other.start()
-        for partition in lost:
-            await until(said(other.log_text, partition), "a store without the shards does not begin anew", 60)
-    assert [await receipt(pipeline, partition) for partition in lost] == [None] * len(lost)
-    code, out, err = await fictl(pipeline, "partitions", "restore")
-    assert (code, out.count("its receipts were lost")) == (0, len(lost)), err
-    await pipeline.supervisor.bring_back("persist-0")
-    await pipeline.assert_whole(load)
 
 
 async def test_a_partition_that_is_owned_late_is_no_lost_one(tmp_path: Path) -> None:

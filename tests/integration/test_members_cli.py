@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from commands import at_servers
-from pipeline import Load, Pipeline, extra_stage, fictl, running, settings, under_load, until, workload
+from pipeline import Load, Pipeline, extra_stage, fictl, members, running, settings, under_load, until, workload
 
 from cluster import control
 from cluster.control import SOCKET_FILE, socket_path
@@ -124,8 +124,7 @@ async def test_members_says_why_nobody_works_on_a_partition(pipeline: Pipeline, 
     assert (await fictl(pipeline, "scale", "persist=1", "hash=1"))[0] == 0
 
     async def forgotten() -> bool:
-        _, answer, _ = await fictl(pipeline, "members")
-        return "elsewhere" not in names(answer, "persist")
+        return "elsewhere" not in [member.name for member in await members(pipeline)]
 
     await until(forgotten, "the announcement of the process that was killed expires", 60)
 
@@ -151,8 +150,7 @@ async def test_a_paused_stage_stops_reading_and_goes_on_where_it_stood(pipeline:
         assert (await pipeline.totals()).persisted < committed + 700
 
         async def started_again() -> bool:
-            _, seen, _ = await fictl(pipeline, "members")
-            return any(member["name"] == f"{stage}-0" and member["state"] == "paused" for member in seen["members"])
+            return (f"{stage}-0", "paused") in [(member.name, member.state) for member in await members(pipeline)]
 
         await until(started_again, "the process that was killed is back, and obeys", 60)
         code, answer, err = await fictl(pipeline, "resume", stage)

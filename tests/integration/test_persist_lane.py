@@ -29,7 +29,7 @@ from contracts.settings import MIB, Settings
 from contracts.subjects import EVENTS, STAGES, raw_filter
 from contracts.telemetry import EVENT_PERSISTED, EVENT_QUEUED, EVENT_WORKER_STARTED
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.persist.actor import PersistLane
 from stages.persist.audit import in_force
 from stages.persist.disk import LOCAL, Disk

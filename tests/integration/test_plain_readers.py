@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lane import Lane
-from benchmarks.plain import Writer, WrongReadError, open_many, read_shard
-from benchmarks.samples import DATA_SET, Samples
+from benchmarks.storage.lane import Lane
+from benchmarks.storage.plain import Writer, WrongReadError, open_many, read_shard
+from benchmarks.storage.samples import DATA_SET, Samples
 from contracts.settings import Settings
 from stages.persist.live import LiveReader
 from stages.persist.names import list_shards

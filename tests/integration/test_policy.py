@@ -12,7 +12,7 @@ from uuid import UUID
 import msgspec
 import pytest
 import pytest_asyncio
-from pipeline import Extra, Load, Pipeline, extra_stage, fictl, running, settings, under_load, until, workload
+from pipeline import Extra, Load, Pipeline, extra_stage, fictl, members, running, settings, under_load, until, workload
 
 from cluster.health import look
 from cluster.policies import read_versions, set_policy
@@ -141,9 +141,7 @@ async def test_a_bad_policy_opens_the_breaker_and_a_good_one_heals_it_at_once(pi
     async with under_load(load, pipeline.client):
 
         async def holds() -> bool:
-            _, answer, _ = await fictl(pipeline, "members")
-            segments = [member for member in answer["members"] if member["stage"] == "segment"]
-            return all(member["holding"] for member in segments)
+            return all(member.holding for member in await members(pipeline) if member.stage == "segment")
 
         await until(holds, "the breakers of both processes are open")
         code, answer, err = await fictl(pipeline, "policy", "set", "--from", str(start), "--note", "back")

@@ -27,7 +27,7 @@ from contracts.telemetry import (
     HEADER_MSG_ID,
     HEADER_TRACEPARENT,
 )
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import Checkpoint, Cursor, locate, read_checkpoint
 from stages.runtime.lane import Lane

@@ -22,7 +22,7 @@ from contracts.subjects import CONTROL, DLQ, EVENTS, FLUSH_SUBJECT, HASH, PERSIS
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN
 from stages.hash.core import HashCore
 from stages.ingest import core
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.base import HOLES_BEFORE_PURGE
 from stages.runtime.breaker import Breaker
 from stages.runtime.graveyard import Graveyard

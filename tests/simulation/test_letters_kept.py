@@ -10,8 +10,7 @@ from contracts.errors import InvalidEventError
 from contracts.events import Event
 from contracts.letters import LETTERS_APART, Letter, read_letter
 from contracts.subjects import DLQ, EVENTS, publish_subject, raw_subject
-from stages.ingest.actor import IngestCore
-from stages.ingest.core import Parsed, parse_message
+from stages.ingest.core import IngestCore, Parsed, parse_message
 from stages.runtime.graveyard import Graveyard
 from stages.runtime.messages import StoredMessage
 from stages.runtime.work import DeadLetter, join_letters

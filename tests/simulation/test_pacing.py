@@ -11,7 +11,7 @@ from virtual import Ground, in_virtual_time
 from cluster.testing.waiting import until
 from contracts.subjects import HASH, PERSIST, SEGMENT, publish_subject
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.breaker import Breaker
 from stages.runtime.lane import Lane
 from stages.segment.core import SegmentCore

@@ -14,7 +14,7 @@ from cluster.testing.waiting import until
 from contracts.errors import ClusterUnavailableError, CountsAnewError, TopologyError
 from contracts.frames import decode_frame
 from contracts.subjects import EVENTS, SEGMENT, publish_subject
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.api import ApiError, RequestRefusedError
 from stages.runtime.checkpoint import Cursor, locate
 from stages.runtime.lane import Lane

@@ -11,11 +11,12 @@ import msgspec
 
 from contracts.events import Event, encode_event
 from contracts.hashing import MerkleFrontier, audit_hash
+from stages.persist.files import remove_file
 from stages.persist.header import encode_header, read_sealed_header
-from stages.persist.live import LiveShard, open_live
+from stages.persist.live import LiveShard
 from stages.persist.names import live_name, sealed_name
 from stages.persist.newlive import create_live
-from stages.persist.seal import SealedInfo, drop_live, seal
+from stages.persist.seal import SealedInfo, seal
 from stages.persist.storedir import Store, open_store
 
 CLUSTER = "cluster-1"
@@ -72,7 +73,7 @@ class PartitionMaker:
             rows=rows,
             created_ns=NOW_NS,
         )
-        self.live = open_live(path)
+        self.live = LiveShard(path)
         return self.live
 
     def commit(self, count: int, *, stride: int = 3) -> list[Event]:
@@ -106,7 +107,7 @@ class PartitionMaker:
         info = seal(live.path, commits=live.commits, frontier=self.frontier, sealed_ns=NOW_NS)
         self.frontier = info.frontier
         self.close()
-        drop_live(live.path)
+        remove_file(live.path)
         return info
 
     def close(self) -> None:

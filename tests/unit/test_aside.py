@@ -24,7 +24,7 @@ from contracts.settings import MIB, Settings
 from stages.persist import files, seal
 from stages.persist.aside import ASIDE, given_up, prepare_aside, set_aside
 from stages.persist.header import read_live_header
-from stages.persist.live import LiveReader, open_live
+from stages.persist.live import LiveReader, LiveShard
 from stages.persist.moved import let_go
 from stages.persist.names import ShardFile, list_shards, live_name
 from stages.persist.partition import PartitionFiles
@@ -217,7 +217,7 @@ def test_a_rebuild_interrupted_after_its_receipt_is_found_again_and_persist_cuts
 
 def test_an_unaccepted_tail_is_no_interrupted_rebuild(maker: Witnessed) -> None:
     """An owner that was killed leaves one. It goes aside only where nobody knows whether it was accepted."""
-    with closing(open_live(live_of(maker))) as live:
+    with closing(LiveShard(live_of(maker))) as live:
         live.set_watermark(2)
     end = StoreEnd(shard=3, commits=2)
     assert given_up(maker.store, PARTITION, end) == []
@@ -228,7 +228,7 @@ def test_what_stays_of_a_live_shard_is_as_it_was_and_shown(maker: Witnessed) -> 
     with LiveReader(live_of(maker)) as live:
         before, header = list(live.blobs(2)), live.header
     rebuild(maker, damage_row(maker))
-    with closing(open_live(live_of(maker))) as live:
+    with closing(LiveShard(live_of(maker))) as live:
         assert list(live.blobs()) == before
         assert (live.watermark(), live.torn) == (2, False)
         # HDF5 notes when it made the file.
@@ -396,7 +396,7 @@ def test_a_reader_that_stays_open_finds_what_is_made_again_in_place_of_what_was_
         files = given_up(maker.store, PARTITION, end)
         prepare_aside(maker.store, files, end)
         set_aside(maker.store, files, end, NOW_NS)
-        maker.live = open_live(live.path)
+        maker.live = LiveShard(live.path)
         maker.origin = maker.live.last_origin or 0
         # As many commits as before are shown, or more, when the reader looks next.
         again = [event for _ in range(4) for event in maker.commit(1)]

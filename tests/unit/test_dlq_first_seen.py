@@ -13,7 +13,7 @@ from contracts.events import Event, derive_event_id
 from contracts.letters import FirstSeen, parse_first_seen
 from contracts.subjects import EVENTS
 from contracts.telemetry import HEADER_FIRST_SEEN
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.runtime.messages import StoredMessage
 
 CONSULTATION = str(UUID(int=7, version=4))

@@ -16,8 +16,7 @@ from contracts.errors import InvalidEventError
 from contracts.events import DEFAULT_SOURCE, DEFAULT_TIMEZONE, Event, derive_event_id, encode_event
 from contracts.hashing import audit_hash, canonical_json
 from contracts.policy import EVENT_TYPES
-from stages.ingest.actor import IngestCore
-from stages.ingest.core import EVENTS_MAX, Parsed, parse_message, parse_uuid
+from stages.ingest.core import EVENTS_MAX, IngestCore, Parsed, parse_message, parse_uuid
 from stages.runtime.messages import StoredMessage
 
 CONSULTATION = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"

@@ -25,7 +25,7 @@ from stages.persist.aside import ASIDE, given_up, prepare_aside, set_aside
 from stages.persist.audit import in_force
 from stages.persist.core import Group
 from stages.persist.header import HEADER_BYTES, read_live_header
-from stages.persist.live import open_live
+from stages.persist.live import LiveShard
 from stages.persist.names import list_shards, live_name
 from stages.persist.partition import PartitionFiles
 from stages.persist.rewind import Place, last_good_place, place_after_seals
@@ -206,7 +206,7 @@ def test_another_store_begins_where_the_records_end(maker: Witnessed, tmp_path: 
         assert files.end == receipt.ends[heir.store.store_id]
         assert files.trees == before, "by which it knows the record of the shard before its own as in force"
         files.close()
-    with open_live(heir.store.directory / "p003-00000003.live.h5") as live:
+    with LiveShard(heir.store.directory / "p003-00000003.live.h5") as live:
         assert live.header.begins
     report = verify_store(heir.store.directory)
     assert report.ok, report.problems

@@ -16,7 +16,7 @@ from contracts.events import encode_event
 from stages.persist import files
 from stages.persist.check import check_shard
 from stages.persist.files import PAGE_BYTES
-from stages.persist.live import LiveReader, LiveShard, open_live
+from stages.persist.live import LiveReader, LiveShard
 from stages.persist.rows import ROW_BYTES, blob_bytes
 
 
@@ -34,7 +34,7 @@ def append(live: LiveShard, records: list[bytes], origin: int) -> None:
 def test_what_was_appended_is_read_back_after_reopening(maker: PartitionMaker) -> None:
     live = maker.begin()
     groups = [maker.commit(count) for count in (1, 0, 30, 2)]
-    with open_live(live.path) as again:
+    with LiveShard(live.path) as again:
         assert (again.commits, again.end_bytes, again.last_origin) == (4, live.end_bytes, maker.origin)
         assert (again.events, again.prev_origin, again.torn) == (33, 0, False)
         scanned = list(again.scan())
@@ -96,7 +96,7 @@ def test_a_torn_tail_is_not_a_commit_and_is_cut(maker: PartitionMaker, part: str
         else:  # a row that points out of the file
             file.seek(index + ROW_BYTES + 8)
             file.write((1 << 60).to_bytes(8, "little"))
-    with open_live(path) as torn:
+    with LiveShard(path) as torn:
         assert (torn.commits, torn.torn) == (1, True)
         with pytest.raises(ShardError, match="cut its torn tail"):
             append(torn, [b"x"], 10_000)
@@ -105,7 +105,7 @@ def test_a_torn_tail_is_not_a_commit_and_is_cut(maker: PartitionMaker, part: str
         assert torn.watermark() == 1
         append(torn, [b"again"], 10_000)
         torn.sync()
-    with open_live(path) as healed:
+    with LiveShard(path) as healed:
         assert [records for _, records in healed.scan()][1:] == [[b"again"]]
 
 
@@ -121,14 +121,14 @@ def test_rows_after_a_torn_one_never_come_back(maker: PartitionMaker) -> None:
     with path.open("r+b") as file:
         file.seek(second)
         file.write(bytes(ROW_BYTES))
-    with open_live(path) as torn:
+    with LiveShard(path) as torn:
         assert (torn.commits, torn.torn) == (1, True)
         with pytest.raises(ShardCorruptError, match="only 1 of 2 committed rows are whole; rebuild it"):
             torn.cut(2)
         torn.cut(1)
         append(torn, [b"b"], 2)
         assert os.pread(torn._fd, ROW_BYTES, second) == row
-    with open_live(path) as again:
+    with LiveShard(path) as again:
         assert again.commits == 2
 
 
@@ -164,13 +164,13 @@ def test_damage_to_the_file_is_named_when_it_is_opened(maker: PartitionMaker) ->
     for text, data in damaged.items():
         path.write_bytes(data)
         with pytest.raises(ShardError, match=text):
-            open_live(path)
+            LiveShard(path)
     # Before what is appended to, and after it.
     for at in (8192 + 70, len(whole) - 1):
         path.write_bytes(whole)
         flip(path, at)
         with pytest.raises(ShardCorruptError, match="HDF5 structure is damaged; rebuild"):
-            open_live(path)
+            LiveShard(path)
 
 
 def test_a_newer_format_is_refused_with_what_to_do(maker: PartitionMaker) -> None:
@@ -183,7 +183,7 @@ def test_a_newer_format_is_refused_with_what_to_do(maker: PartitionMaker) -> Non
     text = data[: data.index(b"\n", 9) + 1].replace(b"fi.live.1", b"fi.live.2")
     path.write_bytes((text + b"%08x\n" % zlib.crc32(text)).ljust(8192) + data[8192:])
     with pytest.raises(ShardError, match=r"'fi\.live\.2' is not known to this build"):
-        open_live(path)
+        LiveShard(path)
 
 
 def test_the_watermark_never_passes_the_rows(maker: PartitionMaker) -> None:
@@ -250,7 +250,7 @@ def test_after_a_failed_write_nothing_more_is_written(maker: PartitionMaker, mon
         live.sync()
     path = live.path
     maker.close()
-    with open_live(path) as again:
+    with LiveShard(path) as again:
         assert (again.commits, again.torn) == (1, False)
 
 
@@ -273,7 +273,7 @@ def test_a_bad_sector_among_commits_is_an_error_after_what_lies_before_it(
             list(reader.blobs(good + 1))
     (finding,) = check_shard(path).findings
     assert finding.what.endswith(f"Input/output error: '{path}'")
-    with open_live(path) as owned:
+    with LiveShard(path) as owned:
         assert (owned.commits, owned.torn) == (good, True)
         with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
             owned.cut(good + 1)
@@ -289,20 +289,20 @@ def test_a_bad_sector_where_nothing_was_committed_is_written_anew(
     path, place, kept = live.path, getattr(live.header, area), list(live.scan())
     maker.close()
     bad_sector(path, place.offset + place.bytes // 2)
-    with open_live(path) as again:
+    with LiveShard(path) as again:
         assert again.cut(1)
         assert list(again.scan()) == kept
         append(again, [b"x"], 10_000)
         again.sync()
-    with open_live(path) as healed:
+    with LiveShard(path) as healed:
         assert (healed.commits, healed.torn, healed.cut(2)) == (2, False, False)
 
 
 APPENDER = """
 import random, sys
 from pathlib import Path
-from stages.persist.live import open_live
-live = open_live(Path(sys.argv[1]))
+from stages.persist.live import LiveShard
+live = LiveShard(Path(sys.argv[1]))
 rng = random.Random(int(sys.argv[2]))
 live.cut(live.commits)
 while True:
@@ -329,7 +329,7 @@ def test_a_killed_appender_loses_no_acknowledged_commit_and_tears_none(maker: Pa
             acknowledged += process.stdout.readlines()
         lines = [line for line in acknowledged if line.endswith("\n")]
         assert lines, "the appender died by itself"
-        with open_live(path) as found:
+        with LiveShard(path) as found:
             assert found.commits >= int(lines[-1])
             for row, records in found.scan():
                 assert all(record[:4] == row.ordinal.to_bytes(4, "big") for record in records)

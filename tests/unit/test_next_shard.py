@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.lane import Lane
-from benchmarks.samples import Samples
+from benchmarks.storage.lane import Lane
+from benchmarks.storage.samples import Samples
 from contracts.settings import Settings
 from stages.persist.names import list_leftovers, next_name
 from stages.persist.partition import PREPARE_AT

@@ -16,7 +16,7 @@ from contracts.backups import BACKUP_FILE
 from stages.persist.backup import back_up, copied_shard
 from stages.persist.files import SMALL_BYTES_MAX, read_small
 from stages.persist.header import read_sealed_header
-from stages.persist.live import open_live
+from stages.persist.live import LiveShard
 from stages.persist.records import record_path
 from stages.persist.store import EventStore
 from stages.persist.storedir import STORE_FILE, read_store
@@ -96,7 +96,7 @@ def test_nobody_waits_for_a_pipe_under_a_shards_name(store: Path, tmp_path: Path
     with EventStore(store) as events, pytest.raises(OSError, match="is not a file"):
         events.event(bytes(16))
     with pytest.raises(OSError, match="is not a file"):
-        (read_sealed_header if shard == "sealed" else open_live)(path)
+        (read_sealed_header if shard == "sealed" else LiveShard)(path)
     done = back_up(store, tmp_path / "copy", now_ns=NOW_NS)
     assert [problem.shard for problem in done.problems] == ([path.name] if shard == "sealed" else [])
     assert done.copied == (2 if shard == "sealed" else 3)

@@ -16,7 +16,7 @@ from contracts.events import Event, encode_event
 from stages.persist.header import Area, read_sealed_header
 from stages.persist.idfilter import build_filter, hash_ids, masks_of, word_indices
 from stages.persist.ids import PAGE_IDS, IdGroup, SeenIds
-from stages.persist.live import open_live
+from stages.persist.live import LiveShard
 from stages.persist.names import live_name
 from stages.persist.newlive import create_live
 from stages.persist.seal import seal
@@ -211,7 +211,7 @@ def test_sealed_ids_hold_at_most_two_bytes_an_event_in_memory(tmp_path: Path) ->
     path = tmp_path / live_name(0, 1)
     create_live(path, store=store, partition=0, shard=1, capacity_bytes=8 << 20, rows=4, created_ns=NOW_NS)
     ids = [rng.bytes(16) for _ in range(count)]
-    with open_live(path) as live:
+    with LiveShard(path) as live:
         live.append(
             [encode_event(event_with(event_id, row)) for row, event_id in enumerate(ids)],
             prev_origin=0,

@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.classic import DESIGNS, ClassicEffort
-from benchmarks.ours import Effort
 from benchmarks.report import costs_ms, markdown_table, spread
-from benchmarks.samples import MADE_UP_EVENTS, Samples
-from benchmarks.storage import measure, write_results
-from benchmarks.tables import as_markdown, by_size
+from benchmarks.storage.__main__ import measure, write_results
+from benchmarks.storage.classic import DESIGNS, ClassicEffort
+from benchmarks.storage.ours import Effort
+from benchmarks.storage.samples import MADE_UP_EVENTS, Samples
+from benchmarks.storage.tables import as_markdown, by_size
 from contracts.events import decode_event
 from stages.hash.core import payload_hash
 

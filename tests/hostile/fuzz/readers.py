@@ -25,7 +25,7 @@ from contracts.settings import load_settings
 from contracts.statements import check_signature, statement_of
 from contracts.telemetry import DEAD_SUBJECT, HEADER_FIRST_SEEN, HEADER_TRACEPARENT
 from stages.hash.core import HashCore
-from stages.ingest.actor import IngestCore
+from stages.ingest.core import IngestCore
 from stages.persist.core import plan_group
 from stages.persist.header import decode_header
 from stages.runtime.checkpoint import cursor_from_receipt, read_frame

@@ -114,7 +114,6 @@ TARGETS: dict[str, Target] = {
         (
             "stages.ingest.core",
             "stages.ingest.explain",
-            "stages.ingest.actor",
             "contracts.events",
             "stages.segment.core",
         ),

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from benchmarks.report import costs_ms
-from benchmarks.samples import Sample, Samples
+from benchmarks.storage.samples import Sample, Samples
 from contracts.frames import PackedFrame, encode_frame
 from contracts.receipts import Receipt, decode_receipt, encode_receipt, first_receipt
 from contracts.settings import Settings

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.opening open|ids DIRECTORY [--cold]``: a start, measured in a process of its own.
+"""``python -m benchmarks.storage.opening open|ids DIRECTORY [--cold]``: a start, measured in a process of its own.
 
 `open` is what persist does when it takes a partition over, `ids` the part of it that grows with what is stored: the
 event ids of sealed shards. Prints one JSON object. `--cold` has the kernel forget the files first.
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from benchmarks.lane import PARTITION, read_receipt
+from benchmarks.storage.lane import PARTITION, read_receipt
 from cluster.track import percentiles_ms
 from contracts.settings import Settings
 from stages.persist.header import read_sealed_header

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from benchmarks.classic import FRESH_MAX, ClassicRun
-from benchmarks.lane import Lane, commit_costs_ms
 from benchmarks.report import Say, costs_ms, percentile
-from benchmarks.samples import Samples
+from benchmarks.storage.classic import FRESH_MAX, ClassicRun
+from benchmarks.storage.lane import Lane, commit_costs_ms
+from benchmarks.storage.samples import Samples
 from cluster.track import percentiles_ms
 from contracts.settings import Settings
 from stages.persist.files import sync_data, write_all_at, zero_fill
@@ -40,7 +40,7 @@ SIZES = (0, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 _NEARLY_FULL = 0.95
 _SEED = 1
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 class Effort(NamedTuple):
@@ -248,7 +248,8 @@ def _startup(directory: Path, live: Path, effort: Effort) -> dict[str, list[dict
     for _ in range(effort.long_repetitions):
         for cold in (False, True):
             for name, (kind, where) in kinds.items():
-                command = [sys.executable, "-m", "benchmarks.opening", kind, str(where), *(["--cold"] if cold else [])]
+                opening = [sys.executable, "-m", "benchmarks.storage.opening"]
+                command = [*opening, kind, str(where), *(["--cold"] if cold else [])]
                 done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, cwd=_ROOT)
                 result[name].append({"cold": cold, **json.loads(done.stdout)})
     return result

@@ -24,7 +24,7 @@ from stages.ingest.core import parse_message
 from stages.segment.core import classify
 
 CLASSIFICATION = classify(DEFAULT_POLICY.rules)
-DATA_SET = Path(__file__).resolve().parents[2] / "shared" / "data" / "primock57.ndjson"
+DATA_SET = Path(__file__).resolve().parents[3] / "shared" / "data" / "primock57.ndjson"
 MADE_UP_EVENTS = 7450
 
 _SEED = 57

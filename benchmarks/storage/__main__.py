@@ -16,13 +16,13 @@ import h5py
 import msgspec
 import typer
 
-from benchmarks.classic import ClassicEffort, fill_classics
-from benchmarks.ours import Effort, measure_ours
-from benchmarks.plain import Writer, open_many
-from benchmarks.plot import plot_append
-from benchmarks.report import RESULTS, Say, machine
-from benchmarks.samples import DATA_SET, Samples
-from benchmarks.tables import as_markdown, headline
+from benchmarks.report import RESULTS, Say, machine, write_json
+from benchmarks.storage.classic import ClassicEffort, fill_classics
+from benchmarks.storage.ours import Effort, measure_ours
+from benchmarks.storage.plain import Writer, open_many
+from benchmarks.storage.plot import plot_append
+from benchmarks.storage.samples import DATA_SET, Samples
+from benchmarks.storage.tables import as_markdown, headline
 
 DEFAULT_DATA = DATA_SET if DATA_SET.exists() else None
 QUICK = Effort(80_000, repetitions=2, long_repetitions=1, commits=50, ids=300_000, look_ups=50, shard_bytes=16 << 20)
@@ -104,7 +104,7 @@ def write_results(result: dict[str, Any], text: str, directory: Path) -> None:
     """Writes table, figures and picture into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "storage.md").write_text(text)
-    (directory / "storage.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    write_json(directory / "storage.json", result)
     plot_append(result, directory / "storage.png")
 
 

@@ -66,7 +66,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     sync = environment["fdatasync_4k_ms"]
     parts = [
         "# Storage benchmark\n",
-        f"Written by `benchmarks/storage.py` at {environment['taken']}: {environment['cpus']} CPUs "
+        f"Written by `python -m benchmarks.storage` at {environment['taken']}: {environment['cpus']} CPUs "
         f"({environment['machine']}), load average {environment['load_1_min']} before it began, kernel "
         f"{environment['kernel']}, Python {environment['python']}, h5py {environment['h5py']}, HDF5 "
         f"{environment['hdf5']}; 4 KB fdatasync p50 "
@@ -95,9 +95,9 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 _CLASSIC_NOTES = (
-    "Killed, power fails: see `benchmarks/classic.py` for where these are from; for ours, 2,000 kills and 2,000 "
-    "replayed power cuts of `make crash`. The classic designs store the JSON line alone; ours also the audit hash, "
-    'stage times, indexes and Merkle tree. HDF5\'s flush never syncs: "flush only" loses to a power cut what '
+    "Killed, power fails: see `benchmarks/storage/classic.py` for where these are from; for ours, 2,000 kills and "
+    "2,000 replayed power cuts of `make crash`. The classic designs store the JSON line alone; ours also the audit "
+    'hash, stage times, indexes and Merkle tree. HDF5\'s flush never syncs: "flush only" loses to a power cut what '
     "the kernel had not written, up to half a minute, and perhaps the file.\n"
 )
 

@@ -1,8 +1,8 @@
 """Plain h5py readers beside a writer at full speed: what any program with stock HDF5 sees of shards as they grow.
 
-``python -m benchmarks.plain DIRECTORY`` is the writer: persist's own commits without a pause, rolling and sealing as
-persist does, until its input ends. The reader (`read_shard`) knows of a shard what its attributes say, opens it with
-nothing but ``h5py.File(path, "r")``, and checks every row and event of it.
+``python -m benchmarks.storage.plain DIRECTORY`` is the writer: persist's own commits without a pause, rolling and
+sealing as persist does, until its input ends. The reader (`read_shard`) knows of a shard what its attributes say, opens
+it with nothing but ``h5py.File(path, "r")``, and checks every row and event of it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import h5py
 import msgspec
 import typer
 
-from benchmarks.lane import PARTITION, Lane
 from benchmarks.report import costs_ms
-from benchmarks.samples import Samples
+from benchmarks.storage.lane import PARTITION, Lane
+from benchmarks.storage.samples import Samples
 from contracts.events import decode_event
 from contracts.settings import Settings
 from stages.persist.files import write_all_at
 from stages.persist.names import ShardFile, list_shards
 from stages.runtime.tasks import run_blocking
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BATCH = 10
 
 _PROGRESS_FILE = "committed-origin"
@@ -146,7 +146,7 @@ class Writer:
     def __init__(self, directory: Path, shard_bytes: int, data_set: Path | None) -> None:
         directory.mkdir()
         self.directory = directory
-        command = [sys.executable, "-m", "benchmarks.plain", str(directory), "--shard-bytes", str(shard_bytes)]
+        command = [sys.executable, "-m", "benchmarks.storage.plain", str(directory), "--shard-bytes", str(shard_bytes)]
         if data_set is not None:
             command += ["--data", str(data_set)]
         self._process = subprocess.Popen(

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, ScalarFormatter
 
-from benchmarks.tables import by_size, points_of
+from benchmarks.storage.tables import by_size, points_of
 
 _NONE_AT = 20
 """Where "0 stored" stands on an axis that has no 0."""

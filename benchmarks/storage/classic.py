@@ -19,7 +19,7 @@ from uuid import UUID
 import h5py
 
 from benchmarks.report import Say, costs_ms
-from benchmarks.samples import Sample, Samples
+from benchmarks.storage.samples import Sample, Samples
 from cluster.track import percentiles_ms
 
 SIZES = (0, 100, 1_000, 10_000, 100_000)
