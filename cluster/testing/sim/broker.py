@@ -68,6 +68,8 @@ class Broker:
         """Called with every consumer that was made: it may put it on a server."""
         self.lost_deliveries = 0.0
         """Of what consumers deliver, how much is lost on its way to the client's server."""
+        self.hung: set[str] = set()
+        """Servers that stand still: consumers there give nothing, and whoever asks for one there is not answered."""
         self.headless_until_s: dict[str, float] = {}
         self._log: dict[str, deque[_Waiting]] = {name: deque() for name in self.streams}
         self._commit_s: dict[str, float] = dict.fromkeys(self.streams, 0.0)
@@ -201,6 +203,20 @@ class Broker:
         if (stream := self.streams.get(name)) is not None:
             self._stale[name] = (stream.copy(), self.loop.time() + seconds)
 
+    def hang(self, server: str, seconds: float) -> None:
+        """A server is frozen: nobody is told, and consumers are put there all the same."""
+        self.hung.add(server)
+        for consumer in self.consumers.values():
+            consumer.muted = consumer.muted or consumer.server == server
+        self.later(seconds, self._go_on, server)
+
+    def _go_on(self, server: str) -> None:
+        self.hung.discard(server)
+        for consumer in self.consumers.values():
+            if consumer.server == server:
+                consumer.muted = False
+                consumer.pump()
+
     def lose_consumers(self, share: float, *, told: bool) -> None:
         """Consumers are gone: deleted (who pulls is told), or with the server they were on (nobody is)."""
         for key, consumer in list(self.consumers.items()):
@@ -234,6 +250,8 @@ class Broker:
         """Leaders everywhere, none of them stale, and room."""
         self._stale.clear()
         self.lost_deliveries = 0.0
+        for server in sorted(self.hung):
+            self._go_on(server)
         self.headless_until_s.clear()
         for stream in self.streams.values():
             stream.bytes_max = stream.config.max_bytes or -1
