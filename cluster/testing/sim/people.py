@@ -100,22 +100,23 @@ class MemoryStore:
             if number > walk.number:
                 walk.end()
             commits = end.commits if number == end.shard and not shard.sealed else len(shard.groups)
-            for count in range(1, min(commits, len(shard.groups)) + 1):
-                walk.take(shard, count, after=count - 1)
+            whole = min(commits, len(shard.groups))
+            # A sealed file is looked at as a whole: there is no place within it.
+            for count in [whole] if shard.sealed else range(1, whole + 1):
+                walk.take(shard, count, after=0 if shard.sealed else count - 1)
+                if shard.sealed:
+                    record = sealed.get(number)
+                    if record is not None and not walk.fits(record.tree_size, record.root):
+                        return good, Damage(number, store.directory, "is not the file that its seal record speaks of")
+                    walk.end()
                 receipt = told.get(shard.groups[count - 1].origin)
                 if receipt is not None and not walk.fits(receipt.persisted, receipt.root):
                     return good, Damage(number, store.directory, "its events are not those that were committed")
-                good = walk.place if receipt is not None else good
-            if len(shard.groups) < commits:
-                return good, Damage(number, store.directory, f"{len(shard.groups)} of {commits} are whole")
+                good = walk.place if shard.sealed or receipt is not None else good
+            if whole < commits:
+                return good, Damage(number, store.directory, f"{whole} of {commits} are whole")
             if not shard.sealed and end.rows.get(number) not in (None, rows_of(shard.groups[:commits])):
                 return good, Damage(number, store.directory, "its rows are not as they were committed")
-            if shard.sealed:
-                record = sealed.get(number)
-                if record is not None and not walk.fits(record.tree_size, record.root):
-                    return good, Damage(number, store.directory, "is not the file that its seal record speaks of")
-                walk.end()
-                good = walk.place
         return walk.place, None
 
     def _given_up(
