@@ -108,12 +108,12 @@ WITNESS_LAG: Final = _limit(
     "it is read again, from two servers",
 )
 WITNESS_LAG_MAX: Final = _limit(
-    60.0, "the same, twice as long each time that a second server gives nothing, until nothing waits", "the same"
+    60.0, "the same, twice as long each time that no other server has what waits, until nothing waits", "the same"
 )
 WITNESS_SILENT: Final = _limit(
     3.0,
     "ingest, with messages that were stored before: a second server to give the same ones",
-    "they are worked on as the first one gave them, and the log says so",
+    "the log and /readyz say that they wait; one that has nothing more has a third one asked in its place",
 )
 LETTER_ORIGINAL: Final = _limit(
     15.0,

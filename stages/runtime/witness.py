@@ -4,7 +4,9 @@ A nats-server passes over a stored message that it cannot read any more (a bit o
 nothing: neither its consumer nor its log shows it, while the stream's other servers still have the message. So while a
 reader works off what was stored before it came, a second one is told by another server which messages there are: their
 headers, without what is in them. A message goes on once both have come as far; one that the reader's own server leaves
-out has it begin again on the other. What comes in while nothing waits is in the servers' memory, and needs no witness.
+out has it begin again on the other. A second server that hangs is waited for, or a third one asked in its place: while
+the stream has a majority there is one, and without it nothing goes on anyway. What comes in while nothing waits is in
+the servers' memory, and needs no witness.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar, Final
 
 from contracts.budgets import WITNESS_SILENT
@@ -34,7 +35,7 @@ class SecondReader(OrderedReader):
     Args:
         first: the reader that it is beside: it begins where that one stands.
         arrived: called with every message.
-        alone: called when there is no other server.
+        alone: called when there is no other server, or (`for_good=False`) all others have nothing more to tell.
 
     Attributes:
         seqs: of what it was told, and nobody took.
@@ -52,7 +53,7 @@ class SecondReader(OrderedReader):
         nonce: str,
         first: OrderedReader,
         arrived: Callable[[], None],
-        alone: Callable[[], None],
+        alone: Callable[..., None],
     ) -> None:
         async def locate() -> int:
             return first.last_seq + 1
@@ -60,7 +61,11 @@ class SecondReader(OrderedReader):
         self.seqs: deque[int] = deque()
         super().__init__(api, stream, filter_subject, batch=batch, locate=locate, nonce=nonce)
         self._probe = OFF.reader(stream, filter_subject)
-        self._avoid = first.server
+        self._first_server = first.server
+        self._heard: set[str] = set()
+        """Servers that said that they have nothing more, since this reader was given something."""
+        self.idle = False
+        """Its server says that it has nothing more. Who waits for it unsets this, to know that it was said since."""
         self._note_arrival = arrived
         self._note_alone = alone
 
@@ -72,19 +77,31 @@ class SecondReader(OrderedReader):
     def _reset(self) -> None:
         super()._reset()
         self.seqs.clear()
+        self.idle = False
 
     def _suits(self, server: str) -> bool:
-        return server != self._avoid
+        return server != self._first_server and server not in self._heard
 
     async def _make_consumer(self, start: int) -> None:
         await super()._make_consumer(start)
         if not self._suits(self.server):
-            self._note_alone()
+            self._note_alone(for_good=not self._heard)
+
+    def go_elsewhere(self) -> None:
+        """Its server has nothing more: a third one may have."""
+        self._heard.add(self.server)
+        self.reopen(f"{self.server} has nothing more")
 
     def _keep(self, subject: bytes, seq: int, time_ns: int, block: bytes, payload: bytes) -> None:
         self.seqs.append(seq)
         self.last_seq = seq
+        self.idle = False
+        self._heard.clear()
         self._note_arrival()
+
+    def _on_status(self, headers: dict[str, str]) -> None:
+        super()._on_status(headers)
+        self.idle = self._trouble is None and (self.idle or headers.get("Status") == "100")
 
     def take_one(self) -> None:
         """The first of `seqs` is done with."""
@@ -105,6 +122,7 @@ class Witness:
         self, api: Api, stream: str, filter_subject: str, *, batch: int, nonce: str, first: OrderedReader
     ) -> None:
         self._first = first
+        self._filter = filter_subject
         self._telemetry = api.telemetry
         self._held: deque[StoredMessage] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -121,7 +139,7 @@ class Witness:
             nonce=nonce,
             first=first,
             arrived=self._merge,
-            alone=partial(self._give_up, for_good=True),
+            alone=self._give_up,
         )
         self._second.start()
 
@@ -131,6 +149,7 @@ class Witness:
     def end(self) -> None:
         """From now on nothing is released. What it holds is read again by whoever wants it."""
         self._ended = True
+        self._first.refused = ""
         if self._timer is not None:
             self._timer.cancel()
         self._held.clear()
@@ -161,6 +180,7 @@ class Witness:
             else:
                 self._tell(second, first, seq)
             first.release(held.popleft())
+            first.refused = ""
             self._since_s = 0.0
         if held or second.seqs:
             self._watch_time()
@@ -191,11 +211,12 @@ class Witness:
     def _watch_time(self) -> None:
         if not self._since_s:
             self._since_s = self._clock()
+            self._second.idle = False
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(WITNESS_SILENT.s, self._look)
 
     def _look(self) -> None:
-        """What the first alone has goes on; for what the second alone has, the first begins again, over there."""
+        """For what the first alone has, another is asked; for what the second alone has, the first goes over there."""
         self._timer = None
         if self._ended or not self._since_s:
             return
@@ -203,12 +224,26 @@ class Witness:
         if left_s > 0:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
         elif self._held:
-            self._give_up()
+            self._wait_for_another()
         else:
             self._swap(f"{self._first.server} does not give message {self._second.seqs[0]}")
 
+    def _wait_for_another(self) -> None:
+        """A server that hangs has not said that nothing is missing: the second reader begins again until one has."""
+        first, second = self._first, self._second
+        if not first.refused:
+            first.refused = (
+                f"what {first.server} gives waits for a second server to tell that nothing is missing in it, and "
+                f"{second.server or 'that one'} gives nothing: see whether all servers run, with routes to each other"
+            )
+            log.warning("%s: %s", self._filter, first.refused)
+        if second.idle:
+            second.go_elsewhere()
+        self._since_s = 0.0
+        self._watch_time()
+
     def _give_up(self, *, for_good: bool = False) -> None:
-        """The first is believed alone; `for_good`: no other server has the stream."""
+        """The first is believed alone: no other server has more, or (`for_good`) none has the stream."""
         if self._ended:
             return
         log.warning("no second server gives what %s gives: what it cannot read is not missed", self._first.server)

@@ -322,15 +322,12 @@ def test_an_idle_look_waits_for_what_is_held() -> None:
     in_virtual_time(job)
 
 
-def test_a_second_server_that_hangs_holds_a_long_backlog_up_ever_more_seldom() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_a_server_that_hangs_all_the_while_does_not_hold_a_backlog_up_for_long(seed: int) -> None:
     async def job(ground: Ground) -> None:
-        def place(consumer: Consumer) -> None:
-            # The one that reads is on n1, and whoever stands beside it on a server that hangs.
-            consumer.server = "n2" if "_w" in consumer.name else "n1"
-            consumer.muted = consumer.server == "n2"
-
-        ground.broker.placed = place
+        damage(ground, {}, seed)
         await store(ground, 450)
+        ground.broker.hang("n2", 1000.0)
         feed = feed_of(ground)
         loop = asyncio.get_running_loop()
         begun_s, stood_s = loop.time(), 0.0
@@ -344,10 +341,46 @@ def test_a_second_server_that_hangs_holds_a_long_backlog_up_ever_more_seldom() -
             await asyncio.sleep(0.2)
         took_s = loop.time() - begun_s
         assert took_s > 90
-        assert 0 < stood_s < 0.2 * took_s, (stood_s, took_s)
+        assert stood_s < 0.2 * took_s, (stood_s, took_s)
         await feed.reader.close()
 
     in_virtual_time(job, pull_batch=8)
+
+
+@pytest.mark.parametrize("second", ["hangs", "has nothing more"])
+def test_what_waits_is_not_believed_of_one_server_while_another_one_that_has_it_may_answer(
+    second: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first has not all of it, the second hangs or has less: the third one is asked."""
+
+    async def job(ground: Ground) -> None:
+        made: list[Consumer] = []
+        good = asyncio.Event()
+        rng = random.Random(1)
+
+        def place(consumer: Consumer) -> None:
+            is_second = "_w" in consumer.name
+            if is_second and second == "has nothing more" and [m for m in made if m.server == "n2"]:
+                good.set()
+            other = "n3" if good.is_set() else "n2"
+            consumer.server = other if is_second else rng.choice(("n1", other)) if made else "n1"
+            consumer.muted = consumer.server == "n2" and second == "hangs"
+            consumer.unreadable = {"n1": {17, 18}, "n2": set(range(17, STORED + 1))}.get(consumer.server, set())
+            made.append(consumer)
+
+        ground.broker.placed = place
+        await store(ground, STORED)
+        feed = feed_of(ground)
+        if second == "hangs":
+            await until(lambda: "n2 gives nothing" in feed.reader.refused, "it says what it waits for")
+            assert not feed.reader.buffered
+            good.set()
+        messages = await taken(feed, STORED)
+        assert sorted({message.seq for message in messages}) == list(range(1, STORED + 1))
+        assert feed.reader.refused == ""
+        await feed.reader.close()
+
+    in_virtual_time(job)
 
 
 @pytest.mark.parametrize("unreadable", [{1}, {4, 5}, {10}], ids=["the first", "in the middle", "the last"])

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Annotated, Final
 
 import msgspec
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.testing.sim.faults import FAULTS
 from cluster.testing.sim.run import Outcome, simulate
 
 AT_ONCE: Final = 25
@@ -45,6 +47,9 @@ def main(
     start: Annotated[int, typer.Option(help="The first of them.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Run this one alone.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="With --seed: print everything that happens.")] = False,
+    among: Annotated[
+        list[str] | None, typer.Option(help="A kind of fault to strike in each run, and few others; may be repeated.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes to share the work.")] = 1,
     first: Annotated[bool, typer.Option("--first", help="Stop at the first run that convicts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
@@ -54,11 +59,14 @@ def main(
     Example: python -m cluster.testing.sim --seeds 1000 --start 1
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    kinds = tuple(among or ())
+    if unknown := [kind for kind in kinds if kind not in FAULTS]:
+        raise typer.BadParameter(f"{unknown} is none of: {'; '.join(FAULTS)}", param_hint="--among")
     if seed is not None:
-        raise typer.Exit(_replay(seed, trace, errors))
+        raise typer.Exit(_replay(seed, kinds, trace, errors))
     if trace:
         raise typer.BadParameter("there is one trace for one seed: give --seed too", param_hint="--trace")
-    summary = _run_all(range(start, start + seeds), jobs, first, errors)
+    summary = _run_all(range(start, start + seeds), kinds, jobs, first, errors)
     if as_json:
         typer.echo(msgspec.json.encode(summary))
     else:
@@ -71,14 +79,14 @@ def main(
     raise typer.Exit(1 if summary.convicted else 0)
 
 
-def _run_all(chosen: range, jobs: int, first: bool, errors: Console) -> Summary:
+def _run_all(chosen: range, among: tuple[str, ...], jobs: int, first: bool, errors: Console) -> Summary:
     summary = Summary()
     faults: Counter[str] = Counter()
     begun_s = time.monotonic()
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=len(chosen))
-        for outcome in _outcomes(chosen, jobs):
+        for outcome in _outcomes(chosen, among, jobs):
             progress.advance(task)
             summary.runs += 1
             summary.events += outcome.events
@@ -96,38 +104,38 @@ def _run_all(chosen: range, jobs: int, first: bool, errors: Console) -> Summary:
     return summary
 
 
-def _outcomes(chosen: range, jobs: int) -> Iterator[Outcome]:
+def _outcomes(chosen: range, among: tuple[str, ...], jobs: int) -> Iterator[Outcome]:
     packs = [chosen[at : at + AT_ONCE] for at in range(0, len(chosen), AT_ONCE)]
     if jobs == 1:
         for pack in packs:
-            yield from _run_pack(pack)
+            yield from _run_pack(pack, among)
         return
     with ProcessPoolExecutor(jobs) as pool:
         try:
-            for outcomes in pool.map(_run_some, packs):
+            for outcomes in pool.map(partial(_run_some, among=among), packs):
                 yield from outcomes
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _run_some(pack: range) -> list[Outcome]:
-    return list(_run_pack(pack))
+def _run_some(pack: range, among: tuple[str, ...]) -> list[Outcome]:
+    return list(_run_pack(pack, among))
 
 
-def _run_pack(pack: range) -> Iterator[Outcome]:
+def _run_pack(pack: range, among: tuple[str, ...]) -> Iterator[Outcome]:
     # Tasks and their exceptions are cycles: collected between runs, not within.
     gc.disable()
     try:
         for seed in pack:
-            yield simulate(seed)
+            yield simulate(seed, among=among)
     finally:
         gc.enable()
         gc.collect()
 
 
-def _replay(seed: int, trace: bool, errors: Console) -> int:
+def _replay(seed: int, among: tuple[str, ...], trace: bool, errors: Console) -> int:
     lines: list[str] = []
-    outcome = simulate(seed, trace=lines)
+    outcome = simulate(seed, among=among, trace=lines)
     if trace:
         for line in lines:
             typer.echo(line)
@@ -140,9 +148,10 @@ def _replay(seed: int, trace: bool, errors: Console) -> int:
 
 def _words(outcome: Outcome) -> str:
     struck = ", ".join(fault.kind for fault in outcome.faults)
+    among = "".join(f' --among "{kind}"' for kind in outcome.among)
     return (
         f"seed {outcome.seed}: {outcome.problems[0]}\n  after: {struck}\n"
-        f"  replay: python -m cluster.testing.sim --seed {outcome.seed} --trace"
+        f"  replay: python -m cluster.testing.sim --seed {outcome.seed}{among} --trace"
     )
 
 

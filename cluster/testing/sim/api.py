@@ -20,7 +20,8 @@ _TYPE: Final = "io.nats.jetstream.api.v1.response"
 """Stands for the types of all answers, of which only the beginning is looked at."""
 _DIRECT: Final = "DIRECT.GET."
 
-_Answer = dict[str, Any] | Refusal
+_Answer = dict[str, Any] | Refusal | None
+"""None: nobody answers."""
 _Handler = Callable[[Stream, list[str], dict[str, Any]], _Answer]
 
 
@@ -67,6 +68,8 @@ class JetStreamApi:
         broker.no_responders(peer, reply)
 
     def _answer(self, peer: Peer, reply: str, what: str, answer: _Answer) -> None:
+        if answer is None:
+            return
         if isinstance(answer, Refusal):
             self._broker.say(f"{what} of {peer.name} is refused: {answer.description} ({answer.err_code})")
             answer = {"error": answer._asdict()} | ({"purged": 0} if what.startswith("STREAM.PURGE.") else {})
@@ -120,10 +123,15 @@ class JetStreamApi:
             broker.consumers[stream.name, name] = consumer
             broker.placed(consumer)
             broker.say(f"{stream.name} has consumer {name} from {body['config'].get('opt_start_seq')}")
+        if consumer.server in broker.hung:
+            consumer.muted = True
+            return None
         return self._described(consumer)
 
     def _consumer_info(self, stream: Stream, rest: list[str], body: dict[str, Any]) -> _Answer:
         consumer = self._broker.consumers.get((stream.name, rest[0]))
+        if consumer is not None and consumer.server in self._broker.hung:
+            return None
         return _NO_CONSUMER if consumer is None else self._described(consumer)
 
     def _delete_consumer(self, stream: Stream, rest: list[str], body: dict[str, Any]) -> _Answer:

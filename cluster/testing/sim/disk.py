@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from cluster.testing.sim.loop import Host, current_host
+from cluster.testing.sim.shards import Shard, copies_of, rows_of
 from contracts.errors import NotOursError, ShardCorruptError, StoreFailedError
 from contracts.events import decode_event, decode_event_key, stored_ns_at
 from contracts.hashing import MerkleFrontier, leaf_hash
@@ -29,23 +28,6 @@ _NO_SUM = "0" * 64  # There is no file to take it of.
 
 class KilledError(Exception):
     """The process was killed inside a disk operation."""
-
-
-@dataclass(slots=True)
-class Shard:
-    """One shard's file.
-
-    Attributes:
-        groups: commits in it. Those after `durable` are in the page cache only.
-        watermark, durable_watermark: what readers are shown, and what of that survives a power cut.
-        sealed: it is full, whole and immutable.
-    """
-
-    groups: list[Group] = field(default_factory=list)
-    durable: int = 0
-    watermark: int = 0
-    durable_watermark: int = 0
-    sealed: bool = False
 
 
 class MemoryDisk:
@@ -102,7 +84,7 @@ class MemoryDisk:
         """As `fictl backup`: what is sealed is copied, what was copied stays, and the store is told."""
         for partition, shards in self._shards.items():
             copies = self._copies.setdefault(partition, {})
-            copies.update({number: _copy(shard) for number, shard in shards.items() if shard.sealed})
+            copies.update({number: shard.copy() for number, shard in shards.items() if shard.sealed})
         self.copied = {
             partition: max(number for number, shard in shards.items() if shard.sealed)
             for partition, shards in self._shards.items()
@@ -114,12 +96,36 @@ class MemoryDisk:
         if self.copied is not None and self.copied.get(partition, 0) >= shard:
             self.copied[partition] = shard - 1
 
+    def snapshot(self) -> dict[int, dict[int, Shard]]:
+        """The files as they are now."""
+        return copies_of(self._shards)
+
+    def put_back(self, before: dict[int, dict[int, Shard]]) -> None:
+        """The files are as they were `before`, but for sealed shards that were copied: those are put there again.
+
+        The processes must be dead already.
+        """
+        self._shards = copies_of(before)
+        for partition, shards in copies_of(self._copies).items():
+            self._shards[partition] = self._shards.get(partition, {}) | shards
+
+    def copy(self) -> MemoryDisk:
+        """Another disk with the same files on it, and the same store."""
+        made = MemoryDisk(self.store, self._rng)
+        made.backed_up, made.copied = False, None if self.copied is None else dict(self.copied)
+        made._shards = self.snapshot()
+        return made
+
+    def reaches(self, receipt: Receipt) -> bool:
+        """Whether what is accepted by the receipt is here: another disk with the same store may be further."""
+        end = receipt.end_of(self.store.store_id)
+        shard = self.shards(receipt.partition).get(end.shard, Shard())
+        told = end.rows.get(end.shard)
+        return len(shard.groups) >= end.commits and told in (None, rows_of(shard.groups[: end.commits]))
+
     def lose(self) -> None:
         """The disk is gone, and the copies are put where it was; the processes must be dead already."""
-        self._shards = {
-            partition: {number: _copy(shard) for number, shard in copies.items()}
-            for partition, copies in self._copies.items()
-        }
+        self._shards = copies_of(self._copies)
         self.copied = {}
 
     def lock(self, store: Store, partition: int) -> _Lock:
@@ -149,16 +155,6 @@ class MemoryDisk:
         """Raises `StoreFailedError` when the disk is failing."""
         if self.failing:
             raise StoreFailedError(f"{self.store.directory}: No space left on device")
-
-
-def rows_of(groups: Sequence[Group]) -> str:
-    """What stands for the digest of the groups' index rows."""
-    rows = [(group.prev_origin, group.origin, group.duplicates, group.dead_lettered) for group in groups]
-    return sha256(repr(rows).encode()).hexdigest()
-
-
-def _copy(shard: Shard) -> Shard:
-    return Shard(list(shard.groups), shard.durable, shard.watermark, shard.durable_watermark, shard.sealed)
 
 
 class _Lock:

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Final
 
+from cluster.testing.sim import mishaps
 from cluster.testing.sim.disk import MemoryDisk
-from cluster.testing.sim.world import DAMAGED, World
-from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, Stage, input_filter, receipt_subject
-
-T = TypeVar("T")
+from cluster.testing.sim.strikes import Fault, choose, stand_still
+from cluster.testing.sim.world import World
+from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, RECEIPTS, STAGES, input_filter, receipt_subject
 
 ROLL_BACK_LOOK_S: Final = 0.02
 KINDS_MAX: Final = 4
 """Kinds of faults in one run."""
 
 
-class Fault(NamedTuple):
-    """One thing that goes wrong.
+def make_schedule(rng: random.Random, until_s: float, count: int, among: Sequence[str] = ()) -> list[Fault]:
+    """`count` faults before `until_s`, in order of time; of few kinds, so that these meet each other often.
 
-    Attributes:
-        at_s: when.
-        kind: key of `FAULTS`.
-        seconds: how long, where that has a meaning.
-        pick: what it happens to: a number in [0, 1) that chooses among what there is then.
+    `among`: these kinds, and at times one other.
     """
-
-    at_s: float
-    kind: str
-    seconds: float
-    pick: float
-
-    def __str__(self) -> str:
-        return f"{self.at_s:7.3f} s  {self.kind} ({self.seconds:.1f} s, {self.pick:.3f})"
-
-
-def make_schedule(rng: random.Random, until_s: float, count: int) -> list[Fault]:
-    """`count` faults before `until_s`, in order of time; of few kinds, so that these meet each other often."""
-    kinds = rng.sample(tuple(FAULTS), rng.randint(1, KINDS_MAX))
+    others = rng.randint(0, 1) if among else rng.randint(1, KINDS_MAX)
+    kinds = [*among, *rng.sample(tuple(FAULTS), others)]
     drawn = [
         Fault(rng.uniform(0.3, until_s), rng.choice(kinds), min(8.0, rng.expovariate(0.6)), rng.random())
         for _ in range(count)
@@ -46,27 +31,13 @@ def make_schedule(rng: random.Random, until_s: float, count: int) -> list[Fault]
     return sorted(drawn)
 
 
-def _stand_still(world: World, stage: Stage) -> Callable[[], None]:
-    """Freezes all processes of a stage; call what it gives to thaw them."""
-    frozen = [(process, process.host) for process in world.processes if process.stage == stage]
-    for process, _ in frozen:
-        process.freeze()
-
-    def thaw() -> None:
-        for process, host in frozen:
-            if process.host is host:
-                process.thaw()
-
-    return thaw
-
-
 def _kill(world: World, fault: Fault) -> None:
-    _choose(world.processes, fault.pick).kill()
+    choose(world.processes, fault.pick).kill()
 
 
 def _kill_after_publish(world: World, fault: Fault) -> None:
     """Who publishes next to some stream is killed once that is stored, before or just after it is told so. Thrice."""
-    chosen = _choose((*HOPS, DLQ, DLQ, RECEIPTS), fault.pick)
+    chosen = choose((*HOPS, DLQ, DLQ, RECEIPTS), fault.pick)
 
     def struck(stream: str, writer: str) -> bool:
         process = next((process for process in world.processes if process.name == writer), None)
@@ -83,7 +54,7 @@ def _frames_vanish(world: World, fault: Fault) -> None:
     """A stage stands still, and most of what waits for it is purged by hand."""
     place = int(fault.pick * 1000)
     stage, name = STAGES[1 + place % 3], HOPS[place % 3]
-    thaw = _stand_still(world, stage)
+    thaw = stand_still(world, stage)
 
     def purge() -> None:
         stream = world.broker.streams[name]
@@ -97,7 +68,7 @@ def _emptied_twice(world: World, fault: Fault) -> None:
     """A stage stands still while its hop is emptied, made again, and emptied again: the same frames come thrice."""
     place = int(fault.pick * 1000)
     stage, name = STAGES[1 + place % 3], HOPS[place % 3]
-    thaw = _stand_still(world, stage)
+    thaw = stand_still(world, stage)
 
     def purge() -> None:
         world.broker.streams[name].purge(">")
@@ -108,7 +79,7 @@ def _emptied_twice(world: World, fault: Fault) -> None:
 
 def _kill_in_commit(world: World, fault: Fault) -> None:
     """The next commit of any persister ends between its append and its fdatasync."""
-    disk = _choose(world.disks, fault.pick)
+    disk = choose(world.disks, fault.pick)
 
     def die(host: object) -> bool:
         for process in world.processes:
@@ -124,7 +95,7 @@ def _kill_in_commit(world: World, fault: Fault) -> None:
 
 
 def _cut_power(world: World, fault: Fault) -> None:
-    disk = _choose(world.disks, fault.pick)
+    disk = choose(world.disks, fault.pick)
     for process in world.processes:
         if process.stage == "persist" and process.disk is disk:
             process.kill()
@@ -132,7 +103,7 @@ def _cut_power(world: World, fault: Fault) -> None:
 
 
 def _freeze(world: World, fault: Fault) -> None:
-    process = _choose(world.processes, fault.pick)
+    process = choose(world.processes, fault.pick)
     host = process.host
     process.freeze()
     world.broker.later(fault.seconds, lambda: process.thaw() if process.host is host else None)
@@ -141,7 +112,7 @@ def _freeze(world: World, fault: Fault) -> None:
 def _cut(world: World, fault: Fault) -> None:
     clients = list(world.network.clients)
     if clients:
-        client = _choose(clients, fault.pick)
+        client = choose(clients, fault.pick)
         client.lose()
         world.broker.later(fault.seconds, client.mend)
 
@@ -170,20 +141,20 @@ def _linger(world: World, fault: Fault) -> None:
 
 
 def _step_down(world: World, fault: Fault) -> None:
-    world.broker.step_down(_choose(tuple(world.broker.streams), fault.pick), min(fault.seconds, 3.0))
+    world.broker.step_down(choose(tuple(world.broker.streams), fault.pick), min(fault.seconds, 3.0))
 
 
 def _stale(world: World, fault: Fault) -> None:
     """A leader is frozen: the others elect one; the old one then thaws, and answers reads for a while."""
-    name = _choose((*HOPS, RECEIPTS, RECEIPTS, DLQ, EVENTS, EVENTS, MEMBERS), fault.pick)
+    name = choose((*HOPS, RECEIPTS, RECEIPTS, DLQ, EVENTS, EVENTS, MEMBERS), fault.pick)
     world.broker.go_stale(name, 2.0 + fault.seconds)
     world.broker.step_down(name, 0.2)
 
 
 def _stale_after_kill(world: World, fault: Fault) -> None:
     """What a stale leader is worst for: somebody who has to find his place while it answers."""
-    world.broker.go_stale(_choose((RECEIPTS, RECEIPTS, *HOPS, DLQ), fault.pick), 3.0 + fault.seconds)
-    stage = _choose(STAGES, 1 - fault.pick)
+    world.broker.go_stale(choose((RECEIPTS, RECEIPTS, *HOPS, DLQ), fault.pick), 3.0 + fault.seconds)
+    stage = choose(STAGES, 1 - fault.pick)
 
     def kill() -> None:
         for process in world.processes:
@@ -202,7 +173,7 @@ def _restart_servers_on_backlog(world: World, fault: Fault) -> None:
 
     It makes large frames then, and others after the restart than before: they overlap what is committed meanwhile.
     """
-    thaw = _stand_still(world, "ingest")
+    thaw = stand_still(world, "ingest")
 
     stand_s = min(fault.seconds, 2.0)
     world.broker.later(stand_s, thaw)
@@ -231,7 +202,7 @@ def _purge(world: World, fault: Fault) -> None:
 
 def _purge_head(world: World, fault: Fault) -> None:
     """Frames in the middle of what is waiting vanish: only their successors are left."""
-    stream = world.broker.streams[_choose(HOPS, fault.pick)]
+    stream = world.broker.streams[choose(HOPS, fault.pick)]
     stream.purge(">", below_seq=stream.last_seq)
 
 
@@ -254,7 +225,7 @@ def _mute_consumers(world: World, fault: Fault) -> None:
 
 
 def _full(world: World, fault: Fault) -> None:
-    stream = world.broker.streams.get(_choose((EVENTS, *HOPS), fault.pick))
+    stream = world.broker.streams.get(choose((EVENTS, *HOPS), fault.pick))
     if stream is None:
         return
     stream.bytes_max = stream.bytes + 200
@@ -266,7 +237,7 @@ def _full(world: World, fault: Fault) -> None:
 
 
 def _disk_fails(world: World, fault: Fault) -> None:
-    disk = _choose(world.disks, fault.pick)
+    disk = choose(world.disks, fault.pick)
     disk.failing = True
     world.broker.later(fault.seconds, _disk_mends, disk)
 
@@ -276,7 +247,7 @@ def _disk_mends(disk: MemoryDisk) -> None:
 
 
 def _clock_jumps(world: World, fault: Fault) -> None:
-    process = _choose(world.processes, fault.pick)
+    process = choose(world.processes, fault.pick)
     process.clock_skew_ns += int((fault.pick - 0.5) * 7200e9)
 
 
@@ -287,7 +258,7 @@ def _gateway_dies(world: World, fault: Fault) -> None:
 def _purge_receipts(world: World, fault: Fault) -> None:
     """Somebody purges the receipts, all of them with the seal records or those of one partition."""
     stream = world.broker.streams.get(RECEIPTS)
-    if stream is not None and not world.rolled_back:
+    if stream is not None and not world.must_not_lose:
         partition = int(fault.pick * 1000) % world.settings.partitions
         gone = stream.purge(">" if fault.pick < 0.5 else receipt_subject(partition))
         world.broker.say(f"{RECEIPTS} is purged of {gone} by hand")
@@ -296,7 +267,7 @@ def _purge_receipts(world: World, fault: Fault) -> None:
 
 def _delete_receipts(world: World, fault: Fault) -> None:
     """Somebody deletes `FI_RECEIPTS`, and applies the topology again."""
-    if RECEIPTS in world.broker.streams and not world.rolled_back:
+    if RECEIPTS in world.broker.streams and not world.must_not_lose:
         world.broker.delete(RECEIPTS)
         world.broker.later(min(fault.seconds, 3.0), world.make_receipts_again)
         world.people.needed = True
@@ -305,8 +276,8 @@ def _delete_receipts(world: World, fault: Fault) -> None:
 def _lose_store(world: World, fault: Fault) -> None:
     """A disk that is backed up is lost, and its copies are put in its place."""
     disks = [disk for disk in world.disks if disk.backed_up]
-    if disks and not world.rolled_back:
-        disk = _choose(disks, fault.pick)
+    if disks and not world.must_not_lose:
+        disk = choose(disks, fault.pick)
         for process in world.processes:
             if process.stage == "persist" and process.disk is disk:
                 process.kill()
@@ -338,10 +309,7 @@ def _roll_back_events(world: World, fault: Fault) -> None:
 
 def _damage_server(world: World, fault: Fault) -> None:
     """A server can no longer read some of what it stored of `FI_EVENTS`, which consumers there pass over."""
-    stream = world.broker.streams.get(EVENTS)
-    hit = [seq for seq in ([] if stream is None else stream.seqs) if world.rng.random() < 0.5 * fault.pick]
-    world.unreadable.update(hit)
-    world.broker.say(f"{DAMAGED} cannot read {hit}")
+    world.damage(0.5 * fault.pick)
 
 
 FAULTS: dict[str, Callable[[World, Fault], None]] = {
@@ -373,11 +341,17 @@ FAULTS: dict[str, Callable[[World, Fault], None]] = {
     "receipts purged": _purge_receipts,
     "receipts deleted": _delete_receipts,
     "a server's disk is damaged": _damage_server,
+    "a server's disk is damaged beside one that hangs": mishaps.damage_beside_one_that_hangs,
     "FI_EVENTS rolled back": _roll_back_events,
     "store lost": _lose_store,
     "store lost after all servers restarted": _lose_store_behind_restart,
+    "server hangs": mishaps.hang,
+    "message ids forgotten": mishaps.forget_ids,
+    "servers' clocks step": mishaps.step_clocks,
+    "a stream in memory is empty": mishaps.empty_a_stream,
+    "FI_RECEIPTS rolled back": mishaps.roll_back_receipts,
+    "store put back": mishaps.put_store_back,
+    "store copied, and both run": mishaps.run_a_copied_store,
+    "verbs typed twice": mishaps.type_twice,
+    "flush typed": mishaps.type_flush,
 }
-
-
-def _choose(things: Sequence[T], pick: float) -> T:
-    return things[int(pick * len(things))]

@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Final
 
 from cluster.rewind import Rewinder
-from cluster.testing.sim.disk import MemoryDisk, Shard, rows_of
+from cluster.testing.sim.disk import MemoryDisk
 from cluster.testing.sim.loop import Host
 from cluster.testing.sim.network import Network
+from cluster.testing.sim.shards import Shard, rows_of
 from contracts.errors import FiError
 from contracts.events import decode_event, stored_ns_at
+from contracts.flush import Flush, encode_flush
 from contracts.hashing import MerkleFrontier
 from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, SealRecord, StoreEnd
 from contracts.rules import CLOSED_REMEMBERED_MAX
 from contracts.settings import Settings
+from contracts.subjects import CONTROL, FLUSH_SUBJECT
 from stages.persist.disk import StoreFiles
 from stages.persist.names import ShardFile
 from stages.persist.rewind import Damage, Place
 from stages.persist.storedir import Store
 from stages.runtime.api import Api
+from stages.runtime.checkpoint import last_receipt
+from stages.runtime.writer import replace_last
 
 LOOK_S_MIN, LOOK_S_MAX = 0.5, 2.0
 BACKUP_S_MIN, BACKUP_S_MAX = 0.3, 2.0
@@ -83,19 +88,35 @@ class MemoryStore:
     ) -> tuple[Place, Damage | None]:
         end = receipts[-1].end_of(store.store_id)
         walk, shards = _Walk(), self._disk.shards(partition)
+        told = {receipt.origin: receipt for receipt in receipts}
+        sealed = {seal.shard: seal for seal in seals}
+        good = walk.place
         for number in range(1, end.shard + 1):
             shard = shards.get(number)
             if shard is None and number == end.shard and not end.commits:
                 break
             if shard is None:
-                return walk.place, Damage(number, store.directory, f"shard {number} is missing")
-            commits = end.commits if number == end.shard and not shard.sealed else len(shard.groups)
-            if len(shard.groups) < commits:
-                walk.take(shard, len(shard.groups))
-                return walk.place, Damage(number, store.directory, f"{len(shard.groups)} of {commits} are whole")
-            walk.take(shard, commits)
-            if shard.sealed or number < end.shard:
+                return good, Damage(number, store.directory, f"shard {number} is missing")
+            if number > walk.number:
                 walk.end()
+            commits = end.commits if number == end.shard and not shard.sealed else len(shard.groups)
+            whole = min(commits, len(shard.groups))
+            # A sealed file is looked at as a whole: there is no place within it.
+            for count in [whole] if shard.sealed else range(1, whole + 1):
+                walk.take(shard, count, after=0 if shard.sealed else count - 1)
+                if shard.sealed:
+                    record = sealed.get(number)
+                    if record is not None and not walk.fits(record.tree_size, record.root):
+                        return good, Damage(number, store.directory, "is not the file that its seal record speaks of")
+                    walk.end()
+                receipt = told.get(shard.groups[count - 1].origin)
+                if receipt is not None and not walk.fits(receipt.persisted, receipt.root):
+                    return good, Damage(number, store.directory, "its events are not those that were committed")
+                good = walk.place if shard.sealed or receipt is not None else good
+            if whole < commits:
+                return good, Damage(number, store.directory, f"{whole} of {commits} are whole")
+            if not shard.sealed and end.rows.get(number) not in (None, rows_of(shard.groups[:commits])):
+                return good, Damage(number, store.directory, "its rows are not as they were committed")
         return walk.place, None
 
     def _given_up(
@@ -137,12 +158,12 @@ class _Walk:
         self._closed = ClosedConsultations(b"", CLOSED_REMEMBERED_MAX)
         self._rows: dict[int, str] = {}
 
-    def take(self, shard: Shard, commits: int) -> None:
-        """The first `commits` of a shard."""
+    def take(self, shard: Shard, commits: int, *, after: int = 0) -> None:
+        """The first `commits` of a shard; `after` so many that were taken before."""
         self._commits = commits
         if commits and not shard.sealed:
             self._rows[self.number] = rows_of(shard.groups[:commits])
-        for group in shard.groups[:commits]:
+        for group in shard.groups[after:commits]:
             self._tree.extend(group.records)
             event = None
             for event in map(decode_event, group.records):
@@ -150,6 +171,10 @@ class _Walk:
             self._origin, self._stored_ns = group.origin, stored_ns_at(group.origin, event)
             self._duplicates += group.duplicates
             self._dead_lettered += group.dead_lettered
+
+    def fits(self, size: int, root: str) -> bool:
+        """Whether that is what it has come to."""
+        return (size, root) == (self._tree.size, self._tree.root().hex())
 
     def end(self) -> None:
         """The shard was full."""
@@ -180,6 +205,7 @@ class People:
         settings: of the run.
         stands: gives the partitions that stand still now, and whether they have receipts.
         counts_anew: whether ingest says that `FI_EVENTS` counts anew.
+        make_receipts_again: has `FI_RECEIPTS` deleted and applied.
         make_events_again: has it deleted and applied, and what was sent since sent again.
     """
 
@@ -191,6 +217,7 @@ class People:
         settings: Settings,
         stands: Callable[[], dict[int, bool]],
         counts_anew: Callable[[], bool],
+        make_receipts_again: Callable[[], None],
         make_events_again: Callable[[], Awaitable[None]],
     ) -> None:
         self._network = network
@@ -199,12 +226,17 @@ class People:
         self._settings = settings
         self._stands = stands
         self._counts_anew = counts_anew
+        self._make_receipts_again = make_receipts_again
         self._make_events_again = make_events_again
         self._verbs = 0
         self.needed = False
         """Something was done to the streams or stores that does not mend itself."""
+        self.receipts_are_old = False
+        """`FI_RECEIPTS` was put back to what it was before."""
         self.is_careful = False
         """Nothing of theirs is killed any more."""
+        self.typing: list[asyncio.Task[None]] = []
+        """What they do."""
 
     async def look(self) -> None:
         """Looks again and again, and does what is to be done, until cancelled."""
@@ -214,12 +246,42 @@ class People:
                 continue
             if self._counts_anew():
                 await self._make_events_again()
+            if self.receipts_are_old:
+                self._make_receipts_again()
+                self.receipts_are_old = False
             for partition, has_receipts in self._stands().items():
                 owners = [disk for disk in self._disks if disk.shards(partition)]
                 for disk in self._disks if has_receipts else owners:
                     await self._type(disk, "rebuild" if has_receipts else "restore", partition)
                 if not (has_receipts or owners):
                     await self._type(self._rng.choice(self._disks), "begin anew", partition)
+
+    def type_twice(self, disk: MemoryDisk, verb: str, partition: int) -> None:
+        """Two people type the same, at about the same time."""
+        self.typing += [asyncio.create_task(self._type(disk, verb, partition)) for _ in range(2)]
+
+    def flush(self) -> None:
+        """Somebody wants all sealed that is committed now."""
+        self.typing.append(asyncio.create_task(self._flush()))
+
+    async def _flush(self) -> None:
+        host = Host("flush")
+        client = self._network.connect(host.name, host)
+        api = Api(client, self._settings, self._rng.random, give_up_s=20.0)
+        try:
+            targets = {p: (await last_receipt(api, p))[0] for p in range(self._settings.partitions)}
+            flush = Flush(
+                cluster=self._disks[0].store.cluster_id,
+                targets={p: receipt.origin for p, receipt in targets.items() if receipt is not None},
+                since_ns=self._network.broker.now_ns(),
+                by="people",
+            )
+            token = f"flush-{self._rng.getrandbits(48):012x}"
+            await replace_last(api, CONTROL, FLUSH_SUBJECT, lambda last: encode_flush(flush), token)
+        except FiError as error:
+            self._network.broker.say(f"flush: {error}")
+        finally:
+            await client.close()
 
     async def back_up(self) -> None:
         """Copies what is sealed again and again, until cancelled."""

@@ -104,6 +104,7 @@ class SimProcess:
     Attributes:
         starts: incarnations so far.
         clock_skew_ns: of its wall clock.
+        pinned: for its next incarnation.
         failure: what an incarnation ended with that no fault explains.
     """
 
@@ -131,7 +132,7 @@ class SimProcess:
         self.host = Host(name)
         self._broker = broker
         self._settings = settings
-        self._pinned = pinned
+        self.pinned = pinned
         self._machine: SimMachine | None = None
         self._task: asyncio.Task[None] | None = None
         self._dying: list[asyncio.Task[None]] = []
@@ -160,7 +161,7 @@ class SimProcess:
             Servers(()),
             self._settings,
             self._actor(),
-            partitions=self._pinned,
+            partitions=self.pinned,
             name=self.name,
             on_ready=lambda: self._broker.say(f"{self.name} is ready"),
             watch=watch,

@@ -11,15 +11,16 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cluster.testing.checker import check, event_id_of
-from cluster.testing.sim.faults import FAULTS, Fault, make_schedule
+from cluster.testing.sim.faults import FAULTS, make_schedule
 from cluster.testing.sim.load import attempts
 from cluster.testing.sim.loop import StuckError, VirtualLoop
+from cluster.testing.sim.strikes import Fault
 from cluster.testing.sim.world import World
 from contracts.events import decode_event
 
@@ -35,7 +36,7 @@ class Outcome:
 
     Attributes:
         seed: its seed.
-        faults: what went wrong, by plan.
+        faults: what went wrong, by plan, `among` which kinds.
         verdict: the checker's words; empty when it did not come to that.
         problems: what must not be, in words; empty when all is well.
         virtual_s: how long the run took on its own clock, `drained_s` of them after healing.
@@ -45,6 +46,7 @@ class Outcome:
 
     seed: int
     faults: list[Fault]
+    among: Sequence[str] = ()
     verdict: str = ""
     problems: list[str] = field(default_factory=list)
     virtual_s: float = 0.0
@@ -58,18 +60,19 @@ class Outcome:
         return not self.problems
 
 
-def simulate(seed: int, *, trace: list[str] | None = None) -> Outcome:
-    """Runs `seed`; what it does depends on the seed alone.
+def simulate(seed: int, *, among: Sequence[str] = (), trace: list[str] | None = None) -> Outcome:
+    """Runs `seed`; what it does depends on the seed and `among` alone.
 
     Args:
         seed: any integer.
+        among: kinds of faults, each a key of `FAULTS`, to have all of; empty: any.
         trace: takes a line for everything that happens.
     """
     rng = random.Random(seed)
     loop = VirtualLoop(lambda: rng.uniform(THREAD_S_MIN, THREAD_S_MAX))
     unheard: list[str] = []
     loop.set_exception_handler(lambda _, context: unheard.append(_surprise(context)))
-    outcome = Outcome(seed, [])
+    outcome = Outcome(seed, [], among)
     with _quiet(loop, trace):
         try:
             loop.run_until_complete(_run(World(loop, rng, trace), outcome))
@@ -88,18 +91,19 @@ def simulate(seed: int, *, trace: list[str] | None = None) -> Outcome:
 async def _run(world: World, outcome: Outcome) -> None:
     rng, loop = world.rng, world.loop
     fault_s = rng.uniform(2.0, 6.0)
-    outcome.faults = make_schedule(rng, fault_s, rng.randint(1, 7))
+    outcome.faults = make_schedule(rng, fault_s, rng.randint(1, 7), outcome.among)
     for process in world.processes:
         process.start()
     for fault in outcome.faults:
         world.broker.later(fault.at_s, _strike, world, fault)
     world.send(fault_s * rng.choice((0.2, 0.6, 1.0)))
     looking = [asyncio.create_task(world.people.look()), asyncio.create_task(world.people.back_up())]
+    world.people.typing = looking
     await asyncio.sleep(fault_s + 0.5)
     world.heal()
     healed_s = loop.time()
     calm_s = loop.time()
-    while (is_busy := not world.sending.done() or world.behind()) or loop.time() < calm_s + world.told_s:
+    while (is_busy := world.is_busy) or loop.time() < calm_s + world.told_s:
         calm_s = loop.time() if is_busy else calm_s
         await asyncio.sleep(POLL_S)
         if loop.time() > healed_s + DRAIN_S_MAX:
@@ -118,7 +122,8 @@ async def _run(world: World, outcome: Outcome) -> None:
     for task in (*looking, world.sending):
         task.cancel()
     await asyncio.wait((*looking, world.sending))
-    outcome.problems += [repr(task.exception()) for task in looking if not task.cancelled()]
+    ended = [task.exception() for task in looking if not task.cancelled()]
+    outcome.problems += [repr(error) for error in ended if error is not None]
     for process in world.processes:
         process.abandon()
         if process.failure is not None:
@@ -166,7 +171,7 @@ def judge(world: World, outcome: Outcome) -> None:
     came = {event.line for event in sent}
     if not world.rolled_back and any(message.data not in came for message in world.letters):
         outcome.problems.append("a dead letter does not hold the event as it came")
-    if world.rolled_back:
+    if world.rolled_back or world.is_taken_twice:
         # Servers that forgot a message's id take it again, and letters know no ids.
         dead = list(dict.fromkeys(dead))
     tried = attempts(world.sites, letters_count=not world.rolled_back)

@@ -267,6 +267,10 @@ class Stream(View):
             else:
                 self._last[subject] = last.seq
 
+    def forget_ids(self, *, of_purged: bool = False) -> None:
+        """No message is known by its id any more; `of_purged`: only those that are still there are."""
+        self._ids = {name: at for name, at in self._ids.items() if of_purged and at[0] in self.messages}
+
     def wipe(self) -> None:
         """All servers restarted and this one was in memory: nothing is left, and sequences begin at 1 again."""
         for held in (self.messages, self.seqs, self._last, self._ids, self._ids_pending, self._subjects_pending):

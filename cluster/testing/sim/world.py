@@ -67,30 +67,46 @@ class World:
         self.sites = make_sites(rng, rng.randint(1, 2), rng.randint(2, 6), rng.randint(2, 8))
         in_use = [disk for disk in self.disks if any(p.stage == "persist" and p.disk is disk for p in self.processes)]
         self.people = People(
-            self.network, rng, in_use, self.settings, self._standing, self._counts_anew, self._make_events_again
+            self.network,
+            rng,
+            in_use,
+            self.settings,
+            self._standing,
+            self._counts_anew,
+            self._delete_receipts,
+            self._make_events_again,
         )
         self.rolled_back = False
         """`FI_EVENTS` was, at some time: dedup ids were forgotten, and what it took since may be gone."""
         self.is_rolled_back = False
         """It is now."""
         self.is_healed = False
+        self.is_copied = False
+        """Two disks are the same store."""
+        self.is_taken_twice = False
+        """Servers that had forgotten a message's id took it again."""
+        self._ids_taken: set[str] = set()
         self._hosts = [Host(site.name) for site in self.sites]
         self._gateways = [self._make_gateway(number) for number in range(len(self.sites))]
 
     def _make(self, stage: Any) -> Iterator[SimProcess]:
         every = tuple(range(self.settings.partitions))
         for number in range(self.rng.choice((1, 1, 2))):
-            yield SimProcess(
-                stage,
-                f"{stage}-{number}",
-                broker=self.broker,
-                network=self.network,
-                rng=self.rng,
-                settings=self.settings,
-                disk=self.disks[number % len(self.disks)],
-                # Two owners for every partition, on purpose.
-                pinned=every if number and self.rng.random() < 0.5 else None,
-            )
+            # Two owners for every partition, on purpose.
+            pinned = every if number and self.rng.random() < 0.5 else None
+            yield self._process(stage, f"{stage}-{number}", self.disks[number % len(self.disks)], pinned)
+
+    def _process(self, stage: Any, name: str, disk: MemoryDisk, pinned: tuple[int, ...] | None) -> SimProcess:
+        return SimProcess(
+            stage,
+            name,
+            broker=self.broker,
+            network=self.network,
+            rng=self.rng,
+            settings=self.settings,
+            disk=disk,
+            pinned=pinned,
+        )
 
     def _make_gateway(self, number: int) -> Gateway:
         name = f"{self.sites[number].name}.{self.rng.getrandbits(32):08x}"
@@ -104,6 +120,27 @@ class World:
         # Its requests under way end in their time-outs, and nothing they are answered counts.
         self.broker.loop.create_task(before.client.close(), context=self.broker.context)
 
+    def damage(self, share: float) -> None:
+        """A server can no longer read some of what it stored of `FI_EVENTS`, which consumers there pass over."""
+        stream = self.broker.streams.get(EVENTS)
+        hit = [seq for seq in ([] if stream is None else stream.seqs) if self.rng.random() < share]
+        self.unreadable.update(hit)
+        self.broker.say(f"{DAMAGED} cannot read {hit}")
+
+    def kill_persist(self, disk: MemoryDisk) -> None:
+        """All persisters on a disk are killed."""
+        for process in self.processes:
+            if process.stage == "persist" and process.disk is disk:
+                process.kill()
+
+    def run_copy(self, disk: MemoryDisk) -> None:
+        """The disk is copied, and persist runs there too, as the same store."""
+        copy = disk.copy()
+        self.is_copied = True
+        self.disks.append(copy)
+        self.processes.append(self._process("persist", "persist-copy", copy, tuple(range(self.settings.partitions))))
+        self.processes[-1].start()
+
     def _place(self, consumer: Consumer) -> None:
         consumer.server = self.rng.choice(SERVERS)
         if consumer.server == DAMAGED and consumer.stream.name == EVENTS:
@@ -113,6 +150,9 @@ class World:
     def _note_applied(self, stream: Stream, message: Message) -> None:
         if stream.name == EVENTS:
             self.accepted[split_raw_subject(message.subject)[0]] += message.data.count(b"\n") + 1
+            message_id = message.headers.get(HEADER_MSG_ID, "")
+            self.is_taken_twice = self.is_taken_twice or message_id in self._ids_taken
+            self._ids_taken.add(message_id)
         elif stream.name == DLQ and DEAD_HANDLED not in message.headers:
             self.letters.append(message)
         if self.traps:
@@ -142,6 +182,8 @@ class World:
         self.people.is_careful = True
         self.network.heal()
         self.broker.heal()
+        if self.is_copied:
+            self._tell_copies_apart()
         for disk in self.disks:
             disk.failing = False
             disk.kill_in_commit = lambda host: False
@@ -168,6 +210,11 @@ class World:
             lost = {META_RECEIPTS_LOST: format_rfc3339(self.broker.now_ns())}
             self.broker.create(Stream(config.evolve(metadata={**(config.metadata or {}), **lost})))
 
+    def _delete_receipts(self) -> None:
+        if RECEIPTS in self.broker.streams:
+            self.broker.delete(RECEIPTS)
+        self.make_receipts_again()
+
     def roll_back(self, backup: Stream) -> bool:
         """Puts `FI_EVENTS` back to `backup`; False when that cannot be now.
 
@@ -175,7 +222,7 @@ class World:
         it is: that gives sequences a second time, which is what is looked at here. Where receipts or a store are lost
         too, only `FI_EVENTS` as it was could tell that nothing is missing.
         """
-        if self.people.needed and not self.rolled_back:
+        if self.is_copied or (self.people.needed and not self.rolled_back):
             return False
         stream = self.broker.streams.get(EVENTS)
         reached = [receipt.origin for p in range(self.settings.partitions) if (receipt := self.receipt(p))]
@@ -187,6 +234,11 @@ class World:
         self.broker.say(f"{EVENTS} is rolled back from {stream.last_seq} to {backup.last_seq}")
         self.rolled_back = self.is_rolled_back = self.people.needed = True
         return True
+
+    @property
+    def must_not_lose(self) -> bool:
+        """Receipts or a store that were lost now would take with them what alone tells that nothing is missing."""
+        return self.rolled_back or self.is_copied
 
     def _counts_anew(self) -> bool:
         return self.is_rolled_back and any(process.refused for process in self.processes if process.stage == "ingest")
@@ -220,13 +272,31 @@ class World:
         return max(origins, default=0) + 1
 
     @property
+    def is_busy(self) -> bool:
+        """Something is still to be sent, committed, or done by people."""
+        return not self.sending.done() or self.people.receipts_are_old or bool(self.behind())
+
+    @property
     def told_s(self) -> float:
         """How long nothing must happen until all is over: ingest may still have to say that the stream counts anew."""
         return TOLD_S if self.is_rolled_back else 0.0
 
     def disk_of(self, receipt: Receipt) -> MemoryDisk:
-        """The disk of the store that owns the receipt's partition."""
-        return next(disk for disk in self.disks if disk.store.store_id == receipt.store)
+        """The disk of the store that owns the receipt's partition; of two, one that has got as far as it says."""
+        disks = [disk for disk in self.disks if disk.store.store_id == receipt.store]
+        return next((disk for disk in disks if disk.reaches(receipt)), disks[0])
+
+    def _tell_copies_apart(self) -> None:
+        """Who finds out that two disks are one store has each work on what only it has the last commits of."""
+        for process in self.processes:
+            process.kill()
+        parts: dict[MemoryDisk, list[int]] = {}
+        for partition in range(self.settings.partitions):
+            receipt = self.receipt(partition)
+            parts.setdefault(self.disks[0] if receipt is None else self.disk_of(receipt), []).append(partition)
+        for process in self.processes:
+            if process.stage == "persist":
+                process.pinned = tuple(parts.get(process.disk, ()))
 
     def behind(self) -> dict[int, tuple[int, int]]:
         """Partition → (origin committed, origin stored), where they differ or readers are not shown all of it yet."""
