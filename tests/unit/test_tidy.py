@@ -53,6 +53,11 @@ def test_a_layer_imports_only_the_layers_below_it(package: str) -> None:
     assert {name: found for name, found in wrong.items() if found} == {}
 
 
+def test_other_programs_see_the_types_of_what_they_import() -> None:
+    """PEP 561: setuptools takes the file into the wheel. Without it mypy passes over every import of ours."""
+    assert [package for package in MAY_IMPORT if (ROOT / package / "py.typed").is_file()] == [*MAY_IMPORT][:-1]
+
+
 def test_no_module_imports_itself_by_way_of_others() -> None:
     """Not for its types either."""
     paths = [path for package in MAY_IMPORT for path in modules(package)]
