@@ -113,6 +113,7 @@ NOT_WAITS = {
     ("cluster/top.py", "STALE_S"): "how old a screen may be before its age is shown",
     ("cluster/broker_verdict.py", "CLOCK_APART_S_MAX"): "how far a server's clock may be from ours",
     ("cluster/verdict.py", "HELD_S_MIN"): "how long a hold must last to be a problem",
+    ("stages/runtime/expiry.py", "AHEAD_S_MAX"): "how long before it expires a certificate is to be renewed",
     ("cluster/verdict.py", "LOOP_LAG_S_MAX"): "how late an event loop may be",
 }
 SECONDS = re.compile(r"(^|_)(s|seconds|timeout|wait|interval)(_min|_max)?$", re.IGNORECASE)
