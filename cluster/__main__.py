@@ -23,6 +23,10 @@ def main() -> None:
         fictl()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        # While the interpreter ends, whoever waits there would print it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _end)
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:

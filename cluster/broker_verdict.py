@@ -8,7 +8,7 @@ from typing import Final
 from cluster.problem import Problem
 from cluster.status import copies_set_most, with_fewer_copies
 from cluster.summary import StreamSummary, Summary
-from cluster.words import duration, partitions
+from cluster.words import duration, expiry, partitions
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
 
 FULL_SHARE: Final = 0.98
@@ -21,7 +21,7 @@ CLOCK_APART_S_MAX: Final = 1.0
 def connection_problems(summary: Summary) -> Iterator[Problem]:
     """Why there is no connection."""
     urls = ", ".join(server.url for server in summary.servers)
-    if answering := [server.name for server in summary.servers if server.reachable]:
+    if answering := [server.name for server in summary.servers if server.reachable or server.problem]:
         what = f"no connection, though {', '.join(answering)} answer{'s' if len(answering) == 1 else ''}"
         why, _, step = summary.no_connection.partition("; ")
         yield Problem(
@@ -134,13 +134,20 @@ def clock_problems(summary: Summary) -> Iterator[Problem]:
 
 def server_problems(summary: Summary) -> Iterator[Problem]:
     """Servers that do not answer, and replicas that are behind."""
-    silent = [server.url for server in summary.servers if not server.reachable]
+    yield from _certificate_problems(summary)
+    silent = [
+        f"{server.url} ({server.problem})" if server.problem else server.url
+        for server in summary.servers
+        if not server.reachable
+    ]
     if silent:
         answering = len(summary.servers) - len(silent)
         lost = _lacks_majority(summary)
         tail = ", which is no majority" if lost else ""
         what = f"{answering} servers answer of {len(summary.servers)}: not {', '.join(silent)}{tail}"
-        step = "bring back a majority of the servers" if lost else "start it: one more may stop everything"
+        refused = all(server.problem for server in summary.servers if not server.reachable)
+        mend = "give it a certificate that its clients take" if refused else "start it"
+        step = "bring back a majority of the servers" if lost else f"{mend}: one more may stop everything"
         yield Problem(urgency=1 if lost else 5, kind="server_down", what=what, next=step)
         return
     lagging: dict[tuple[str, bool], list[str]] = {}
@@ -152,3 +159,12 @@ def server_problems(summary: Summary) -> Iterator[Problem]:
         what = f"replica {name} is {'offline' if offline else 'behind'} for {', '.join(names)}"
         full = "wait if it catches up; else see its log: a full disk turns its JetStream off until it is restarted"
         yield Problem(urgency=5, kind="replica_lagging", what=what, next="start that server" if offline else full)
+
+
+def _certificate_problems(summary: Summary) -> Iterator[Problem]:
+    for server in summary.servers:
+        if server.certificate_due and server.certificate_ends_s is not None:
+            ends = expiry(server.certificate_ends_s, summary.at_ns / 1e9)
+            what = f"the certificate of {server.name} expires {ends}"
+            step = f"renew it, and `nats-server --signal reload` at {server.url}"
+            yield Problem(urgency=5, kind="certificate_due", what=what, next=step)

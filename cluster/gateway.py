@@ -138,7 +138,7 @@ class Gateway:
             raise ValueError(f"in_flight = {in_flight}: nothing would ever be sent; give 1 or more")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s = {timeout_s}: no answer would be waited for; give more than 0")
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = client.loop
         self.in_flight = in_flight
         self.retries = 0
         self.client = client
@@ -182,7 +182,8 @@ class Gateway:
         Args:
             event_bytes: one event as JSON, or several of the consultation as NDJSON.
             site, consultation: the subject's tokens (`contracts.subjects.is_token`).
-            event_id: what makes it this message and no other, not empty; for several events see `batch_id`.
+            event_id: what makes it this message and no other; for several events see `batch_id`. Printable, and no
+                blank at its ends: a header's value loses those, and line breaks, and another id may be left, or none.
             traceparent: W3C trace context to send along.
             first_seen: of a replay: where the events first came in (`contracts.letters`).
             deadline_s: give up this long after the first try, once the try then under way is over, which is waited for
@@ -190,9 +191,10 @@ class Gateway:
 
         Raises:
             RefusedError: it can never be stored: too large, not for a subject of its own, or refused by the servers.
-            TypeError: not bytes, or not text. What may change while it is sent again is not sent at all.
-            ValueError: one of them is empty. Without an id servers could not tell a second try from another message.
-            RuntimeError: this is another event loop or process than that of the calls before.
+            TypeError: not bytes, not text, or no number. What may change while it is sent again is not sent at all.
+            ValueError: one of them is empty, or an `event_id` would be another one at the servers, or `deadline_s` is
+                nan. Without an id of its own they could not tell a second try from another message.
+            RuntimeError: this is another event loop or process than that of the connection: its answers come there.
             TopologyError: the subject is another stream's, or something else than a stream answers there.
             ClusterUnavailableError: the deadline passed or the connection was closed; whether it is stored is unknown.
                 Publish it again with the same id before anything else of its consultation. Or a call before it ended
@@ -202,7 +204,8 @@ class Gateway:
         if not isinstance(event_bytes, bytes):
             raise TypeError(f"event_bytes is {type(event_bytes).__name__}; give bytes")
         subject = _subject(site, consultation)
-        _check_text("event_id", event_id)
+        _check_id(event_id)
+        _check_deadline(deadline_s)
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
         if loop is not self._loop:
@@ -340,6 +343,23 @@ def _check_text(name: str, text: object) -> None:
         raise TypeError(f"{name} is {type(text).__name__}; give str")
     if not text:
         raise ValueError(f"{name} is empty")
+
+
+def _check_id(event_id: str) -> None:
+    """Raises as `Gateway.publish`."""
+    _check_text("event_id", event_id)
+    if not event_id.isprintable() or event_id != event_id.strip():
+        raise ValueError(f"event_id {event_id!a} would change in a header; give printable text, no blank at its ends")
+
+
+def _check_deadline(deadline_s: object) -> None:
+    """Raises as `Gateway.publish`."""
+    if deadline_s is None:
+        return
+    if not isinstance(deadline_s, (int, float)):
+        raise TypeError(f"deadline_s is {type(deadline_s).__name__}; give seconds, or None")
+    if math.isnan(deadline_s):
+        raise ValueError("deadline_s is nan; give seconds, or None")
 
 
 @lru_cache(maxsize=4096)

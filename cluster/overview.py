@@ -141,7 +141,7 @@ class Looker:
         """Looks once, for `limit_s` at most and a little. Never raises for what is down."""
         unread: list[str] = []
         jobs: dict[str, Awaitable[Any]] = {
-            "servers": look_at_servers(self._servers.urls),
+            "servers": look_at_servers(self._servers),
             "cluster": self._cluster(limit_s * 0.95, unread),
         }
         if self._directory is not None:

@@ -18,10 +18,11 @@ from contracts.budgets import FOLLOWER_HEARD, STATUS_ANSWER
 from contracts.errors import TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import hide_credentials
+from stages.runtime.access import Access, Servers
 from stages.runtime.answers import step_after, why_silent
 from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
-from stages.runtime.connection import server_name
+from stages.runtime.expiry import greet
 from stages.runtime.facts import META_RECEIPTS_LOST, ClusterFacts, facts_from_metadata
 from stages.runtime.tasks import side_by_side
 
@@ -31,11 +32,23 @@ at 300 to 5,000 events/s, on a slow machine, one to eight."""
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One server. `name` is empty when it does not answer; `url` is without credentials."""
+    """One server.
+
+    Attributes:
+        url: without credentials.
+        reachable: it greets, and we can connect to it as far as TLS goes.
+        name: its own; empty when it does not greet.
+        problem: why it greets and cannot be connected to; else empty.
+        certificate_ends_s: when the certificate that it shows expires, seconds since the epoch; None without TLS.
+        certificate_due: it should have been renewed (`stages.runtime.expiry.Paper`).
+    """
 
     url: str
     reachable: bool
     name: str = ""
+    problem: str = ""
+    certificate_ends_s: float | None = None
+    certificate_due: bool = False
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,20 +134,20 @@ def copies_set_most(streams: Sequence[StreamStatus]) -> int:
     return max((stream.copies_set for stream in streams), default=0)
 
 
-async def status(client: GuardedClient, urls: Sequence[str]) -> ClusterStatus:
+async def status(client: GuardedClient, servers: Servers) -> ClusterStatus:
     """Looks at every server and stream once, for about two seconds at most.
 
     Args:
         client: connected.
-        urls: ``nats://host:port`` of the servers to look at.
+        servers: to look at.
     """
-    servers, (streams, facts, problem) = await asyncio.gather(look_at_servers(urls), look_at_streams(client))
-    return ClusterStatus(servers=servers, streams=streams, facts=facts, problem=problem)
+    found, (streams, facts, problem) = await asyncio.gather(look_at_servers(servers), look_at_streams(client))
+    return ClusterStatus(servers=found, streams=streams, facts=facts, problem=problem)
 
 
-async def look_at_servers(urls: Sequence[str]) -> tuple[ServerStatus, ...]:
-    """Looks at every server once, for about two seconds at most. Args as `status`."""
-    return tuple(await side_by_side(*(_server(url) for url in urls)))
+async def look_at_servers(servers: Servers) -> tuple[ServerStatus, ...]:
+    """Looks at every server once, for about two seconds at most. Raises `SettingsError`: as `Access.read`."""
+    return tuple(await side_by_side(*(_server(url, servers.access) for url in servers.urls)))
 
 
 async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ...], ClusterFacts | None, str]:
@@ -216,7 +229,14 @@ def keeps_up(peer: PeerInfo) -> bool:
     return bool(peer.current) or (heard and 0 < (peer.lag or 0) <= LAG_USUAL_MAX)
 
 
-async def _server(url: str) -> ServerStatus:
-    """A server is reachable when it greets: it does so before any login."""
-    name = await server_name(url)
-    return ServerStatus(url=hide_credentials(url), reachable=name is not None, name=name or "")
+async def _server(url: str, access: Access) -> ServerStatus:
+    """It greets, and shows its certificate, before any login."""
+    shown = hide_credentials(url)
+    found = await greet(url, access)
+    if found is None:
+        return ServerStatus(url=shown, reachable=False)
+    if found.problem or found.certificate is None:
+        return ServerStatus(url=shown, reachable=not found.problem, name=found.name, problem=found.problem)
+    is_due = found.certificate.due_s < time.time()
+    ends_s = found.certificate.ends_s
+    return ServerStatus(url=shown, reachable=True, name=found.name, certificate_ends_s=ends_s, certificate_due=is_due)

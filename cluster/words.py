@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 
@@ -34,6 +35,14 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds * scale:.{digits}f} {unit}"
     return f"{seconds / 3600:.0f} h"
+
+
+def expiry(ends_s: float, now_s: float) -> str:
+    """``2026-12-24 08:00 UTC, in 31 days``; both in seconds since the epoch."""
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends_s))
+    left_s = abs(ends_s - now_s)
+    left = f"{left_s / 86400:.0f} days" if left_s >= 2 * 86400 else f"{left_s / 3600:.1f} hours"
+    return f"{date}, in {left}" if ends_s > now_s else f"{date}, {left} ago"
 
 
 def size(count_bytes: float) -> str:

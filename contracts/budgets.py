@@ -136,6 +136,7 @@ HEALTH_REQUEST: Final = _limit(5.0, "the health port: a whole request, answer in
 HEALTH_BEAT: Final = _pause(0.25, "/livez: between two timers of the event loop", "the next; how late it is, is told")
 HEALTH_STUCK: Final = _limit(5.0, "/livez: the event loop to run a timer", "the process says that it does not live")
 HEALTH_LOOK: Final = _pause(5.0, "gauges: between two looks at streams and disk", "it looks")
+PAPERS_LOOK: Final = _pause(300.0, "gauges: between two looks at when certificates and credentials expire", "it looks")
 HEALTH_FRESH: Final = _limit(1.0, "/readyz: how long what was seen counts", "it looks again")
 HEALTH_ASK: Final = _limit(1.0, "/readyz: a stream or the disk to answer", "the process says that it is not ready")
 HEALTH_DISK: Final = _limit(5.0, "/readyz: a commit of persist to be on disk", "the process says that its disk hangs")

@@ -285,6 +285,13 @@ BACKUP_AGE: Final = _gauge(
     "s",
     "since a `fictl backup` left nothing of the store uncopied to another disk; no value where there never was one",
 )
+PAPER_DUE: Final = _gauge(
+    "fi.paper.due",
+    "s",
+    "until a certificate or JWT is to be renewed: 14 days before it expires, or with a fifth of its time left; below 0 "
+    "it should have been. By the setting that names its file, or the server that shows it",
+    "paper",
+)
 BACKPRESSURE_TIME: Final = _counter(
     "fi.backpressure.duration",
     "s",
@@ -366,6 +373,7 @@ CATALOGUE: Final[dict[str, Instrument]] = {
         STORAGE_FREE,
         STORAGE_SIZE,
         BACKUP_AGE,
+        PAPER_DUE,
         BACKPRESSURE_TIME,
         BACKPRESSURE_AGE,
         RECONNECTS,

@@ -328,11 +328,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 def print_json(value: Any) -> None:
     """One JSON value on one line of stdout: the answer of a verb with --json."""
-    answered.set(True)
     text = msgspec.json.encode(value).decode()
     if not text.isprintable():
         # Only strings hold such signs, and JSON has another form for each.
         text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    answered.set(True)
     sys.stdout.buffer.write(text.encode() + b"\n")
     sys.stdout.buffer.flush()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from cluster.cli.common import (
 )
 from cluster.config import DEFAULT_FILE
 from cluster.state import NotRunningError
+from cluster.words import expiry
 from contracts.budgets import GREETING, TOPOLOGY_PLAN
 from contracts.errors import ClusterUnavailableError, DefiniteError, FiError, TopologyError
 from contracts.settings import CONFIG_VARIABLE, Settings, hide_credentials, shown_value
@@ -154,6 +156,7 @@ def check(
 ) -> None:
     """Checks the settings, one line each: ok, or what to do. Starts nothing and changes nothing.
 
+    Of certificates and credentials it says when they expire, with --connect also of the servers'.
     With --connect also: the servers answer; the streams are there and agree with the settings, for which those of a run
     in DIR stand in place of the defaults, as for `fictl cluster plan`; this user can write the store's directory, it
     has disk_floor_bytes free and is not mounted with `discard` (advice only); the signing key can be read. The exit
@@ -162,6 +165,8 @@ def check(
     Example: fictl config check --connect --nats nats://10.0.0.1:4222 --shards /var/lib/fi/shards
     """
     checks = _settings_checks(chosen)
+    if not any(done.exit_code for done in checks):
+        checks += _paper_checks(given_settings(chosen).settings)
     if connect and any(done.exit_code for done in checks):
         names = ("servers", "streams", "store", "signing key")
         checks += [Check(name=name, result="not checked", detail="mend the settings first") for name in names]
@@ -225,6 +230,26 @@ def _settings_checks(chosen: list[str] | None) -> list[Check]:
     return [file, _try("settings", together)]
 
 
+def _paper_checks(settings: Settings) -> list[Check]:
+    """One for each certificate or JWT of ours that expires."""
+    from stages.runtime.access import access_of
+    from stages.runtime.expiry import own_papers
+
+    now_s, access = time.time(), access_of(settings)
+    checks = []
+    for name, paper in own_papers(access).items():
+        file, words = getattr(settings, name), expiry(paper.ends_s, now_s)
+        if paper.ends_s <= now_s:
+            error = DefiniteError(
+                f"{file} expired {words}: no connection can be made with it; put a renewed one in its place"
+            )
+            checks.append(_failed(name, error))
+        else:
+            advice = ". It is to be renewed now" if paper.due_s <= now_s else ""
+            checks.append(Check(name=name, result="ok", detail=f"{file} expires {words}{advice}"))
+    return checks
+
+
 def _receipts_advice(settings: Settings) -> str:
     """What a stream of receipts that will be too small had better be: a full one stops commits."""
     bytes_max = settings.partitions * settings.receipts_kept * _RECEIPT_BYTES
@@ -263,15 +288,20 @@ async def _look_at_servers(client: GuardedClient, servers: Servers) -> str:
     from cluster.status import status
     from stages.runtime.tasks import side_by_side
 
-    shown = [hide_credentials(url) for url in servers.urls]
-    found = (await status(client, servers.urls)).servers
-    silent = [hide_credentials(server.url) for server in found if not server.reachable]
+    found = (await status(client, servers)).servers
+    silent = [server.url for server in found if not server.reachable and not server.problem]
     if silent:
         raise ClusterUnavailableError(f"{', '.join(silent)} does not answer; start it, or correct the address")
     refusals = await side_by_side(*(_refusal(url, servers.access) for url in servers.urls))
     if any(refusals):
         raise ClusterUnavailableError("; ".join(filter(None, refusals)))
-    return f"{', '.join(shown)} answer"
+    ends = [
+        f"{server.url} {expiry(server.certificate_ends_s, time.time())}"
+        for server in found
+        if server.certificate_ends_s
+    ]
+    expire = f"; their certificates expire: {'; '.join(ends)}" if ends else ""
+    return f"{', '.join(server.url for server in found)} answer{expire}"
 
 
 async def _refusal(url: str, access: Access) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +26,7 @@ from cluster.cli.common import (
     run_async,
     say,
 )
+from cluster.words import expiry
 from contracts.budgets import TOPOLOGY_PLAN
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def status(
         from cluster.status import status as look
 
         async with connected(servers) as client:
-            return await look(client, servers.urls)
+            return await look(client, servers)
 
     with progress_bar("looking"):
         found = run_async(work())
@@ -137,9 +139,12 @@ def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None
 
 def _show_status(found: ClusterStatus) -> None:
     screen = console()
-    servers = make_table("server", "name", "answers")
+    servers = make_table("server", "name", "answers", "certificate until")
     for server in found.servers:
-        servers.add_row(server.url, server.name, "yes" if server.reachable else "NO")
+        answers = "yes" if server.reachable else f"NO: {server.problem}" if server.problem else "NO"
+        ends_s = server.certificate_ends_s
+        until = "-" if ends_s is None else f"{'RENEW: ' if server.certificate_due else ''}{expiry(ends_s, time.time())}"
+        servers.add_row(server.url, server.name, answers, until)
     streams = make_table("stream", "messages", "bytes", "full", "leader", "followers")
     for stream in found.streams:
         followers = ", ".join(

@@ -33,6 +33,7 @@ from contracts.telemetry import (
     MEMORY_USAGE,
     MESSAGES_UNREADABLE,
     ORIGIN_REACHED,
+    PAPER_DUE,
     QUEUE_BYTES,
     QUEUE_LIMIT,
     RECONNECTS,
@@ -306,6 +307,14 @@ def _servers() -> Iterator[Alert]:
         summary="{{ $labels.server }} cannot read what it stored of {{ $labels.stream }}",
         description="{{ $value }} times. Its disk gave wrong bytes. Others have what it has: there is one copy less.",
     )
+    yield Alert(
+        name="FiPaperDue",
+        expr=f"{lowest(PAPER_DUE, 'instance', 'paper')} < 0",
+        held="10m",
+        severity="ticket",
+        summary="{{ $labels.paper }} of {{ $labels.instance }} expires soon, or has",
+        description="In 14 days, or a fifth of its time, or less. Then no new connection can be made with it.",
+    )
 
 
 def _processes() -> Iterator[Alert]:
@@ -398,14 +407,11 @@ def rules_yaml(runbooks_url: str) -> str:
                 f"        expr: {_text(alert.expr)}",
                 f"        for: {alert.held}",
             ]
-            lines.append("        labels:")
-            lines += [
-                f"          {name}: {value}" for name, value in {"severity": alert.severity, **alert.labels}.items()
-            ]
+            labels = {"severity": alert.severity, **alert.labels}
+            lines += ["        labels:", *(f"          {name}: {value}" for name, value in labels.items())]
             notes = {"summary": alert.summary, "description": alert.description}
             notes["runbook_url"] = f"{runbooks_url}#{alert.name.lower()}"
-            lines.append("        annotations:")
-            lines += [f"          {name}: {_text(text)}" for name, text in notes.items()]
+            lines += ["        annotations:", *(f"          {name}: {_text(text)}" for name, text in notes.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -53,6 +53,7 @@ from contracts.telemetry import (
     MESSAGES_UNREADABLE,
     OPERATION_DURATION,
     ORIGIN_REACHED,
+    PAPER_DUE,
     PERSIST_ERRORS,
     POLICY_HITS,
     POLICY_MISSES,
@@ -354,6 +355,12 @@ _INFRASTRUCTURE: Final = {
             title="Reconnects in 15 minutes",
             queries=((increase(RECONNECTS, "instance", window="15m"), "{{instance}}"),),
             description=RECONNECTS.meaning,
+        ),
+        Panel(
+            title="Until a certificate is to be renewed",
+            queries=((lowest(PAPER_DUE, "paper", "instance"), "{{paper}} {{instance}}"),),
+            description=PAPER_DUE.meaning,
+            unit="s",
         ),
         Panel(
             title="Circuits: 1 no answer, 0.5 may be tried",

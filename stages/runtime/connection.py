@@ -6,9 +6,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
 
-import msgspec
 from nats.errors import Error as NatsError
 
 from contracts.budgets import CONNECT_ATTEMPT, FIRST_CONNECTION, GREETING, PING_INTERVAL, RECONNECT_PAUSE
@@ -17,12 +15,12 @@ from contracts.settings import hide_credentials
 from stages.runtime.access import OPEN, Access
 from stages.runtime.answers import words_of
 from stages.runtime.client import GuardedClient
+from stages.runtime.expiry import greet
 from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
 
 PENDING_BYTES_MAX = 32 * 1024 * 1024
-DEFAULT_PORT = 4222
 
 
 async def connect(
@@ -223,18 +221,5 @@ async def _reconnect(
 
 async def server_name(url: str) -> str | None:
     """The name that the server at `url` greets with; None when it does not answer in `GREETING`."""
-    address = urlsplit(url)
-    try:
-        async with asyncio.timeout(GREETING.s):
-            reader, writer = await asyncio.open_connection(address.hostname, address.port or DEFAULT_PORT)
-            try:
-                line = await reader.readline()
-            finally:
-                writer.close()
-        return msgspec.json.decode(line.removeprefix(b"INFO "), type=_Greeting).server_name
-    except (OSError, ValueError, msgspec.MsgspecError):
-        return None
-
-
-class _Greeting(msgspec.Struct):
-    server_name: str
+    greeted = await greet(url)
+    return None if greeted is None else greeted.name

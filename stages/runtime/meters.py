@@ -29,6 +29,7 @@ from contracts.telemetry import (
     MEMORY_USAGE,
     MESSAGES_UNREADABLE,
     ORIGIN_REACHED,
+    PAPER_DUE,
     QUEUE_BYTES,
     QUEUE_LENGTH,
     QUEUE_LIMIT,
@@ -39,6 +40,7 @@ from contracts.telemetry import (
     Instrument,
 )
 from stages.runtime.circuit import Circuit, CircuitState
+from stages.runtime.expiry import Paper
 from stages.runtime.instruments import Counter, Family, Histogram
 from stages.runtime.probes import LaneMeter, ReaderMeter, WriterMeter
 from stages.runtime.telemetry import (
@@ -66,6 +68,7 @@ class Meters(Telemetry):
         streams: what was last heard of the streams, by name. Kept by `stages.runtime.watch`.
         storage_free_bytes, storage_size_bytes: where the shards lie; None when there is no store.
         backed_up_ns: until when the store is copied to another disk; None when it is not, or there is none.
+        papers: certificates and credentials, as `stages.runtime.expiry.papers_of`.
         tracer: makes spans; None when nothing takes them.
         begun_ns: since when sums are counted.
     """
@@ -76,6 +79,7 @@ class Meters(Telemetry):
         self.storage_free_bytes: int | None = None
         self.storage_size_bytes: int | None = None
         self.backed_up_ns: int | None = None
+        self.papers: dict[str, Paper] = {}
         self.tracer: Tracer | None = None
         self._counters: dict[str, dict[_Attributes, Counter]] = {name: {} for name in CATALOGUE}
         self._writers: dict[str, WriterMeter] = {}
@@ -96,6 +100,7 @@ class Meters(Telemetry):
             (STORAGE_FREE, lambda: _one(self.storage_free_bytes)),
             (STORAGE_SIZE, lambda: _one(self.storage_size_bytes)),
             (BACKUP_AGE, self._read_backup),
+            (PAPER_DUE, self._read_papers),
             (CIRCUIT_STATE, self._read_circuits),
             (CPU_TIME, _read_cpu),
             (MEMORY_USAGE, _read_memory),
@@ -227,6 +232,10 @@ class Meters(Telemetry):
 
     def _read_backup(self) -> Readings:
         return [] if self.backed_up_ns is None else [({}, max(0.0, (time.time_ns() - self.backed_up_ns) / 1e9))]
+
+    def _read_papers(self) -> Readings:
+        now_s = time.time()
+        return [({"paper": name}, paper.due_s - now_s) for name, paper in self.papers.items()]
 
 
 def _circuit_value(circuit: Circuit, now_s: float) -> float:

@@ -32,9 +32,11 @@ class PooledClient(Client):
 
     Attributes:
         discovers: connects also to servers that others name; False: only to those that it was given.
+        loop: the event loop that it was connected in, and serves alone; None before.
     """
 
     discovers = True
+    loop: asyncio.AbstractEventLoop | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class PooledClient(Client):
             cut(self._transport)
 
     def _setup_server_pool(self, connect_url: list[str]) -> None:
+        self.loop = asyncio.get_running_loop()
         super()._setup_server_pool(connect_url)
         for server in self._server_pool:
             decode_user(server)

@@ -168,7 +168,7 @@ class StageProcess:
             )
             api = self._api = Api(client, settings, machine.jitter, self._watch.telemetry)
             control = Control(api, self._changed)
-            self._watch.connected(api, control)
+            self._watch.connected(api, control, self._servers)
             listening = asyncio.create_task(control.run(), name="control")
             try:
                 arrival = self._actor.arrive(api, facts, control, f"{self._nonce}_0")

@@ -19,14 +19,16 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from contracts.backups import BACKUP_FILE, decode_last_backup
-from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_DISK, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK
+from contracts.budgets import HEALTH_ASK, HEALTH_BEAT, HEALTH_DISK, HEALTH_FRESH, HEALTH_LOOK, HEALTH_STUCK, PAPERS_LOOK
 from contracts.errors import WireFormatError
 from contracts.settings import Settings
 from contracts.subjects import DLQ, INPUT_STREAM, OUTPUT_STREAM, Stage
 from contracts.telemetry import LOOP_LAG, RECONNECTS
 from contracts.wire import UNREADABLE
+from stages.runtime.access import Servers
 from stages.runtime.api import Api, ApiError
 from stages.runtime.control import Control
+from stages.runtime.expiry import papers_of
 from stages.runtime.health import PROMETHEUS, Answer, Check, HealthServer, Report, report_answer
 from stages.runtime.instruments import Counter, Histogram
 from stages.runtime.keeping import StreamRules, keeping_problem
@@ -115,6 +117,7 @@ class Watch:
         self._server: HealthServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._api: Api | None = None
+        self._servers = Servers(())
         self._control: Control | None = None
         self._membership: Membership | None = None
         self._draining = False
@@ -145,7 +148,11 @@ class Watch:
         except BaseException:
             await self._observed.close()
             raise
-        jobs = {"loop lag": self._beat(meters.histogram(LOOP_LAG, {})), "looks": self._keep_looking(meters)}
+        jobs = {
+            "loop lag": self._beat(meters.histogram(LOOP_LAG, {})),
+            "looks": self._keep_looking(meters),
+            "papers": self._look_at_papers(meters),
+        }
         for title, job in jobs.items():
             task = asyncio.create_task(job, name=title)
             task.add_done_callback(_report_failure)
@@ -162,9 +169,9 @@ class Watch:
             await self._observed.close()
         self._threads.shutdown(wait=False)
 
-    def connected(self, api: Api, control: Control) -> None:
-        """The process is connected."""
-        self._api, self._control = api, control
+    def connected(self, api: Api, control: Control, servers: Servers) -> None:
+        """The process is connected to one of `servers`."""
+        self._api, self._control, self._servers = api, control, servers
         self._connected.set()
 
     def takes_part(self, membership: Membership) -> None:
@@ -234,6 +241,12 @@ class Watch:
                 if lane.feed is not None:
                     await lane.feed.reader.count_pending()
             await asyncio.sleep(HEALTH_LOOK.s)
+
+    async def _look_at_papers(self, meters: Meters) -> None:
+        await self._connected.wait()
+        while True:
+            meters.papers = await papers_of(self._servers)
+            await asyncio.sleep(PAPERS_LOOK.s)
 
     async def _look(self, meters: Meters) -> None:
         """Asks for the streams and looks at the disk, unless that was just done."""

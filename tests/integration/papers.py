@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+_DAY_S: Final = 86400
 _UNLIMITED: Final = dict.fromkeys(("subs", "conn", "leaf", "imports", "exports", "data", "payload"), -1)
 
 
@@ -37,10 +38,12 @@ class Authority:
         unsigned = unsigned.add_extension(self._issuer, critical=False)
         self.file.write_bytes(unsigned.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
-    def sign(self, name: str) -> tuple[Path, Path]:
+    def sign(self, name: str, lasts_s: float = _DAY_S) -> tuple[Path, Path]:
         """A certificate and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        unsigned = _begin(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), self._name, key.public_key())
+        unsigned = _begin(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), self._name, key.public_key(), lasts_s
+        )
         address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
         unsigned = unsigned.add_extension(address, critical=False)
         known = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._issuer)
@@ -52,11 +55,13 @@ class Authority:
         return certificate, key_file
 
 
-def _begin(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _begin(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, lasts_s: float = _DAY_S
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    day = datetime.timedelta(days=1)
+    begin, end = (now + datetime.timedelta(seconds=after_s) for after_s in (-_DAY_S, lasts_s))
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    return builder.serial_number(x509.random_serial_number()).not_valid_before(now - day).not_valid_after(now + day)
+    return builder.serial_number(x509.random_serial_number()).not_valid_before(begin).not_valid_after(end)
 
 
 class Nkey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from pathlib import Path
 
 import nkeys
@@ -18,6 +19,7 @@ from papers import Authority, Nkey, Operator
 from contracts.errors import SettingsError
 from contracts.settings import Settings
 from stages.runtime.access import OPEN, Access, access_of
+from stages.runtime.expiry import Paper, own_papers
 
 JWT = "-----BEGIN NATS USER JWT-----\nabc\n------END NATS USER JWT------\n"
 
@@ -114,3 +116,22 @@ def test_what_is_not_what_it_should_be_is_refused_by_name(tmp_path: Path) -> Non
     for access, words in cases:
         with pytest.raises(SettingsError, match=words):
             access.read()
+
+
+def test_when_papers_are_to_be_renewed(tmp_path: Path) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    certificate, key = old.sign("node", 86400)
+    soon, _ = new.sign("other", 3600)
+    both = tmp_path / "both.pem"
+    both.write_bytes(soon.read_bytes() + certificate.read_bytes())
+    credentials = tmp_path / "user.creds"
+    credentials.touch(0o600)
+    credentials.write_text(Operator().credentials("user", 7200))
+    now_s = time.time()
+    found = own_papers(Access(str(both), str(both), str(key), str(credentials)))
+    left_s = {name: round((paper.ends_s - now_s) / 3600) for name, paper in found.items()}
+    assert left_s == {"nats_ca_file": 24, "nats_cert_file": 1, "nats_creds_file": 2}
+    assert abs(found["nats_creds_file"].due_s - now_s - 0.8 * 7200) < 60
+    assert Paper(0, 365 * 86400).due_s == 351 * 86400
+    credentials.write_bytes(Nkey(nkeys.PREFIX_BYTE_USER).seed)
+    assert own_papers(Access(str(tmp_path / "none.pem"), creds_file=str(credentials))) == {}

@@ -22,6 +22,7 @@ from contracts.receipts import Receipt, encode_receipt
 from contracts.settings import MIB, Settings
 from contracts.telemetry import DEAD_INDEX, DEAD_ORIGIN, HEADER_EXPECTED_LAST_SUBJECT_SEQ
 from stages.persist.lost import receipts_lost
+from stages.runtime.access import Servers
 from stages.runtime.api import Api
 from stages.runtime.facts import read_cluster
 
@@ -302,14 +303,14 @@ async def test_more_replicas_than_servers_is_reported_as_unavailable(client: Cli
 
 async def test_status_shows_streams_servers_and_what_is_missing(client: Client, cluster_urls: tuple[str, ...]) -> None:
     async def healthy() -> bool:
-        return (await status(client, cluster_urls)).healthy
+        return (await status(client, Servers(cluster_urls))).healthy
 
-    empty = await status(client, cluster_urls)
+    empty = await status(client, Servers(cluster_urls))
     assert not empty.healthy
     assert all(stream.problem for stream in empty.streams)
     made = await apply(client, SETTINGS)
     await put(client, "fi.events.site.consultation", b"x" * 1000)
-    seen = await status(client, [*cluster_urls, "nats://127.0.0.1:1"])
+    seen = await status(client, Servers((*cluster_urls, "nats://127.0.0.1:1")))
     assert [server.reachable for server in seen.servers] == [True, True, True, False]
     assert {server.name for server in seen.servers[:3]} == {"n1", "n2", "n3"}
     events = next(stream for stream in seen.streams if stream.name == subjects.EVENTS)
@@ -327,7 +328,7 @@ async def test_a_replica_that_lacks_what_is_under_way_is_current(client: Client,
     await apply(client, SETTINGS)
 
     async def lags() -> list[int]:
-        seen = await status(client, cluster_urls)
+        seen = await status(client, Servers(cluster_urls))
         assert seen.healthy, seen.streams
         return [replica.lag for stream in seen.streams for replica in stream.replicas]
 

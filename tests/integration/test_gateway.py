@@ -125,6 +125,16 @@ async def test_order_holds_when_a_call_gives_up_with_others_behind_it(client: Cl
     assert not gateway._lanes
 
 
+async def test_a_gateway_that_sent_nothing_yet_serves_the_loop_of_its_connection_alone(client: Client) -> None:
+    """After a fork too: the parent would get the answers of the child, and take them for those of its own messages."""
+    await make_stream(client)
+    gateway = Gateway(client)
+    call = gateway.publish(b"1", "clinic-1", str(UUID(int=1)), "id-1", deadline_s=0)
+    with pytest.raises(RuntimeError, match="another event loop or process"):
+        await asyncio.to_thread(asyncio.run, call)
+    assert (await gateway.publish(b"2", "clinic-1", str(UUID(int=1)), "id-2")).origin == 1
+
+
 async def test_the_same_file_twice_adds_nothing_also_where_events_have_no_ids(client: Client) -> None:
     jetstream = await make_stream(client)
     events = made_up(200)
@@ -164,6 +174,7 @@ class ForgetfulClient:
     """A connection that loses the first answers: what was asked for has happened all the same."""
 
     is_connected = True
+    loop = None
 
     def __init__(self, client: Client, losses: int) -> None:
         self.max_payload = client.max_payload

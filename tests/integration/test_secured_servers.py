@@ -8,6 +8,7 @@ import logging
 import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -25,9 +26,15 @@ from cluster.ports import HeldPorts
 from cluster.testing.waiting import until
 from cluster.workload import consultations
 from contracts.errors import ClusterUnavailableError, SettingsError
+from contracts.settings import Settings
 from contracts.subjects import STAGES
-from stages.runtime.access import Access
+from contracts.telemetry import PAPER_DUE
+from stages.runtime.access import Access, Servers
+from stages.runtime.api import Api
 from stages.runtime.connection import connect, server_name
+from stages.runtime.control import Control
+from stages.runtime.meters import Meters
+from stages.runtime.watch import Watch
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -118,8 +125,8 @@ async def example(directory: Path, users: dict[str, Nkey]) -> AsyncIterator[tupl
                 await server.kill()
 
 
-def tls(authority: Authority, name: str) -> str:
-    certificate, key = authority.sign(name)
+def tls(authority: Authority, name: str, lasts_s: float = 86400) -> str:
+    certificate, key = authority.sign(name, lasts_s)
     return f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
 
 
@@ -317,3 +324,53 @@ async def test_one_server_with_a_certificate_that_is_not_trusted_keeps_nobody_fr
     assert (seen.code, problem["kind"]) == (3, "disconnected")
     assert "no TLS with" in problem["what"]
     assert "FI_NATS_CA_FILE" in problem["next"]
+
+
+async def test_a_server_whose_certificate_expired_does_not_answer_and_what_soon_expires_is_told_with_its_date(
+    server: Server, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path, "hospital")
+    await server.start(tls(authority, "soon", 3600) + "max_payload: 8MB\n")
+    certificate, key = authority.sign("mine", -60)
+    files = {"FI_NATS_CA_FILE": str(authority.file)}
+    with HeldPorts() as held:
+        bad = Server(tmp_path, *held.take(1), "bad")
+        try:
+            await bad.start(tls(authority, "gone", -60))
+            both = at_servers((*server.urls, *bad.urls))
+            seen = await run_fictl("cluster", "status", "--json", *both, **files)
+            soon, gone = json.loads(seen.out)["servers"]
+            assert (soon["reachable"], soon["problem"], soon["certificate_due"]) == (True, "", True)
+            assert abs(soon["certificate_ends_s"] - time.time() - 3600) < 120
+            assert (gone["reachable"], gone["problem"]) == (False, "certificate refused: certificate has expired")
+            shown = " ".join((await run_fictl("cluster", "status", *both, **files)).out.split())
+            assert "NO: certificate refused" in shown
+            assert "RENEW: " in shown
+            found = json.loads((await run_fictl("status", "--json", *both, **files)).out)["problems"]
+            whats = {problem["kind"]: problem["what"] for problem in found}
+            assert f"{bad.urls[0]} (certificate refused: certificate has expired)" in whats["server_down"]
+            assert " UTC, in " in whats["certificate_due"]
+        finally:
+            await bad.kill()
+    checked = await run_fictl("config", "check", "--connect", *at_servers(server.urls), **files)
+    lines = " ".join(checked.out.split())
+    assert f"nats_ca_file: {authority.file} expires" in lines
+    assert f"their certificates expire: {server.urls[0]}" in lines
+    mine = files | {"FI_NATS_CERT_FILE": str(certificate), "FI_NATS_KEY_FILE": str(key)}
+    expired = await run_fictl("config", "check", **mine)
+    assert (expired.code, f"nats_cert_file: {certificate} expired" in " ".join(expired.out.split())) == (1, True)
+
+    access = Access(ca_file=files["FI_NATS_CA_FILE"], cert_file=str(certificate), key_file=str(key))
+    client = await connect(server.urls, "test", access=Access(ca_file=access.ca_file))
+    async with Watch("ingest", "ingest-0", Settings(health_port=0), {}) as watched:
+        api = Api(client, Settings())
+        watched.connected(api, Control(api, lambda: None), Servers(server.urls, access))
+        meters = watched.telemetry
+        assert isinstance(meters, Meters)
+        await until(lambda: meters.papers, "it has looked")
+        (due,) = (family.points for family in meters.collect() if family.what is PAPER_DUE)
+        left_s = {attributes["paper"]: value for attributes, value in due}
+    await client.close()
+    assert left_s.keys() == {"nats_ca_file", "nats_cert_file", f"127.0.0.1:{server.port}"}
+    assert left_s["nats_ca_file"] > 0 > left_s["nats_cert_file"]
+    assert left_s[f"127.0.0.1:{server.port}"] < 0

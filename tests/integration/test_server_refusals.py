@@ -22,6 +22,7 @@ from cluster.nodes import EmbeddedCluster, find_nats_server
 from cluster.ports import HeldPorts
 from contracts.errors import ClusterUnavailableError, DefiniteError
 from contracts.settings import Settings
+from stages.runtime.access import Servers
 from stages.runtime.api import NO_MESSAGE, NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
@@ -74,7 +75,7 @@ async def test_a_permission_that_is_missing_is_told_in_the_log_and_at_readyz(
         chosen = Settings(health_port=0)
         async with Watch("hash", "hash-0", chosen, {}) as watch:
             api = Api(client, chosen)
-            watch.connected(api, Control(api, lambda: None))
+            watch.connected(api, Control(api, lambda: None), Servers(()))
             assert (await watch.ready()).checks["connected"].ok
             for _ in range(2):
                 with pytest.raises(NatsTimeoutError):

@@ -27,8 +27,9 @@ from stages.runtime.telemetry import OFF, Telemetry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-NOT_HERE = {"fi.persist.errors", "fi.lane.restarts", "fi.backup.age", "fi.messages.unreadable"}
-"""Only when something failed or was backed up: see tests/unit/test_instruments.py and test_health_port.py."""
+NOT_HERE = {"fi.persist.errors", "fi.lane.restarts", "fi.backup.age", "fi.messages.unreadable", "fi.paper.due"}
+"""Only when something failed, was backed up or expires: see test_instruments.py, test_health_port.py and
+test_secured_servers.py."""
 
 
 def watched(receiver: OtlpReceiver, **changes: object) -> Settings:

@@ -38,6 +38,7 @@ class Script:
     max_payload = 8 * 1024 * 1024
     is_closed = False
     is_connected = True
+    loop = None
 
     def __init__(self, *answers: dict[str, Any] | Exception) -> None:
         self._answers = list(answers)

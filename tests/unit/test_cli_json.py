@@ -39,6 +39,8 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (("status", "--nonsense", "--json"), 2), (("members", "--json", "--dir"), 2), (("shards", "", "--json"), 2),
         (("status", "--window", "nan", "--json"), 2), (("dlq", "show", "zero", "--json"), 2),
         (("events", "\udcff", "--json"), 2), (("capacity", "--rate", "0", "--json"), 2),
+        # The answer itself cannot be written as JSON.
+        (("status", "--json", "--dir", "\udcff"), 2),
     ],
     ids=ascii,
 )  # fmt: skip
@@ -129,3 +131,16 @@ def test_an_answer_that_cannot_be_written_is_told_once_and_without_traceback() -
         command = (sys.executable, "-m", "cluster", "schema", "--json")
         ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (1, "fi: [Errno 28] No space left on device\n")
+
+
+def test_ctrl_c_while_a_verb_that_is_done_ends_prints_no_traceback() -> None:
+    code = (
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['fictl', 'schema', '--json']\n"
+        "runpy.run_module('cluster', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "")
+    assert json.loads(ended.stdout)["$defs"]

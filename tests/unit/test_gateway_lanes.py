@@ -19,6 +19,7 @@ class SlowClient:
     """A connection to a stream that answers when the test says so. `asked`: the bodies it was asked to store."""
 
     is_connected = True
+    loop = None
     max_payload = 8 * 1024 * 1024
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ class Client:
     """A connection to a stream that stores everything. `asked`: the bodies it was asked to store."""
 
     is_connected = True
+    loop = None
     max_payload = 8 * 1024 * 1024
 
     def __init__(self) -> None:
@@ -47,6 +48,14 @@ def gateway_of(client: Client, **options: Any) -> Gateway:
         ((b"{}", "a", UUID(int=1), "id"), TypeError, "consultation is UUID"),
         ((b"{}", "a", "c", 7), TypeError, "event_id is int"),
         ((b"{}", "a", "c", ""), ValueError, "event_id is empty"),
+        # Servers would see no id, and store a second try of it as another message.
+        ((b"{}", "a", "c", "  "), ValueError, "event_id '  ' would change in a header"),
+        # They would see those of other messages, and drop this one as a duplicate.
+        ((b"{}", "a", "c", " id-1"), ValueError, "event_id ' id-1' would change"),
+        ((b"{}", "a", "c", "id\n1"), ValueError, r"event_id 'id\\n1' would change"),
+        ((b"{}", "a", "c", "id\ud800"), ValueError, r"event_id 'id\\ud800' would change"),
+        ((b"{}", "a", "c", "id", {"deadline_s": "5"}), TypeError, "deadline_s is str; give seconds"),
+        ((b"{}", "a", "c", "id", {"deadline_s": float("nan")}), ValueError, "deadline_s is nan"),
         ((b"{}", "", "c", "id"), ValueError, "site is empty"),
         ((b"{}", "a.b", "c", "id"), RefusedError, r"site 'a\.b' is not 1 to 64"),
         ((b"{}", "a", "c d", "id"), RefusedError, "consultation 'c d' is not"),
@@ -59,7 +68,7 @@ async def test_what_could_not_be_kept_apart_or_stored_is_not_sent(
     client = Client()
     gateway = gateway_of(client)
     with pytest.raises(error, match=words):
-        await gateway.publish(*given)
+        await gateway.publish(*given[:4], **dict(*given[4:]))
     assert client.asked == []
     assert (await gateway.publish(b"{}", "a", "c", "id")).origin == 1
 

@@ -49,7 +49,7 @@ def test_what_is_no_address_is_passed_over(address: str) -> None:
     assert urls(pool) == ["nats://n1:4222", "nats://n2:4222"]
 
 
-def test_a_password_may_be_encoded() -> None:
+async def test_a_password_may_be_encoded() -> None:
     uri = given("nats://us%20er:p%40s%2Fs%3A%23@n1:4222").uri
     assert (uri.username, uri.password, uri.hostname, uri.port) == ("us er", "p@s/s:#", "n1", 4222)
     client = PooledClient()

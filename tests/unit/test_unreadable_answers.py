@@ -9,6 +9,7 @@ import pytest
 
 from contracts.settings import Settings
 from stages.persist.room import EventsRoom
+from stages.runtime.access import Servers
 from stages.runtime.messages import StoredMessage
 from stages.runtime.meters import Meters
 from stages.runtime.reader import OrderedReader
@@ -57,7 +58,7 @@ async def count_pending(api: Any) -> None:
 async def look_for_health(api: Any) -> None:
     meters = Meters()
     watch = Watch("hash", "hash-0", Settings(), {})
-    watch.connected(api, api)
+    watch.connected(api, api, Servers(()))
     await watch._look(meters)
     assert all(problem.startswith("no answer") for problem in watch._streams.values())
 
