@@ -345,6 +345,8 @@ class OrderedReader:
         await self._api.client.publish(subject, msgspec.json.encode(request), reply=self._inbox)
 
     def _on_message(self, subject: bytes, reply: bytes, block: bytes, payload: bytes) -> None:
+        if self._trouble is not None:
+            return  # What is not kept is read again; whoever took what follows it would never miss it.
         self._active_s = self._clock()
         # A stored message keeps its own subject; only the server itself writes to the inbox. Telling them apart by a
         # header would let a gateway forge a status.

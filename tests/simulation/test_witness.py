@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from virtual import Ground, in_virtual_time
@@ -19,6 +22,7 @@ from stages.runtime.base import InputFeed
 from stages.runtime.checkpoint import Cursor
 from stages.runtime.lane import Lane
 from stages.runtime.messages import StoredMessage
+from stages.runtime.parser import Sink
 from stages.runtime.telemetry import OFF
 from stages.runtime.witness import Witness
 
@@ -192,6 +196,44 @@ def test_a_reader_that_has_lagged_reads_from_two_servers_again() -> None:
         await feed.reader.close()
 
     in_virtual_time(job, pull_batch=8)
+
+
+def test_what_a_frozen_process_finds_waiting_is_given_without_a_gap_or_not_at_all() -> None:
+    """The first message of it tells that the reader lags, and is read again; so must be what follows."""
+
+    async def job(ground: Ground) -> None:
+        damage(ground, {})
+        client: Any = ground.api.client
+        subscribe_sink, waiting, frozen = client.subscribe_sink, list[Callable[[], None]](), False
+
+        async def held_up(subject: str, sink: Sink) -> object:
+            def take(*message: bytes) -> None:
+                waiting.append(partial(sink, *message))
+                while waiting and not frozen:
+                    waiting.pop(0)()
+
+            return await subscribe_sink(subject, take)
+
+        client.subscribe_sink = held_up
+        feed = feed_of(ground)
+        await store(ground, 3)
+        feed.cursor = Cursor((await taken(feed, 3))[-1].seq)
+        frozen = True
+        await store(ground, 5)
+        await until(lambda: len(waiting) == 5, "all of it waits in the socket")
+        late, feed.reader._clock = feed.reader._clock, lambda: asyncio.get_running_loop().time() + 2 * WITNESS_LAG.s
+        # In one piece: as it is read where the acknowledgement that the lane waits for came before it.
+        frozen = False
+        while waiting:
+            waiting.pop(0)()
+        found = [message.seq for message in feed.reader.take(9, 1 << 20)]
+        assert found == [4, 5, 6, 7, 8][: len(found)]
+        feed.cursor, feed.reader._clock = Cursor(max([3, *found])), late
+        found += [message.seq for message in await taken(feed, 8) if message.seq > feed.cursor.origin]
+        assert found == [4, 5, 6, 7, 8]
+        await feed.reader.close()
+
+    in_virtual_time(job)
 
 
 @pytest.mark.parametrize("idle_s", [0.0, 2 * WITNESS_LAG.s], ids=["ever since", "after a rest"])
