@@ -138,9 +138,11 @@ class OrderedReader:
 
     async def close(self) -> None:
         """Ends reading; the server drops the consumer by itself."""
-        if self._task is not None:
-            await end_tasks(self._task)
-        self.unwitness()
+        try:
+            if self._task is not None:
+                await end_tasks(self._task)
+        finally:
+            self.unwitness()
         if self._ending:
             await asyncio.wait(self._ending)
 
@@ -181,6 +183,11 @@ class OrderedReader:
     def buffered(self) -> int:
         """Messages received that can be taken."""
         return len(self._buffer)
+
+    @property
+    def asks(self) -> bool:
+        """False while it is full: then nothing can come."""
+        return self._outstanding > 0
 
     @property
     def held(self) -> int:

@@ -220,6 +220,9 @@ class Witness:
         self._timer = None
         if self._ended or not self._since_s:
             return
+        if not self._held and not self._first.asks:
+            # Nobody takes what it has, as behind a full hop.
+            self._since_s = self._clock()
         left_s = self._since_s + WITNESS_SILENT.s - self._clock()
         if left_s > 0:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._look)

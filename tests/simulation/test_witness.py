@@ -322,6 +322,41 @@ def test_an_idle_look_waits_for_what_is_held() -> None:
     in_virtual_time(job)
 
 
+def test_a_reader_of_whom_nobody_takes_anything_is_not_taken_for_one_whose_server_gives_nothing() -> None:
+    async def job(ground: Ground) -> None:
+        made = damage(ground, {}, seed=5)
+        await store(ground, 10 * STORED)
+        feed = feed_of(ground)
+        await until(lambda: feed.reader.buffered >= 8, "it is full")
+        assert feed.reader._witness is not None
+        before = len(made)
+        await asyncio.sleep(60)
+        assert len(made) == before
+        assert [m.seq for m in await taken(feed, 10 * STORED)] == list(range(1, 10 * STORED + 1))
+        await feed.reader.close()
+
+    in_virtual_time(job, pull_batch=8)
+
+
+def test_closing_a_reader_that_is_cut_off_ends_its_witness() -> None:
+    """A lane may be cut off for another process just when its own is told to end."""
+
+    async def job(ground: Ground) -> None:
+        damage(ground, {}, seed=5)
+        await store(ground, 10 * STORED)
+        feed = feed_of(ground)
+        await until(lambda: feed.reader.buffered >= 8, "it is full")
+        assert feed.reader._witness is not None
+        closing = asyncio.create_task(feed.reader.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait((closing,))
+        assert closing.cancelled()
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, "nothing of it is left")
+
+    in_virtual_time(job, pull_batch=8)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_server_that_hangs_all_the_while_does_not_hold_a_backlog_up_for_long(seed: int) -> None:
     async def job(ground: Ground) -> None:
