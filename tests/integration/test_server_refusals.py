@@ -27,6 +27,7 @@ from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.control import Control
 from stages.runtime.facts import read_cluster
+from stages.runtime.reader import OrderedReader
 from stages.runtime.watch import Watch
 from stages.runtime.writer import FencedWriter
 
@@ -174,6 +175,32 @@ async def test_a_full_account_holds_a_writer_until_there_is_room_and_a_sealed_st
         finally:
             filling.cancel()
             await asyncio.wait((filling,))
+
+
+async def test_a_reader_asks_for_no_more_at_once_than_the_servers_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull for more is refused, and a new consumer's too: there were a thousand of them within seconds."""
+    limited = f'jetstream {{ store_dir: "{tmp_path / "limited"}", limits: {{ max_request_batch: 3 }} }}'
+    async with one_server(tmp_path, monkeypatch, limited) as client:
+        jetstream = client.jetstream(timeout=30)
+        await jetstream.add_stream(name="ROOM", subjects=["room"], storage="memory")
+        for number in range(10):
+            await jetstream.publish("room", str(number).encode())
+        start = asyncio.Future[int]()
+        start.set_result(1)
+        reader = OrderedReader(Api(client, Settings()), "ROOM", "room", batch=8, locate=lambda: start, nonce="greedy")
+        reader.start()
+        try:
+            read: list[bytes] = []
+            async with asyncio.timeout(LIMIT_S):
+                while len(read) < 10:
+                    await reader.wait()
+                    read += [message.data for message in reader.take(10, 1000)]
+            assert read == [str(number).encode() for number in range(10)]
+            assert reader.opened == 1
+        finally:
+            await reader.close()
 
 
 async def _fill(writer: FencedWriter) -> None:
