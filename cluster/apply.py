@@ -24,7 +24,7 @@ from nats.js.errors import APIError, ServiceUnavailableError
 
 from cluster.topology import Drift, data_held, diff, merge, refusals, streams
 from contracts import subjects
-from contracts.budgets import TOPOLOGY_APPLY, TOPOLOGY_PAUSE_MAX, TOPOLOGY_PAUSE_MIN, TOPOLOGY_REQUEST
+from contracts.budgets import HOP_DEDUP, TOPOLOGY_APPLY, TOPOLOGY_PAUSE_MAX, TOPOLOGY_PAUSE_MIN, TOPOLOGY_REQUEST
 from contracts.errors import ClusterUnavailableError, TopologyError
 from contracts.events import format_rfc3339
 from contracts.frames import decode_frame_head
@@ -41,7 +41,15 @@ from stages.runtime.tasks import side_by_side
 T = TypeVar("T")
 
 _NAME_TAKEN: Final = 10058
-_NO_ROOM: Final = frozenset({10023, 10028, 10047})
+_NO_ROOM: Final = frozenset({10002, 10023, 10028, 10047})
+_STEPS: Final = {
+    "number of streams": f"raise the account's `max_streams`: {len(subjects.STREAMS)} are ours",
+    "max stream bytes": "raise the account's `disk_max_stream_bytes` (files) or `mem_max_stream_bytes`, or lower the "
+    "stream's limit (FI_…_BYTES_MAX)",
+    "duplicates window": f"raise `duplicate_window` in the servers' `jetstream {{ limits {{…}} }}`: FI_EVENTS has "
+    f"FI_DEDUP_WINDOW_S, all others {HOP_DEDUP.s:.0f} s",
+}
+"""What to do about a limit of the account or the servers, by words of the refusal."""
 _ORIGIN_MAX: Final = 2**53
 
 
@@ -319,10 +327,14 @@ def _lacks_room(error: APIError) -> bool:
 
 
 def _refusal(stream: str, error: APIError) -> TopologyError:
-    hint = ""
+    text = error.description or ""
+    hint = next((f"; {step}" for words, step in _STEPS.items() if words in text), "")
     if _lacks_room(error):
-        hint = "; the servers lack the disk or memory for the stream's limit: lower it (FI_…_BYTES_MAX) or make room"
-    return TopologyError(f"{stream}: the server refuses it: {error.description} ({error.err_code}){hint}")
+        hint = (
+            "; the servers, or their account (`max_file`, `max_mem`), lack the disk or memory for the stream's limit: "
+            "lower it (FI_…_BYTES_MAX) or make room"
+        )
+    return TopologyError(f"{stream}: the server refuses it: {text} ({error.err_code}){hint}")
 
 
 def _known_id(found: dict[str, StreamInfo]) -> str | None:

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from cluster.problem import Problem
-from cluster.status import copies_set_most, with_fewer_copies
+from cluster.status import FULL_SHARE, copies_set_most, with_fewer_copies
 from cluster.summary import StreamSummary, Summary
-from cluster.words import duration, expiry, partitions
+from cluster.words import duration, expiry, partitions, size
 from contracts.subjects import DLQ, EVENTS, HOPS, RECEIPTS
 
-FULL_SHARE: Final = 0.98
-"""A stream that is so full counts as full even where no process says that it refuses."""
 NEAR_FULL_SHARE: Final = 0.8
 """As in the alerts FiStreamNearFull and FiHopNearFull."""
 CLOCK_APART_S_MAX: Final = 1.0
@@ -86,6 +84,25 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
                 what=f"{status.name} is {status.used:.0%} full",
                 next=make_room(status.name),
             )
+
+
+def account_problems(summary: Summary) -> Iterator[Problem]:
+    """The account that the streams are in has no room, or soon none: then none of them has, however empty it is."""
+    for allowance in summary.allowances:
+        if allowance.used < NEAR_FULL_SHARE:
+            continue
+        is_full, of_files = allowance.used >= FULL_SHARE, allowance.what.startswith("storage")
+        what = f"the account's {allowance.what} is {'full' if is_full else f'{allowance.used:.0%} full'}: "
+        what += f"{size(allowance.bytes)} of {size(allowance.bytes_max)}, over all of its streams"
+        if is_full:
+            what += "; gateways are refused" if of_files else "; hops in memory and announcements are refused"
+        yield Problem(
+            urgency=1 if is_full else 5,
+            kind="account_full" if is_full else "near_full",
+            what=what,
+            next=f"raise the account's `{'max_file' if of_files else 'max_mem'}` in the servers' configuration and "
+            "reload it, or empty what else is stored there",
+        )
 
 
 def lost_receipts(summary: Summary) -> Iterator[tuple[str, list[int]]]:

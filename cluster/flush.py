@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from cluster.backlog import count_from, sealed_end
-from cluster.broker_verdict import FULL_SHARE
 from cluster.drain import output_reaches
 from cluster.members import MembersReport, look
+from cluster.status import FULL_SHARE
 from contracts.budgets import FLUSH_EXPLAIN, FLUSH_POLL
 from contracts.errors import FiError, WireFormatError
 from contracts.flush import Flush, decode_flush, encode_flush

@@ -149,6 +149,8 @@ class Gateway:
         self._permits = asyncio.Semaphore(in_flight)
         self._lanes: defaultdict[str, deque[_Call]] = defaultdict(deque)
         """Consultation → its calls in call order. The first is on its way."""
+        self._full = ""
+        """What the servers said last for want of room: of the stream's, the account's or their own."""
         self._held_s = 0.0
         self._held_since = 0.0
         self._holding = 0
@@ -264,8 +266,9 @@ class Gateway:
                         self._hold()
                 await self._pause(2 ** min(times_full, FULL_DOUBLINGS_MAX), give_up_s)
                 if time.monotonic() >= give_up_s:
+                    why = f" ({self._full})" if answer is _Failure.FULL else ""
                     raise ClusterUnavailableError(
-                        f"{subject}: not accepted within {deadline_s:g} s; publish it again, nothing will be doubled"
+                        f"{subject}: not accepted within {deadline_s:g} s{why}; publish it again, nothing is doubled"
                     )
                 self.retries += 1
         finally:
@@ -304,6 +307,7 @@ class Gateway:
 
     def _judge(self, subject: str, error: ApiError) -> _Failure:
         if error.err_code in STREAM_FULL:
+            self._full = str(error)
             return _Failure.FULL
         if error.err_code == WRONG_STREAM:
             raise TopologyError(f"{subject} is not stored by {EVENTS} ({error.description}); see `fictl cluster plan`")
@@ -316,7 +320,7 @@ class Gateway:
         if not self._holding:
             self._held_since = time.monotonic()
             self._probe.holding(self._held_since)
-            log.warning("%s is full; holding what is to be published", EVENTS)
+            log.warning("%s is full; holding what is to be published (%s)", EVENTS, self._full)
         self._holding += 1
 
     def _release(self) -> None:

@@ -1,8 +1,9 @@
 """One look at a whole pipeline: what servers, streams, processes and the local disk say, and what could not be read.
 
 Always true: a look ends within its limit whatever is down, and names what it could not read. It changes nothing. It
-costs the servers one request for each stream, two for the buckets, and five small reads for each partition (not
-repeated while its streams did not change), and where something waits, a count and a read for each stage.
+costs the servers one request for each stream and one for their account, two for the buckets, and five small reads for
+each partition (not repeated while its streams did not change), and where something waits, a count and a read for each
+stage.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cluster.health import look as look_at_health
 from cluster.members import MembersReport, read_buckets, report
 from cluster.scrape import Metered, parse_metrics
 from cluster.state import NotRunningError, read_state
-from cluster.status import ServerStatus, StreamStatus, look_at_servers, look_at_streams
+from cluster.status import Allowance, ServerStatus, StreamStatus, look_at_account, look_at_servers, look_at_streams
 from cluster.threads import in_daemon_thread
 from contracts.budgets import STATUS_CONNECT, STATUS_LOOK
 from contracts.errors import ClusterUnavailableError, FiError
@@ -93,6 +94,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         connected: a server took the connection.
         no_connection: why none did, and the next step; "" where that is not known.
         streams: every stream.
+        allowances: of the account that they are in.
         facts: of the cluster.
         partitions: those that could be read.
         letters, members, disk: see there.
@@ -108,6 +110,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     connected: bool = False
     no_connection: str = ""
     streams: tuple[StreamStatus, ...] = ()
+    allowances: tuple[Allowance, ...] = ()
     facts: ClusterFacts | None = None
     partitions: tuple[PartitionLook, ...] = ()
     letters: Letters | None = None
@@ -177,11 +180,12 @@ class Looker:
         client = await self._connected()
         if client is None:
             return {"no_connection": self._no_connection}
-        streams, facts, problem = await look_at_streams(client)
+        (streams, facts, problem), allowances = await asyncio.gather(look_at_streams(client), look_at_account(client))
         fields: dict[str, Any] = {
             "connected": True,
             "streams": streams,
             "streams_s": time.monotonic(),
+            "allowances": allowances,
             "facts": facts,
         }
         if facts is None:

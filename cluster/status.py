@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,6 +19,7 @@ from contracts.errors import TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import hide_credentials
 from stages.runtime.access import Access, Servers
+from contracts.wire import UNREADABLE
 from stages.runtime.answers import step_after, why_silent
 from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
@@ -26,6 +27,8 @@ from stages.runtime.expiry import greet
 from stages.runtime.facts import META_RECEIPTS_LOST, ClusterFacts, facts_from_metadata
 from stages.runtime.tasks import side_by_side
 
+FULL_SHARE: Final = 0.98
+"""What is so full counts as full, even where no process says that it is refused."""
 LAG_USUAL_MAX: Final = 100
 """Raft entries. While events flow some are always under way, and servers call a replica that lacks one not current:
 at 300 to 5,000 events/s, on a slow machine, one to eight."""
@@ -105,22 +108,46 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.leader) + len(self.replicas)
 
 
+class Allowance(msgspec.Struct, frozen=True, kw_only=True):
+    """What all streams of the user's account may hold together; beyond it servers refuse, however empty a stream is.
+
+    Attributes:
+        what: ``storage`` (files) or ``memory``, and its tier, as ``storage R3``, where the account has tiers.
+        bytes, bytes_max: held, as servers count (without tiers every copy), and the limit, above 0.
+    """
+
+    what: str
+    bytes: int
+    bytes_max: int
+
+    @property
+    def used(self) -> float:
+        """0 to 1, or more where the limit was lowered."""
+        return self.bytes / self.bytes_max
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster. `facts` is None, and `problem` says why, while `FI_EVENTS` cannot be read or is not ours."""
+    """The cluster. `facts` is None, and `problem` says why, while `FI_EVENTS` cannot be read or is not ours.
+
+    `allowances`: see `look_at_account`.
+    """
 
     servers: tuple[ServerStatus, ...]
     streams: tuple[StreamStatus, ...]
     facts: ClusterFacts | None
     problem: str = ""
+    allowances: tuple[Allowance, ...] = ()
 
     @property
     def healthy(self) -> bool:
-        """True when every server answers and every stream has a leader and all its copies, all of them current."""
+        """True when every server answers, every stream has a leader and all its copies, all of them current, and the
+        account has room."""
         streams_well = all(
             not stream.problem and all(replica.current and not replica.offline for replica in stream.replicas)
             for stream in self.streams
         )
         streams_well = streams_well and not with_fewer_copies(self.streams)
+        streams_well = streams_well and all(allowance.used < FULL_SHARE for allowance in self.allowances)
         return self.facts is not None and streams_well and all(server.reachable for server in self.servers)
 
 
@@ -141,8 +168,10 @@ async def status(client: GuardedClient, servers: Servers) -> ClusterStatus:
         client: connected.
         servers: to look at.
     """
-    found, (streams, facts, problem) = await asyncio.gather(look_at_servers(servers), look_at_streams(client))
-    return ClusterStatus(servers=found, streams=streams, facts=facts, problem=problem)
+    found, (streams, facts, problem), allowances = await asyncio.gather(
+        look_at_servers(servers), look_at_streams(client), look_at_account(client)
+    )
+    return ClusterStatus(servers=found, streams=streams, facts=facts, problem=problem, allowances=allowances)
 
 
 async def look_at_servers(servers: Servers) -> tuple[ServerStatus, ...]:
@@ -165,6 +194,44 @@ async def look_at_streams(client: GuardedClient) -> tuple[tuple[StreamStatus, ..
     else:
         problem = f"{subjects.EVENTS}: {why_silent(events)}"
     return tuple(_stream(name, info) for name, info in infos.items()), facts, problem
+
+
+class _Limits(msgspec.Struct):
+    max_memory: int = -1
+    max_storage: int = -1
+
+
+class _Tier(msgspec.Struct):
+    memory: int = 0
+    storage: int = 0
+    limits: _Limits = msgspec.field(default_factory=_Limits)
+
+
+class _Account(_Tier):
+    tiers: dict[str, _Tier] = {}
+
+
+async def look_at_account(client: GuardedClient) -> tuple[Allowance, ...]:
+    """What the user's account may hold, where that is limited. Empty also where the servers do not say."""
+    try:
+        answer = await client.request("$JS.API.INFO", b"", timeout=STATUS_ANSWER.s)
+        account = msgspec.json.decode(answer.data, type=_Account)
+    except (NatsError, *UNREADABLE):
+        return ()
+    return allowances_of({"": account, **account.tiers})
+
+
+def allowances_of(tiers: Mapping[str, _Tier]) -> tuple[Allowance, ...]:
+    """By tier, "" without one."""
+    rows = [
+        (f"{what} {name}".rstrip(), held, limit)
+        for name, tier in tiers.items()
+        for what, held, limit in (
+            ("storage", tier.storage, tier.limits.max_storage),
+            ("memory", tier.memory, tier.limits.max_memory),
+        )
+    ]
+    return tuple(Allowance(what=what, bytes=held, bytes_max=limit) for what, held, limit in rows if limit > 0)
 
 
 class _Told(NamedTuple):

@@ -15,7 +15,7 @@ from cluster.backlog import StageLag
 from cluster.members import MembersReport
 from cluster.overview import DiskLook, Letters, Overview, ProcessLook
 from cluster.scrape import HISTOGRAMS, Percentiles, grown, percentiles
-from cluster.status import ServerStatus, StreamStatus
+from cluster.status import Allowance, ServerStatus, StreamStatus
 from contracts.subjects import EVENTS, STAGES, Stage
 from contracts.telemetry import (
     DURABLE_BUDGET_MS_P95,
@@ -132,6 +132,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     durable_budget_s: float
     loop_lag: Percentiles | None
     streams: tuple[StreamSummary, ...]
+    allowances: tuple[Allowance, ...]
     totals: Totals | None
     partitions: tuple[PartitionSummary, ...]
     letters: Letters | None
@@ -191,6 +192,7 @@ def summarize(looks: Sequence[Overview]) -> Summary:
         streams=tuple(
             StreamSummary(status=stream, in_per_s=_in_per_s(before, now, stream.name)) for stream in now.streams
         ),
+        allowances=now.allowances,
         totals=_totals(now, partitions),
         partitions=partitions,
         letters=now.letters,

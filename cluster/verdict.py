@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 from cluster.broker_verdict import (
-    FULL_SHARE,
     NEAR_FULL_SHARE,
+    account_problems,
     clock_problems,
     connection_problems,
     is_silent,
@@ -25,6 +25,7 @@ from cluster.broker_verdict import (
 from cluster.overview import RECENT_S, ProcessLook
 from cluster.problem import Problem
 from cluster.scrape import Held, Percentiles
+from cluster.status import FULL_SHARE
 from cluster.summary import StageSummary, Summary, Waiting
 from cluster.words import duration, partitions, size
 from contracts.subjects import DLQ, EVENTS, HOPS, MEMBERS, READER, RECEIPTS, STAGES, WRITER, Stage
@@ -45,6 +46,7 @@ def judge(summary: Summary) -> tuple[Problem, ...]:
     held_up = {writer for chain in chains for name in chain if (writer := WRITER.get(name)) is not None}
     found = [
         *stream_problems(summary),
+        *account_problems(summary),
         *clock_problems(summary),
         *_disk(summary),
         *_breakers(summary),

@@ -102,7 +102,8 @@ def apply(
 def status(
     directory: DirectoryOption = DEFAULT_DIRECTORY, nats: NatsOption = None, as_json: JsonOption = False
 ) -> None:
-    """Shows servers and streams as they are now. Exits 3 unless all servers answer and all replicas are current.
+    """Shows servers and streams as they are now. Exits 3 unless all servers answer, all replicas are current, and the
+    account has room.
 
     Example: fictl cluster status --dir .fi --json
     """
@@ -156,9 +157,11 @@ def _show_status(found: ClusterStatus) -> None:
         streams.add_row(stream.name, str(stream.messages), str(stream.bytes), full, stream.leader, state)
     screen.print(servers)
     screen.print(streams)
+    for allowance in found.allowances:
+        screen.print(f"the account's {allowance.what}: {allowance.bytes} of {allowance.bytes_max} bytes")
     if found.facts is not None:
         facts = found.facts
         screen.print(f"cluster {facts.cluster_id}: {facts.partitions} partitions by {facts.partition_by}")
     if not found.healthy:
-        step = next((stream.next for stream in found.streams if stream.next), "see the table, or `fictl cluster apply`")
+        step = next((stream.next for stream in found.streams if stream.next), "see above, or `fictl cluster apply`")
         say(f"not ready{f': {found.problem}' if found.problem else ''}; {step}")

@@ -66,7 +66,10 @@ def step_after(met: object) -> str:
     if getattr(met, "err_code", None) in _NO_JETSTREAM:
         return "enable JetStream for the account of the URL's user, or take another user"
     if getattr(met, "err_code", None) == NO_PEERS:
-        return "start as many servers as `replicas` says, or lower it; `fictl cluster status` shows who answers"
+        return (
+            "start as many servers as `replicas` says, or lower it; `fictl cluster status` shows who answers. Where "
+            "all do, raise their `max_ha_assets`"
+        )
     # Of nobody being there to answer nats-py's JetStream makes an error without a code.
     wordless = isinstance(met, ServiceUnavailableError) and met.err_code is None
     if wordless or isinstance(met, NoRespondersError):

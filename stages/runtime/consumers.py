@@ -19,19 +19,28 @@ _NS: Final = 1_000_000_000
 
 
 class Made(NamedTuple):
-    """A consumer: messages it has to deliver, and the server it is on; empty where there is no cluster."""
+    """A consumer: messages it has to deliver, and the server it is on; empty where there is no cluster.
+
+    `batch_max`: how many messages may be asked of it at once, by the servers' own limit; 0: they have none.
+    """
 
     pending: int
     server: str
+    batch_max: int
 
 
 class _Group(msgspec.Struct):
     leader: str = ""
 
 
+class _Config(msgspec.Struct, frozen=True):
+    max_batch: int = 0
+
+
 class _Consumer(msgspec.Struct):
     num_pending: int = 0
     cluster: _Group | None = None
+    config: _Config = _Config()
 
 
 _decode_consumer = msgspec.json.Decoder(_Consumer).decode
@@ -67,7 +76,7 @@ async def create_consumer(
             made = await api.ask(stream, subject, msgspec.json.encode(request), _Consumer)
     except TimeoutError as error:
         raise NatsError("no server made the consumer, another one is asked for") from error
-    return Made(made.num_pending, "" if made.cluster is None else made.cluster.leader)
+    return Made(made.num_pending, "" if made.cluster is None else made.cluster.leader, made.config.max_batch)
 
 
 async def delete_consumer(api: Api, stream: str, name: str) -> None:

@@ -59,7 +59,7 @@ class OrderedReader:
     Args:
         api: the connection.
         stream, filter_subject: what to read.
-        batch: messages asked for at once.
+        batch: messages asked for at once; fewer where the servers (`max_request_batch`) allow no more.
         locate: gives the stream sequence to start from, asked anew each time a consumer is made.
         nonce: of this process; consumer names are built from it.
         weigh: what working on a message's data takes, in bytes.
@@ -87,7 +87,7 @@ class OrderedReader:
         self._api = api
         self.stream = self._stream = stream
         self._filter = filter_subject
-        self._batch = batch
+        self._batch = self._batch_max = batch
         self._locate = locate
         self._nonce = nonce
         self.weigh = weigh
@@ -309,7 +309,10 @@ class OrderedReader:
             self._consumer = f"{self._nonce}-{self._filter.translate(_NAME_SAFE)}-{self.opened}"
             self._consumer_token = self._consumer.encode()
             where = (self._api, self._stream, self._filter, self._consumer)
-            self.pending, self.server = await create_consumer(*where, start, headers_only=self._headers_only)
+            made = await create_consumer(*where, start, headers_only=self._headers_only)
+            self.pending, self.server = made.pending, made.server
+            # A pull for more is refused, and so would be every one after it.
+            self._batch = min(self._batch_max, made.batch_max or self._batch_max)
             if self._suits(self.server) or not tries_left:
                 break
             await delete_consumer(self._api, self._stream, self._consumer)

@@ -13,21 +13,27 @@ import pytest_asyncio
 from commands import run_fictl
 from nats.aio.msg import Msg
 from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+from nats.js.errors import BadRequestError
 from pipeline import until
 
 from cluster import nodes
-from cluster.apply import plan
+from cluster.apply import apply, plan
+from cluster.gateway import Gateway
 from cluster.nodes import EmbeddedCluster, find_nats_server
 from cluster.ports import HeldPorts
-from contracts.errors import ClusterUnavailableError, DefiniteError
+from cluster.status import FULL_SHARE, look_at_account, status
+from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.settings import Settings
 from stages.runtime.access import Servers
+from contracts.subjects import EVENTS, EVENTS_PUBLISH_PATTERN
 from stages.runtime.api import NO_MESSAGE, NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
 from stages.runtime.control import Control
 from stages.runtime.facts import read_cluster
+from stages.runtime.reader import OrderedReader
 from stages.runtime.watch import Watch
 from stages.runtime.writer import FencedWriter
 
@@ -175,6 +181,75 @@ async def test_a_full_account_holds_a_writer_until_there_is_room_and_a_sealed_st
         finally:
             filling.cancel()
             await asyncio.wait((filling,))
+
+
+async def test_an_account_without_room_is_named_by_a_gateway_and_by_who_looks_at_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FI_EVENTS itself is nearly empty then: that it is full, as was said, led nowhere."""
+    account = "{ users: [{user: a, password: a}], jetstream: { max_file: 100KB, max_mem: 1MB } }"
+    async with one_server(tmp_path, monkeypatch, f"accounts {{ A: {account} }}\nno_auth_user: a") as client:
+        jetstream = client.jetstream(timeout=30)
+        await jetstream.add_stream(name=EVENTS, subjects=[EVENTS_PUBLISH_PATTERN])
+        await jetstream.add_stream(name="OTHER", subjects=["other"])
+        await jetstream.publish("other", bytes(98_000))
+        (storage, memory) = await look_at_account(client)
+        assert (storage.what, storage.bytes_max, memory.what, memory.bytes) == ("storage", 100 * 1024, "memory", 0)
+        assert 0.9 < storage.used < 1
+        with pytest.raises(BadRequestError, match="resource limits exceeded"):
+            await _fill_up(jetstream)
+        with pytest.raises(ClusterUnavailableError, match=r"\(resource limits exceeded for account \(10002\)\)"):
+            await Gateway(client).publish(b"{}", "clinic", "c", "e", deadline_s=0.1)
+        assert "FI_EVENTS is full; holding what is to be published (resource limits exceeded" in caplog.text
+        assert (await status(client, Servers(()))).allowances[0].used > FULL_SHARE
+
+
+@pytest.mark.parametrize(
+    ("limits", "step"),
+    [
+        ("max_streams: 3", "maximum number of streams reached .*raise the account's `max_streams`: 8 are ours"),
+        ("disk_max_stream_bytes: 1MB", "exceeds account limit .*raise the account's `disk_max_stream_bytes`"),
+        ("max_file: 1MB", "insufficient storage .*the servers, or their account"),
+    ],
+)
+async def test_a_limit_that_streams_do_not_fit_is_told_with_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: str, step: str
+) -> None:
+    account = f"{{ users: [{{user: a, password: a}}], jetstream: {{ {limits} }} }}"
+    async with one_server(tmp_path, monkeypatch, f"accounts {{ A: {account} }}\nno_auth_user: a") as client:
+        with pytest.raises(TopologyError, match=step):
+            await apply(client, Settings(replicas=1))
+
+
+async def test_a_reader_asks_for_no_more_at_once_than_the_servers_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull for more is refused, and a new consumer's too: there were a thousand of them within seconds."""
+    limited = f'jetstream {{ store_dir: "{tmp_path / "limited"}", limits: {{ max_request_batch: 3 }} }}'
+    async with one_server(tmp_path, monkeypatch, limited) as client:
+        jetstream = client.jetstream(timeout=30)
+        await jetstream.add_stream(name="ROOM", subjects=["room"], storage="memory")
+        for number in range(10):
+            await jetstream.publish("room", str(number).encode())
+        start = asyncio.Future[int]()
+        start.set_result(1)
+        reader = OrderedReader(Api(client, Settings()), "ROOM", "room", batch=8, locate=lambda: start, nonce="greedy")
+        reader.start()
+        try:
+            read: list[bytes] = []
+            async with asyncio.timeout(LIMIT_S):
+                while len(read) < 10:
+                    await reader.wait()
+                    read += [message.data for message in reader.take(10, 1000)]
+            assert read == [str(number).encode() for number in range(10)]
+            assert reader.opened == 1
+        finally:
+            await reader.close()
+
+
+async def _fill_up(jetstream: JetStreamContext) -> None:
+    while True:
+        await jetstream.publish("other", bytes(50))
 
 
 async def _fill(writer: FencedWriter) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import cycle
 from typing import Final
 
 from nats.errors import Error as NatsError
@@ -18,9 +19,9 @@ from nats.js.errors import NotFoundError
 
 from cluster.apply import apply
 from cluster.testing.chaos.ground import Ground
-from cluster.testing.chaos.schedule import PROCESSES, SERVERS, Planned
+from cluster.testing.chaos.schedule import LED, PROCESSES, SERVERS, Planned
 from contracts.errors import FiError
-from stages.runtime.tasks import side_by_side
+from stages.runtime.tasks import end_tasks, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ Fault = Callable[[Ground, str], AbstractAsyncContextManager[None]]
 
 ANSWER_S: Final = 2.0
 REPEAT_S_MAX: Final = 120.0
+STEP_DOWNS_S: Final = 0.2
 CLOCK_SHIFTS_S: Final = {"ingest": -3600.0, "segment": 3600.0, "hash": -30.0, "persist": 7200.0}
 
 
@@ -87,6 +89,15 @@ async def _cut_off_leader(ground: Ground, stream: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def _without_routes(ground: Ground, name: str) -> AsyncIterator[None]:
+    ground.part(name)
+    try:
+        yield
+    finally:
+        await ground.cluster.heal(name)
+
+
+@asynccontextmanager
 async def _slow(ground: Ground, latency: str) -> AsyncIterator[None]:
     for name in SERVERS:
         await ground.cluster.slow(name, float(latency.removesuffix(" ms")) / 1000)
@@ -133,6 +144,21 @@ async def _rolling(ground: Ground, _: str) -> AsyncIterator[None]:
 async def _step_down(ground: Ground, stream: str) -> AsyncIterator[None]:
     await _ask(ground, f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}")
     yield
+
+
+@asynccontextmanager
+async def _step_down_storm(ground: Ground, _: str) -> AsyncIterator[None]:
+    async def storm() -> None:
+        async with asyncio.TaskGroup() as asking:
+            for stream in cycle(LED):
+                asking.create_task(_ask(ground, f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}"))
+                await asyncio.sleep(STEP_DOWNS_S)
+
+    storming = asyncio.create_task(storm())
+    try:
+        yield
+    finally:
+        await end_tasks(storming)
 
 
 @asynccontextmanager
@@ -227,8 +253,10 @@ FAULTS: Final[dict[str, Fault]] = {
     "rolling server restart": _rolling,
     "cut off a server": _cut_off,
     "cut off a leader": _cut_off_leader,
+    "server without routes": _without_routes,
     "slow network": _slow,
     "leader step-down": _step_down,
+    "step-down storm": _step_down_storm,
     "purge a hop": _purged,
     "delete a hop": _deleted,
     "delete consumers": _no_consumers,

@@ -15,6 +15,7 @@ from cluster.stageprocess import settings_environment
 from cluster.testing.chaos.edge import BATCH_MAX
 from cluster.testing.chaos.fleet import EdgeGateway
 from cluster.testing.checker import event_id_of
+from cluster.testing.embedded import EmbeddedBackend
 from cluster.testing.ficluster import FiCluster
 from contracts.errors import ClusterUnavailableError
 from contracts.settings import Settings
@@ -49,6 +50,11 @@ class Ground:
         every = ",".join(map(str, range(self.settings.partitions)))
         async with self._fictl(f"{stage}-second", "run", stage, "--name", f"{stage}-second", "--partitions", every):
             yield
+
+    def part(self, server: str) -> None:
+        """Cuts a server off from the others, but not from its clients, until it is healed."""
+        assert isinstance(self.cluster.backend, EmbeddedBackend)
+        self.cluster.backend.part(server)
 
     async def restore_receipts(self) -> None:
         """`fictl partitions restore`. Raises `ClusterUnavailableError` while a partition has no receipt."""
