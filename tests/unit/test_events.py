@@ -54,6 +54,15 @@ def test_every_zone_and_fraction_is_taken_exactly(moment: datetime, offset_minut
     assert parse_rfc3339(f"{text}{sign}{minutes // 60:02}:{minutes % 60:02}") == expected_ns
 
 
+@given(st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 31)), st.integers(0, 999))
+@example(datetime(2026, 1, 2, 3, 4, 59), 987)
+def test_a_time_in_utc_with_milliseconds_is_taken_exactly(moment: datetime, milliseconds: int) -> None:
+    """Nearly all gateways write this form, and it is read by a way of its own."""
+    moment = moment.replace(microsecond=0)
+    expected_ns = (moment - datetime(1970, 1, 1)) // timedelta(milliseconds=1) * 10**6 + milliseconds * 10**6
+    assert parse_rfc3339(f"{moment.isoformat()}.{milliseconds:03}Z") == expected_ns
+
+
 def test_the_fewest_digits_that_are_exact_are_written() -> None:
     assert format_rfc3339(0) == "1970-01-01T00:00:00.000Z"
     assert format_rfc3339(1_500_000) == "1970-01-01T00:00:00.001500Z"
@@ -68,6 +77,8 @@ def test_the_fewest_digits_that_are_exact_are_written() -> None:
         "2026-01-02T03:04:05.1234567890Z", "2026-01-02T03:04:05+0000", "2026-01-02T03:04:05+24:00",
         "2026-02-29T00:00:00Z", "2026-01-02T24:00:00Z", "2026-01-02T03:04:60Z", "0000-01-01T00:00:00Z",
         " 2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z\n", "２026-01-02T03:04:05Z", "20260102T030405Z",
+        "2026-01-02T03:04:60.000Z", "2026-01-02T03:04:05.1234", "2026-01-02T03:04:05,123Z", "2026-01-02T03:04.05.123Z",
+        "2026-01-02T03:04:05.12３Z", "2026-01-02T03:04:05.+12Z", "2026-01-02T24:00:00.000Z", "2026-02-29T00:00:00.000Z",
     ],
 )  # fmt: skip
 def test_what_is_not_a_time_with_a_zone_is_refused(text: str) -> None:

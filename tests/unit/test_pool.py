@@ -161,3 +161,13 @@ async def test_a_server_that_is_alone_is_not_left(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         client.note_stream(answers=False)
     assert client.left == 0
+
+
+async def test_a_server_is_not_left_for_what_failed_while_there_was_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Connected(monkeypatch, "nats://n1:4222", "nats://n2:4222")
+    for connected in (True, False, True):
+        client.is_connected = connected  # type: ignore[assignment]
+        client.note_stream(answers=False)
+    assert client.left == 0
