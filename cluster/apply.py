@@ -22,7 +22,7 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig, StreamInfo
 from nats.js.errors import APIError, ServiceUnavailableError
 
-from cluster.topology import Drift, data_held, diff, merge, refusals, streams
+from cluster.topology import Drift, data_held, diff, lasting, merge, refusals, streams, told_lasting
 from contracts import subjects
 from contracts.budgets import HOP_DEDUP, TOPOLOGY_APPLY, TOPOLOGY_PAUSE_MAX, TOPOLOGY_PAUSE_MIN, TOPOLOGY_REQUEST
 from contracts.errors import ClusterUnavailableError, TopologyError
@@ -78,11 +78,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         cluster_id: the cluster's id, or the one it would be given.
         changes: `FI_EVENTS` last, if it is among them. Empty: the cluster is as it should be.
         refused: why nothing will be done, when it must not. Empty: the plan can be applied.
+        lasting: what somebody set by hand, no server takes back and `apply` leaves, each with the way out.
     """
 
     cluster_id: str
     changes: tuple[Change, ...]
     refused: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ()
 
 
 async def plan(client: GuardedClient, settings: Settings, *, wait_s: float = TOPOLOGY_APPLY.s) -> Plan:
@@ -126,7 +128,7 @@ async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TO
             raise TopologyError("; ".join(todo.refused))
         if not todo.changes:
             await applier.settle()
-            return Plan(cluster_id=todo.cluster_id, changes=tuple(done))
+            return msgspec.structs.replace(todo, changes=tuple(done))
         done += await applier.execute(todo)
         await applier.pause_between_rounds()
 
@@ -147,6 +149,8 @@ class _Applier:
         cluster_id = _known_id(found) or await self._receipts_id(found) or self._new_id
         wanted = streams(self._settings, cluster_id)
         drifts = diff(wanted, {name: info.config for name, info in found.items()})
+        lasts = lasting(drifts)
+        drifts = [drift for drift in drifts if drift not in lasts]
         changes = []
         for config in wanted:
             name = str(config.name)
@@ -158,7 +162,8 @@ class _Applier:
             elif own:
                 changes.append(Change(stream=name, action="update", drifts=own))
         refused = [*await self._lost_origins(found), *refusals(drifts, data_held(found))]
-        return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused))
+        told = tuple(told_lasting(lasts))
+        return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused), lasting=told)
 
     async def execute(self, todo: Plan) -> list[Change]:
         """Makes the changes of a plan, all at once but for `FI_EVENTS`, which comes after them.

@@ -67,6 +67,14 @@ def stream_problems(summary: Summary) -> Iterator[Problem]:
             what=f"{RECEIPTS} was lost and made again {since}: {where}",
             next="`fictl partitions restore` on each node with a store",
         )
+    for stream in summary.streams:
+        if stream.status.wrong:
+            yield Problem(
+                urgency=2,
+                kind="stream_changed",
+                what=f"{stream.status.name}, as somebody changed it, {stream.status.wrong}",
+                next="`fictl cluster plan` shows it, `fictl cluster apply` mends it or says what does",
+            )
     few: dict[int, list[str]] = {}
     for status in with_fewer_copies([stream.status for stream in summary.streams]):
         few.setdefault(status.copies, []).append(status.name)

@@ -25,6 +25,7 @@ from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient
 from stages.runtime.expiry import greet
 from stages.runtime.facts import META_RECEIPTS_LOST, ClusterFacts, facts_from_metadata
+from stages.runtime.keeping import StreamRules, wrong_with
 from stages.runtime.tasks import side_by_side
 
 FULL_SHARE: Final = 0.98
@@ -85,6 +86,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
         copies_set: how many servers shall keep it.
         clock_ahead_s: how far its leader's clock is before this machine's; below 0: behind. By it all stored times go.
         lost: when it was made again after it was lost, RFC 3339; empty if it never was (`stages.persist.lost`).
+        wrong: what somebody's change has it do with messages that it should not (`stages.runtime.keeping`), else empty.
     """
 
     name: str
@@ -101,6 +103,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     copies_set: int = 0
     clock_ahead_s: float = 0.0
     lost: str = ""
+    wrong: str = ""
 
     @property
     def copies(self) -> int:
@@ -235,10 +238,11 @@ def allowances_of(tiers: Mapping[str, _Tier]) -> tuple[Allowance, ...]:
 
 
 class _Told(NamedTuple):
-    """What a stream's leader told, and how far its clock is before ours, in seconds."""
+    """What a stream's leader told, how far its clock is before ours, in seconds, and what is wrong with the stream."""
 
     info: StreamInfo
     clock_ahead_s: float
+    wrong: str
 
 
 async def _info(jetstream: JetStreamContext, name: str) -> _Told | NatsError:
@@ -248,7 +252,10 @@ async def _info(jetstream: JetStreamContext, name: str) -> _Told | NatsError:
         answer = await jetstream._api_request(f"$JS.API.STREAM.INFO.{name}", timeout=STATUS_ANSWER.s)
     except NatsError as error:
         return error
-    return _Told(StreamInfo.from_response(answer), clock_ahead_s(answer.get("ts"), asked_ns, time.time_ns()))
+    ahead_s = clock_ahead_s(answer.get("ts"), asked_ns, time.time_ns())
+    is_bucket = name in subjects.BUCKETS
+    wrong = "" if is_bucket else wrong_with(msgspec.convert(answer.get("config", {}), StreamRules))
+    return _Told(StreamInfo.from_response(answer), ahead_s, wrong)
 
 
 def clock_ahead_s(told: object, asked_ns: int, answered_ns: int) -> float:
@@ -287,6 +294,7 @@ def _stream(name: str, told: _Told | NatsError) -> StreamStatus:
         copies_set=info.config.num_replicas or 0,
         clock_ahead_s=told.clock_ahead_s,
         lost=(info.config.metadata or {}).get(META_RECEIPTS_LOST, ""),
+        wrong=told.wrong,
     )
 
 

@@ -46,11 +46,19 @@ _COMPARED = (
     "num_replicas",
     "allow_direct",
     "allow_rollup_hdrs",
+    "discard_new_per_subject",
+    "no_ack",
+    "mirror",
+    "sources",
+    "subject_delete_marker_ttl",
+    "sealed",
+    "allow_msg_ttl",
+    "allow_msg_schedules",
     "metadata",
 )
 """Fields we set, in the order they are shown. All others are left as they are found."""
-_COMPARED_IN_BUCKETS = ("allow_msg_ttl", "deny_delete")
-"""What makes a stream a key-value bucket."""
+_LASTING = frozenset({"sealed", "allow_msg_ttl", "allow_msg_schedules", "deny_purge", "deny_delete"})
+"""Set once, the servers never take them back (10052)."""
 _IDENTITY = frozenset({"subject_transform", META_PARTITIONS, META_PARTITION_BY, META_CLUSTER_ID})
 _FIXED = frozenset({"storage", "retention"})
 
@@ -79,6 +87,8 @@ class Remedy(StrEnum):
     """It decides which partition data belongs to: only while the cluster holds none."""
     NEVER = "never"
     """The server cannot change it: the stream would have to be deleted."""
+    LASTS = "lasts"
+    """Somebody set it by hand, and the server does not take it back; what else differs is changed all the same."""
 
 
 def streams(settings: Settings, cluster_id: str) -> tuple[StreamConfig, ...]:
@@ -136,6 +146,8 @@ def _stream(settings: Settings, name: str, listens_on: list[str], bytes_max: int
         allow_direct=False,
         # Or a message of a gateway's could delete all those before it.
         allow_rollup_hdrs=False,
+        deny_purge=False,
+        deny_delete=False,
     )
 
 
@@ -169,7 +181,8 @@ def diff(wanted: Sequence[StreamConfig], found: Mapping[str, StreamConfig]) -> l
         theirs = _comparable(found[name])
         for field, value in _comparable(config).items():
             other = theirs.get(field)
-            if value != other:
+            # What is not set, servers leave out or show as false.
+            if (value or None) != (other or None):
                 drifts.append(Drift(name, field, value, other))
     return drifts
 
@@ -184,17 +197,25 @@ def _comparable(config: StreamConfig) -> dict[str, Any]:
             values[field] = f"{value.src} -> {value.dest}"
         elif isinstance(value, Enum):
             values[field] = value.value
+        elif field in ("mirror", "sources"):
+            values[field] = [source.name for source in (value if isinstance(value, list) else [value]) if source]
         else:
             values[field] = value
     return values
 
 
 def _fields(config: StreamConfig) -> tuple[str, ...]:
-    return _COMPARED + (_COMPARED_IN_BUCKETS if config.name in subjects.BUCKETS else ())
+    # We delete letters, and nothing from any other stream; we purge all but buckets.
+    deletes = ("deny_delete",) if config.name in (subjects.DLQ, *subjects.BUCKETS) else ()
+    return _COMPARED + deletes + (() if config.name in subjects.BUCKETS else ("deny_purge",))
 
 
 def remedy(drift: Drift) -> Remedy:
     """What can be done about `drift`."""
+    if drift.field in _LASTING and drift.found:
+        return Remedy.LASTS
+    if drift.field == "retention" and RetentionPolicy.WORK_QUEUE not in (drift.found, drift.wanted):
+        return Remedy.UPDATE
     if drift.field in _FIXED:
         return Remedy.NEVER
     if drift.field.removeprefix("metadata.") in _IDENTITY:
@@ -228,13 +249,53 @@ def refusals(drifts: Sequence[Drift], holding: Sequence[str]) -> list[str]:
     return reasons
 
 
+def lasting(drifts: Sequence[Drift]) -> list[Drift]:
+    """Those that nothing takes back from a stream that exists, in their order: `Remedy.LASTS`, and what hangs on it.
+
+    Of a sealed stream no field can be changed any more, and one with schedules goes on dropping its oldest messages.
+    """
+    lasts = {(drift.stream, drift.field) for drift in drifts if remedy(drift) is Remedy.LASTS}
+    hang_on = {"discard": "allow_msg_schedules"}
+    return [
+        drift
+        for drift in drifts
+        if not lasts.isdisjoint((drift.stream, name) for name in ("sealed", drift.field, hang_on.get(drift.field)))
+    ]
+
+
+def told_lasting(drifts: Sequence[Drift]) -> list[str]:
+    """One sentence for each stream that has to be made again to be rid of `drifts`, with the way there."""
+    by_stream: dict[str, list[Drift]] = {}
+    for drift in drifts:
+        by_stream.setdefault(drift.stream, []).append(drift)
+    return [
+        f"{stream}: {', '.join(f'{drift.field} is {drift.found!r}' for drift in found)}, and the servers do not take "
+        f"that back. {_WAYS.get(stream, _AGAIN)}"
+        for stream, found in by_stream.items()
+    ]
+
+
+_AGAIN = "Delete it with any NATS client, then `fictl cluster apply`: what it holds comes again"
+_WAYS = {
+    subjects.EVENTS: "Stop the gateways, `fictl flush` until it exits with 0, `fictl backup` if you make backups, "
+    "delete it with any NATS client, then `fictl cluster apply`: it counts on from what is settled",
+    subjects.RECEIPTS: "Delete it with any NATS client, then `fictl cluster apply`, and `fictl partitions restore` on "
+    "each node with a store",
+    subjects.DLQ: "Replay its letters or keep them (`fictl dlq show N --raw`), delete it with any NATS client, then "
+    "`fictl cluster apply`",
+    subjects.CONTROL: "What operators said is in it alone, every policy too (`fictl policy history`): leave it while "
+    "none has to be set",
+}
+
+
 def _changes(drifts: Sequence[Drift]) -> str:
     return ", ".join(f"{d.stream} {d.field} from {d.found!r} to {d.wanted!r}" for d in drifts)
 
 
 def merge(found: StreamConfig, wanted: StreamConfig) -> StreamConfig:
-    """The configuration to send as an update: ours for the fields we set, theirs for all others."""
-    ours = {field: getattr(wanted, field) for field in _fields(wanted)}
+    """The configuration to send as an update: ours for the fields we set, theirs for all others, and what lasts."""
+    lasts = {drift.field for drift in lasting(diff([wanted], {str(wanted.name): found}))}
+    ours = {field: getattr(wanted, field) for field in _fields(wanted) if field not in lasts}
     # The server adds keys of its own under this prefix, and refuses to be told them.
     kept = {key: text for key, text in (found.metadata or {}).items() if not key.startswith("_nats.")}
     return found.evolve(**ours | {"metadata": kept | (wanted.metadata or {})})

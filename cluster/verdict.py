@@ -351,6 +351,8 @@ def _processes(summary: Summary, told: Collection[Stage]) -> Iterator[Problem]:
     excused = set()
     if not summary.connected or any(is_silent(stream) for stream in summary.streams):
         excused |= {"connected", "streams", "lanes"}
+    if any(stream.status.wrong for stream in summary.streams):
+        excused.add("streams")
     if any(problem.kind == "disk_low" for problem in _disk(summary)):
         excused.add("disk")
     unheld = set() if summary.members is None else {row.stage for row in summary.members.unheld}

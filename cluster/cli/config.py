@@ -323,8 +323,8 @@ async def _look_at_streams(client: GuardedClient, settings: Settings) -> str:
     from cluster.apply import plan
 
     todo = await plan(client, settings, wait_s=TOPOLOGY_PLAN.s)
-    if todo.refused:
-        raise TopologyError("; ".join(todo.refused))
+    if todo.refused or todo.lasting:
+        raise TopologyError("; ".join((*todo.refused, *todo.lasting)))
     missing = [change.stream for change in todo.changes if change.action == "create"]
     if missing:
         raise NotReadyError(f"{', '.join(missing)} is missing; run `fictl cluster apply` with these settings")

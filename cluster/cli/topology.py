@@ -30,7 +30,7 @@ from cluster.words import expiry
 from contracts.budgets import TOPOLOGY_PLAN
 
 if TYPE_CHECKING:
-    from cluster.apply import Change, Plan
+    from cluster.apply import Plan
     from cluster.status import ClusterStatus
 
 
@@ -42,7 +42,8 @@ def plan(
 ) -> None:
     """Shows what `fictl cluster apply` would create or change, field by field. Changes nothing.
 
-    Exits 1 when a change must not be made, such as another P under data.
+    Exits 1 when a change must not be made, such as another P under data, or when a stream has what somebody set by hand
+    and no server takes back, such as allow_msg_ttl: then it says how the stream is made again.
 
     Example: fictl cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
     """
@@ -59,9 +60,10 @@ def plan(
     if as_json:
         print_json(found)
     else:
-        _show_changes("to do", found.changes, "nothing to do: the streams are as they should be")
+        _show_changes("to do", found, "the streams are as they should be")
     for reason in found.refused:
         say(f"refused: {reason}")
+    _tell_lasting(found)
     if found.refused:
         raise typer.Exit(FAILED)
 
@@ -75,7 +77,8 @@ def apply(
     """Creates missing streams and changes what may be changed; waits until every replica is current. Safe to repeat.
 
     With --nats the settings of this shell count, not those of the cluster's processes: `fictl cluster plan` shows what
-    would change. A limit that was lowered is told.
+    would change. A limit that was lowered is told. Exits 1, after everything else was done, when a stream has what no
+    server takes back.
 
     Example: fictl cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
     """
@@ -92,11 +95,12 @@ def apply(
     if as_json:
         print_json(done)
     else:
-        _show_changes("done", done.changes, "nothing to do: the streams were as they should be")
+        _show_changes("done", done, "the streams were as they should be")
     for drift in (drift for change in done.changes for drift in change.drifts):
         if drift.field == "max_bytes" and not 0 <= drift.found <= drift.wanted:
             said = f"{drift.stream} was lowered from {drift.found} to {drift.wanted} bytes"
             say(f"{said}; if that was not meant, apply again with the settings that its processes have")
+    _tell_lasting(done)
 
 
 def status(
@@ -125,12 +129,19 @@ def status(
         raise typer.Exit(NOT_READY)
 
 
-def _show_changes(title: str, changes: tuple[Change, ...], nothing: str) -> None:
-    if not changes:
-        console().print(nothing)
+def _tell_lasting(found: Plan) -> None:
+    for line in found.lasting:
+        say(f"fi: {line}")
+    if found.lasting:
+        raise typer.Exit(FAILED)
+
+
+def _show_changes(title: str, found: Plan, well: str) -> None:
+    if not found.changes:
+        console().print(f"nothing {'that can be done' if found.lasting else f'to do: {well}'}")
         return
     table = make_table("stream", "action", "field", "found", "wanted", title=title)
-    for change in changes:
+    for change in found.changes:
         if not change.drifts:
             table.add_row(change.stream, change.action, "", "", "")
         for drift in change.drifts:

@@ -32,7 +32,7 @@ from contracts.errors import (
 )
 from contracts.events import parse_rfc3339
 from contracts.settings import Settings
-from contracts.subjects import DLQ, HOPS, MEMBERS, RECEIPTS
+from contracts.subjects import CONTROL, DLQ, HOPS, MEMBERS, RECEIPTS
 from contracts.telemetry import CIRCUIT_TRIPS
 from contracts.wire import UNREADABLE
 from stages.runtime.answers import is_lasting, unavailable, why_silent
@@ -55,7 +55,7 @@ CIRCUIT_FAILURES: Final = 5
 REMADE: Final = frozenset({*HOPS, MEMBERS})
 """Streams that are made again when they are gone (`stages.runtime.remake`, `fictl cluster apply`)."""
 
-_FENCED: Final = frozenset({RECEIPTS, DLQ})
+_FENCED: Final = frozenset({RECEIPTS, DLQ, CONTROL})
 """On disk, and written by who read the last message: the fence lets in what expects none."""
 _LOOKS: Final = 3
 """Reads that must find nothing where the stream counts something: one, and that count, may each be a stale leader's."""
@@ -283,7 +283,7 @@ class Api:
 
         Raises:
             NotAppliedError: the stream does not exist.
-            UnreadableError: there is one in `FI_RECEIPTS` or `FI_DLQ`, and the leader cannot read it.
+            UnreadableError: there is one in `FI_RECEIPTS`, `FI_DLQ` or `FI_CONTROL`, and the leader cannot read it.
             ClusterUnavailableError: as `request`.
         """
         told = _Told()

@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from contracts.budgets import CONTROL_LOOK
-from contracts.errors import ClusterUnavailableError, TopologyError, WireFormatError
+from contracts.errors import ClusterUnavailableError, TopologyError, UnreadableError, WireFormatError
 from contracts.subjects import CONTROL
 from stages.runtime.api import Api, RequestRefusedError
 from stages.runtime.health import Check
@@ -31,7 +31,8 @@ LOOKS_MAX: Final = 10
 
 Told = Callable[[StoredMessage | None], Awaitable[None]]
 """Takes the last message under a pattern; None when there is none. Raises `WireFormatError` for what it cannot obey:
-that is shown, and stands until there is another message. Raises `ClusterUnavailableError` to be told again."""
+that is shown, and stands until there is another message. Raises `ClusterUnavailableError` to be told again, and so
+`UnreadableError`, which is shown too."""
 
 
 class _Listener:
@@ -43,6 +44,8 @@ class _Listener:
         self.seq: int | None = None
         """Stream sequence of what was told; 0: that there is nothing; None: nothing was told yet."""
         self.problem = ""
+        self.unreadable = ""
+        """Why the server cannot read what was said; empty while it can."""
         self.heard = asyncio.Event()
 
 
@@ -75,7 +78,8 @@ class Control:
 
     def check(self) -> Check:
         """Whether everything that was told is obeyed, and whether the bucket can be read."""
-        problems = [listener.problem for listener in self._listeners if listener.problem]
+        told = [why for listener in self._listeners for why in (listener.problem, listener.unreadable) if why]
+        problems = list(dict.fromkeys(told))
         if self._silent:
             problems.append(f"{CONTROL} cannot be read now; what was told before holds")
         return Check(not problems, "; ".join(problems) or "obeys what was told")
@@ -123,16 +127,23 @@ class Control:
             if not self._looked:
                 raise
             self._note_silence("is not there")
+        except UnreadableError as error:
+            # Something was said. What was told before holds; who was told nothing yet waits.
+            if not listener.unreadable:
+                log.error("%s; what was told before holds", error)
+            listener.unreadable = str(error)
         except (TimeoutError, ClusterUnavailableError, RequestRefusedError) as error:
             if self._api.client.is_closed:
                 raise ClusterUnavailableError("the connection was closed") from error
             self._note_silence("does not answer")
         else:
-            self._looked, self._silent = True, False
+            self._looked, self._silent, listener.unreadable = True, False, ""
 
     async def _tell(self, listener: _Listener, last: StoredMessage | None) -> None:
         try:
             await listener.told(last)
+        except UnreadableError:
+            raise
         except WireFormatError as error:
             if listener.problem != str(error):
                 log.error("%s; what was told before holds", error)

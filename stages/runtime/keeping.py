@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from contracts.errors import TopologyError
+from contracts.events import MESSAGE_BYTES_MAX
 from contracts.subjects import EVENTS, partition_transform
 from stages.runtime.facts import facts_from_metadata
 
@@ -32,24 +33,39 @@ class StreamRules(msgspec.Struct):
     sealed: bool = False
     deny_purge: bool = False
     allow_rollup_hdrs: bool = False
+    allow_msg_ttl: bool = False
+    no_ack: bool = False
+    max_msgs: int = -1
+    max_msg_size: int = -1
+    sources: list[Any] = []
     subject_transform: _Transform | None = None
     metadata: dict[str, Any] = {}
 
 
 def keeping_problem(rules: StreamRules) -> str:
     """What is wrong with a stream's configuration, and what to do; empty if nothing is."""
+    found = wrong_with(rules)
+    return f"{found}: somebody changed it; see `fictl cluster plan`" if found else ""
+
+
+def wrong_with(rules: StreamRules) -> str:
+    """What a stream, as it is configured, does with messages that it should not; empty if nothing. Not for buckets."""
     wrong = {
         "drops messages to make room": rules.discard != "new",
         "drops messages that were read": rules.retention != "limits",
         "drops messages for their age": rules.max_age > 0,
         "drops all but the last messages of a subject": rules.max_msgs_per_subject > 0,
         "lets a message drop all those before it": rules.allow_rollup_hdrs,
+        "lets messages vanish that bear a TTL": rules.allow_msg_ttl,
+        "takes in what other streams hold": bool(rules.sources),
+        "acknowledges nothing": rules.no_ack,
         "takes no message": rules.sealed,
+        f"takes no more than {rules.max_msgs} messages": rules.max_msgs > 0,
+        f"takes no message of over {rules.max_msg_size} bytes": 0 < rules.max_msg_size < MESSAGE_BYTES_MAX,
         "cannot be emptied of what is settled": rules.deny_purge,
         "stores messages where no partition looks for them": rules.name == EVENTS and not _is_partitioned(rules),
     }
-    found = [words for words, is_so in wrong.items() if is_so]
-    return f"{', '.join(found)}: somebody changed it; see `fictl cluster plan`" if found else ""
+    return ", ".join(words for words, is_so in wrong.items() if is_so)
 
 
 def _is_partitioned(rules: StreamRules) -> bool:

@@ -18,16 +18,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from nats.errors import Error as NatsError
 
 from contracts.budgets import LEADER_GONE, LEADER_LOOK
+from contracts.subjects import HOPS
 from contracts.wire import UNREADABLE
 from stages.runtime.api import NO_STREAM, Api, ApiError
 
 log = logging.getLogger(__name__)
+
+
+_NOT_AGAIN: Final = (("sealed", "deny_purge"), ("sealed", "deny_purge", "allow_msg_ttl"))
+"""Of a bucket, of a hop: what somebody set by hand, and only a new stream is rid of; none is made that is sealed."""
 
 
 class _Cluster(msgspec.Struct):
@@ -126,7 +131,8 @@ class Remaker:
     async def _create(self, stream: str, config: dict[str, Any]) -> None:
         # The server adds keys of its own under this prefix, and refuses to be told them.
         metadata = {key: text for key, text in config.get("metadata", {}).items() if not key.startswith("_nats.")}
-        body = msgspec.json.encode(config | {"metadata": metadata})
+        same = {field: value for field, value in config.items() if field not in _NOT_AGAIN[stream in HOPS]}
+        body = msgspec.json.encode(same | {"metadata": metadata})
         answer = await self._ask(f"$JS.API.STREAM.CREATE.{stream}", body)
         if answer is not None and answer.error is None:
             log.warning("%s was made again", stream)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from contracts.budgets import POLICY_FRESH
-from contracts.errors import WireFormatError
+from contracts.errors import UnreadableError, WireFormatError
 from contracts.rules import BUILT_IN, DEFAULT_POLICY, Policy, decode_policy
 from contracts.subjects import CONTROL, POLICY_PATTERN, policy_subject, policy_version
 from contracts.telemetry import POLICY_HITS, POLICY_MISSES, POLICY_VERSION
@@ -57,10 +57,13 @@ async def read_version(api: Api, version: int) -> Policy:
 
     Raises:
         WireFormatError: this build cannot read it.
+        UnreadableError: nor can the server.
     """
     if version == BUILT_IN:
         return DEFAULT_POLICY
-    message = await api.first_message(CONTROL, policy_subject(version))
+    subject = policy_subject(version)
+    # Where there is none, the last one tells whether the server passes over it.
+    message = await api.first_message(CONTROL, subject) or await api.last_message(CONTROL, subject)
     return decode_policy(b"" if message is None else message.data, version)
 
 
@@ -96,6 +99,7 @@ class Policies:
 
         Raises:
             WireFormatError: one that is higher than that cannot be read.
+            UnreadableError: nor by the server, as it says: it is taken once another one leads.
         """
         async with self._taking:
             problems = []
@@ -104,6 +108,8 @@ class Policies:
                     break
                 try:
                     policy = await read_version(self._api, version)
+                except UnreadableError:
+                    raise
                 except WireFormatError as error:
                     problems.append(str(error))
                     continue

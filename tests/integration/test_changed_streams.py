@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from nats.js.api import DiscardPolicy
-from pipeline import Load, Pipeline, running, settings, until, workload
+from pipeline import Load, Pipeline, fictl, running, settings, until, workload
 
 from cluster.health import get, read_health_files
-from contracts.subjects import DLQ, EVENTS, MEMBERS, SEGMENT
+from contracts.subjects import DLQ, EVENTS, HASH, MEMBERS, SEGMENT
 from contracts.telemetry import READERS_OPENED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
@@ -102,3 +102,34 @@ async def test_a_stream_that_was_made_to_drop_messages_or_to_keep_them_all_is_to
     await pipeline.assert_whole(load)
     # Nothing is trimmed any more, and the servers' words for it are there.
     await says(pipeline, "persist-0", "circuits", "purge not permitted")
+
+
+async def test_what_no_server_takes_back_is_told_with_the_way_on_which_nothing_is_lost(pipeline: Pipeline) -> None:
+    jetstream = pipeline.client.jetstream(timeout=30)
+    await change(pipeline, EVENTS, allow_msg_ttl=True, max_age=600, subject_delete_marker_ttl=5)
+    await change(pipeline, HASH, sealed=True)
+    await says(pipeline, "ingest-0", "streams", f"{EVENTS}: drops messages for their age, lets a message drop")
+    code, told, _ = await fictl(pipeline, "status")
+    changed = [one["what"] for one in told["problems"] if one["kind"] == "stream_changed"]
+    assert (code, [EVENTS in what for what in changed]) == (3, [True, False, False]), changed
+    assert "lets messages vanish that bear a TTL" in changed[0]
+    code, done, err = await fictl(pipeline, "cluster", "apply")
+    assert (code, {change["stream"] for change in done["changes"]}) == (1, {EVENTS}), err
+    assert [line.split(" is ")[0] for line in done["lasting"]] == [
+        f"{SEGMENT}: deny_purge",
+        f"{HASH}: sealed",
+        f"{EVENTS}: allow_msg_ttl",
+    ], done
+    assert f"{EVENTS}: allow_msg_ttl is True, and the servers do not take that back. Stop the gateways" in err
+    await jetstream.delete_stream(HASH)
+    await jetstream.delete_stream(SEGMENT)
+    assert (await fictl(pipeline, "cluster", "apply"))[0] == 1
+    load = Load(workload(seed=53, events=100))
+    await load.publish(pipeline.client)
+    assert (await fictl(pipeline, "flush"))[0] == 0
+    await jetstream.delete_stream(EVENTS)
+    code, done, err = await fictl(pipeline, "cluster", "apply")
+    assert (code, [change["stream"] for change in done["changes"]]) == (0, [EVENTS]), err
+    after = Load(workload(seed=54, events=100))
+    await after.publish(pipeline.client)
+    await pipeline.assert_whole(load, after)

@@ -6,10 +6,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from overviews import overview, process, processes, with_streams
 
+from cluster.summary import summarize
 from cluster.topology import streams
+from cluster.verdict import judge
 from contracts.settings import Settings
 from contracts.subjects import CONTROL, EVENTS, MEMBERS
+from stages.runtime.health import Check
 from stages.runtime.keeping import StreamRules, keeping_problem
 
 OURS = {str(config.name): config.as_dict() for config in streams(Settings(), "cluster-1")}
@@ -35,7 +39,12 @@ def test_streams_as_we_make_them_are_well(stream: str) -> None:
         ({"max_age": 1}, "drops messages for their age"),
         ({"max_msgs_per_subject": 1}, "drops all but the last messages of a subject"),
         ({"allow_rollup_hdrs": True}, "lets a message drop all those before it"),
+        ({"allow_msg_ttl": True}, "lets messages vanish that bear a TTL"),
+        ({"sources": [{"name": "OTHER"}]}, "takes in what other streams hold"),
+        ({"no_ack": True}, "acknowledges nothing"),
         ({"sealed": True}, "takes no message"),
+        ({"max_msgs": 10}, "takes no more than 10 messages"),
+        ({"max_msg_size": 1000}, "takes no message of over 1000 bytes"),
         ({"deny_purge": True}, "cannot be emptied of what is settled"),
         ({"subject_transform": None}, ELSEWHERE),
         ({"subject_transform": {"src": "fi.events.*.*", "dest": "x"}}, ELSEWHERE),
@@ -49,3 +58,14 @@ def test_each_change_that_loses_or_keeps_events_is_told_with_the_next_step(chang
 def test_several_changes_are_told_together() -> None:
     told = problem(EVENTS, discard="old", max_age=1)
     assert told.startswith("drops messages to make room, drops messages for their age: ")
+
+
+def test_a_stream_that_loses_messages_as_it_was_changed_is_told_once() -> None:
+    wrong = with_streams(FI_EVENTS={"wrong": "lets messages vanish"})
+    check = Check(ok=False, why="FI_EVENTS: lets messages vanish")
+    look = process("ingest-0", 100)
+    unready = msgspec.structs.replace(look.health, ready=False, checks={"streams": check})
+    told = overview(streams=wrong, processes=processes(ingest=msgspec.structs.replace(look, health=unready)))
+    (problem,) = judge(summarize([told]))
+    assert (problem.urgency, problem.kind) == (2, "stream_changed")
+    assert problem.what == "FI_EVENTS, as somebody changed it, lets messages vanish"

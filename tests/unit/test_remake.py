@@ -130,3 +130,11 @@ async def test_it_is_made_as_it_was_last_without_what_servers_put_there_themselv
     seen = [LED | {"config": config | {"metadata": words}} for config in (before, after)]
     api = await script((0, seen[0]), (1, seen[1]), (2, GONE), (3, GONE))
     assert api.created == [after | {"metadata": {"fi.layout": "1"}}]
+
+
+async def test_what_somebody_set_by_hand_that_only_a_new_stream_is_rid_of_is_not_set_again() -> None:
+    """None can be made that is sealed."""
+    by_hand = {"sealed": True, "deny_purge": True, "allow_msg_ttl": True}
+    seen = {**LED, "config": {"name": SEGMENT, "storage": "memory", "max_bytes": 5, **by_hand}}
+    api = await script((0, seen), (1, GONE), (2, GONE))
+    assert api.created == [{"name": SEGMENT, "storage": "memory", "max_bytes": 5, "metadata": {}}]

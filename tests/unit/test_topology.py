@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from nats.js.api import StorageType, StreamConfig, StreamInfo, StreamState
+from nats.js.api import StorageType, StreamConfig, StreamInfo, StreamSource, StreamState
 
-from cluster.topology import Drift, Remedy, data_held, diff, merge, refusals, remedy, streams
+from cluster.topology import (
+    Drift,
+    Remedy,
+    data_held,
+    diff,
+    lasting,
+    merge,
+    refusals,
+    remedy,
+    streams,
+    told_lasting,
+)
 from contracts import subjects
 from contracts.settings import Settings
 
@@ -108,6 +121,9 @@ def test_a_missing_stream_is_no_drift() -> None:
         ("allow_rollup_hdrs", True, Drift(subjects.SEGMENT, "allow_rollup_hdrs", False, True)),
         ("subjects", ["x"], Drift(subjects.SEGMENT, "subjects", ["fi.segment.*"], ["x"])),
         ("duplicate_window", 1.0, Drift(subjects.SEGMENT, "duplicate_window", 120.0, 1.0)),
+        ("retention", "interest", Drift(subjects.SEGMENT, "retention", "limits", "interest")),
+        ("no_ack", True, Drift(subjects.SEGMENT, "no_ack", False, True)),
+        ("sources", [StreamSource(name="x")], Drift(subjects.SEGMENT, "sources", [], ["x"])),
     ],
 )
 def test_drift_is_shown_field_by_field_and_updated_in_place(field: str, value: object, expected: Drift) -> None:
@@ -115,6 +131,36 @@ def test_drift_is_shown_field_by_field_and_updated_in_place(field: str, value: o
     assert drifts == [expected]
     assert remedy(expected) is Remedy.UPDATE
     assert refusals(drifts, [subjects.EVENTS]) == []
+
+
+def test_a_queue_for_one_reader_each_cannot_be_made_a_log_again() -> None:
+    drifts = diff(streams(SETTINGS, ID), found(retention="workqueue"))
+    assert [remedy(drift) for drift in drifts] == [Remedy.NEVER]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({"allow_msg_ttl": True, "max_age": 60.0}, {"allow_msg_ttl"}),
+        ({"deny_purge": True, "no_ack": True}, {"deny_purge"}),
+        ({"allow_msg_schedules": True, "discard": "old", "max_msgs": 5}, {"allow_msg_schedules", "discard"}),
+        ({"sealed": True, "deny_purge": True, "max_age": 60.0}, {"sealed", "deny_purge", "max_age"}),
+    ],
+)
+def test_what_no_server_takes_back_is_told_with_the_way_out_and_the_rest_is_changed(
+    changes: dict[str, Any], stays: set[str]
+) -> None:
+    theirs = found(**changes)
+    drifts = diff(streams(SETTINGS, ID), theirs)
+    assert {drift.field for drift in drifts} == changes.keys()
+    lasts = lasting(drifts)
+    assert {drift.field for drift in lasts} == stays
+    (line,) = told_lasting(lasts)
+    assert "FI_SEGMENT: " in line
+    assert line.endswith("Delete it with any NATS client, then `fictl cluster apply`: what it holds comes again")
+    merged = merge(theirs[subjects.SEGMENT], by_name()[subjects.SEGMENT])
+    assert all(getattr(merged, field) == changes[field] for field in stays)
+    assert all(getattr(merged, field) != changes[field] for field in changes.keys() - stays)
 
 
 def test_fields_we_do_not_set_are_left_alone() -> None:
