@@ -18,8 +18,8 @@ from contracts.budgets import FOLLOWER_HEARD, STATUS_ANSWER
 from contracts.errors import TopologyError
 from contracts.events import parse_rfc3339
 from contracts.settings import hide_credentials
-from stages.runtime.access import Access, Servers
 from contracts.wire import UNREADABLE
+from stages.runtime.access import Access, Servers
 from stages.runtime.answers import step_after, why_silent
 from stages.runtime.api import NO_STREAM
 from stages.runtime.client import GuardedClient

@@ -26,8 +26,8 @@ from cluster.ports import HeldPorts
 from cluster.status import FULL_SHARE, look_at_account, status
 from contracts.errors import ClusterUnavailableError, DefiniteError, TopologyError
 from contracts.settings import Settings
-from stages.runtime.access import Servers
 from contracts.subjects import EVENTS, EVENTS_PUBLISH_PATTERN
+from stages.runtime.access import Servers
 from stages.runtime.api import NO_MESSAGE, NO_STREAM, Api
 from stages.runtime.client import GuardedClient
 from stages.runtime.connection import connect
