@@ -115,7 +115,7 @@ def streams(settings: Settings, cluster_id: str) -> tuple[StreamConfig, ...]:
     ]
     events = _stream(settings, subjects.EVENTS, [subjects.EVENTS_PUBLISH_PATTERN], settings.events_bytes_max)
     return (
-        receipts.evolve(metadata=identity),
+        receipts.evolve(metadata=identity, deny_delete=True),
         dead,
         *hops,
         *_buckets(settings),
@@ -124,6 +124,8 @@ def streams(settings: Settings, cluster_id: str) -> tuple[StreamConfig, ...]:
             subject_transform=SubjectTransform(src=source, dest=destination),
             max_msg_size=MESSAGE_BYTES_MAX,
             duplicate_window=settings.dedup_window_s,
+            # Or a message could go before it was read, and nothing would tell: only trimming, a purge, takes any.
+            deny_delete=True,
         ),
     )
 
@@ -205,8 +207,8 @@ def _comparable(config: StreamConfig) -> dict[str, Any]:
 
 
 def _fields(config: StreamConfig) -> tuple[str, ...]:
-    # We delete letters, and nothing from any other stream; we purge all but buckets.
-    deletes = ("deny_delete",) if config.name in (subjects.DLQ, *subjects.BUCKETS) else ()
+    # What is deleted in a hop is a hole, which is seen; we purge all but buckets.
+    deletes = () if config.name in subjects.HOPS else ("deny_delete",)
     return _COMPARED + deletes + (() if config.name in subjects.BUCKETS else ("deny_purge",))
 
 

@@ -9,7 +9,7 @@ import pytest
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import StreamConfig, StreamInfo
-from nats.js.errors import NoStreamResponseError
+from nats.js.errors import APIError, NoStreamResponseError
 
 from cluster.apply import apply, plan
 from cluster.status import LAG_USUAL_MAX, ClusterStatus, status
@@ -167,6 +167,24 @@ async def test_limits_change_under_data_without_losing_it(client: Client) -> Non
     await apply(client, changed(events_bytes_max=1024))
     info = await client.jetstream(timeout=10).stream_info(subjects.EVENTS)
     assert (info.config.max_bytes, info.state.messages) == (1024, 5)
+
+
+async def test_nobody_deletes_a_message_that_was_accepted_or_vouched_for(client: Client) -> None:
+    """Deleted before it was read it would be gone, and nothing would tell. Purged they can be: trimming does it."""
+    jetstream = client.jetstream(timeout=10)
+    before = {str(config.name): config.evolve(deny_delete=False) for config in streams(SETTINGS, "f" * 32)}
+    for name in (subjects.RECEIPTS, subjects.EVENTS):
+        await jetstream.add_stream(before[name])
+    await put(client, "fi.events.site.consultation")
+    await put(client, "fi.receipts.0")
+    await apply(client, SETTINGS)
+    assert (await plan(client, SETTINGS)).changes == ()
+    for name in (subjects.RECEIPTS, subjects.EVENTS):
+        with pytest.raises(APIError, match="message delete not permitted"):
+            await jetstream.delete_msg(name, 1)
+        assert (await jetstream.stream_info(name)).state.messages == 1
+        await jetstream.purge_stream(name)
+        assert (await jetstream.stream_info(name)).state.messages == 0
 
 
 async def test_partitions_cannot_change_under_data(client: Client) -> None:
