@@ -268,7 +268,8 @@ class Gateway:
                 if time.monotonic() >= give_up_s:
                     why = f" ({self._full})" if answer is _Failure.FULL else ""
                     raise ClusterUnavailableError(
-                        f"{subject}: not accepted within {deadline_s:g} s{why}; publish it again, nothing is doubled"
+                        f"{subject}: not accepted within {deadline_s:g} s{why}; "
+                        "publish it again, nothing will be doubled"
                     )
                 self.retries += 1
         finally:
