@@ -68,6 +68,14 @@ def test_sealed_and_full_shards_count_whole_and_a_live_one_as_far_as_it_was_show
     assert place.tree.to_bytes() == tree_of(maker, 10)
 
 
+def test_a_live_shard_counts_as_far_as_it_is_whole_where_nothing_else_can_give_that_again(
+    maker: PartitionMaker,
+) -> None:
+    place, damage = last_place(files_of(maker), unshown=True)
+    assert (damage, place.shard, place.commits, place.tree.size) == (None, 3, 3, 15)
+    assert place.tree.to_bytes() == tree_of(maker, 15)
+
+
 def test_the_last_shard_may_be_of_any_kind(maker: PartitionMaker) -> None:
     files_of(maker)[2].path.unlink()
     place, damage = last_place(files_of(maker))
