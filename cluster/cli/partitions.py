@@ -183,7 +183,7 @@ def restore(
     Where several stores have shards of a partition, because it was moved, the one that had it last must be the one to
     restore it: a store that was followed by another is refused once FI_EVENTS no longer holds what came after it.
 
-    Where FI_EVENTS was lost too, it is refused and says after which origin and time events may be gone. With
+    Where FI_EVENTS was lost too, it is refused and says after which origin, and when, events may be gone. With
     --accept-loss the partition goes on with every whole commit that its shards hold; gateways must send again what they
     sent after that time, and what is stored is told by its event id. Bring shards from copies before, not after.
 

@@ -213,5 +213,5 @@ def _after_live(place: Place, file: ShardFile, is_full: bool, *, unshown: bool) 
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
     rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
-    told = rows, stored_ns_at(origin, event), place.signature
+    told = rows, stored_ns_at(origin, event) if whole else place.stored_ns, place.signature
     return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, *told)
