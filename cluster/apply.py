@@ -30,6 +30,7 @@ from contracts.events import format_rfc3339
 from contracts.frames import decode_frame_head
 from contracts.receipts import decode_receipt
 from contracts.settings import Settings
+from stages.persist.remains import Remains
 from stages.runtime.answers import NO_PEERS, DeniedError, unavailable
 from stages.runtime.api import NO_STREAM, Api
 from stages.runtime.client import GuardedClient
@@ -87,22 +88,38 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     lasting: tuple[str, ...] = ()
 
 
-async def plan(client: GuardedClient, settings: Settings, *, wait_s: float = TOPOLOGY_APPLY.s) -> Plan:
+async def plan(
+    client: GuardedClient,
+    settings: Settings,
+    *,
+    after: Remains | None = None,
+    beside: str = "",
+    wait_s: float = TOPOLOGY_APPLY.s,
+) -> Plan:
     """What differs between the cluster and `settings`. Changes nothing.
 
     Args:
         client: connected.
         settings: the topology part of it counts.
+        after: what the stores say of a cluster whose streams are gone, to go on with it.
+        beside: the id of the cluster that a store here is of: no new one is begun beside it. Empty: there is none.
         wait_s: how long to try while the cluster elects leaders.
 
     Raises:
         ClusterUnavailableError: it had no leader for `wait_s`.
         WireFormatError: `FI_EVENTS` is gone and a receipt or frame of this cluster cannot be read.
     """
-    return await _Applier(client, settings, wait_s).plan()
+    return await _Applier(client, settings, wait_s, after, beside).plan()
 
 
-async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TOPOLOGY_APPLY.s) -> Plan:
+async def apply(
+    client: GuardedClient,
+    settings: Settings,
+    *,
+    after: Remains | None = None,
+    beside: str = "",
+    wait_s: float = TOPOLOGY_APPLY.s,
+) -> Plan:
     """Creates what is missing, updates what may be updated, and waits until every replica of every stream is current.
 
     Safe to repeat, and to run in two places at once.
@@ -110,6 +127,7 @@ async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TO
     Args:
         client: connected.
         settings: the topology part of it counts.
+        after, beside: as for `plan`.
         wait_s: how long to try while the cluster elects leaders or replicas catch up.
 
     Returns:
@@ -120,7 +138,7 @@ async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TO
         ClusterUnavailableError: no leader, or a replica that was not current, for `wait_s`.
         WireFormatError: as `plan`.
     """
-    applier = _Applier(client, settings, wait_s)
+    applier = _Applier(client, settings, wait_s, after, beside)
     done: list[Change] = []
     while True:
         todo = await applier.plan()
@@ -136,17 +154,22 @@ async def apply(client: GuardedClient, settings: Settings, *, wait_s: float = TO
 class _Applier:
     """One plan or apply: a connection, a deadline, and the retries both need."""
 
-    def __init__(self, client: GuardedClient, settings: Settings, wait_s: float) -> None:
+    def __init__(
+        self, client: GuardedClient, settings: Settings, wait_s: float, after: Remains | None, beside: str
+    ) -> None:
         self._settings = settings
         self._jetstream: JetStreamContext = client.jetstream(timeout=TOPOLOGY_REQUEST.s)
         self._api = Api(client, settings, give_up_s=wait_s)
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
-        self._new_id = uuid.uuid4().hex
+        self._after = after
+        self._beside = beside
+        self._new_id = uuid.uuid4().hex if after is None else after.cluster_id
 
     async def plan(self) -> Plan:
         found = await self._found()
-        cluster_id = _known_id(found) or await self._receipts_id(found) or self._new_id
+        known_id = _known_id(found) or await self._receipts_id(found)
+        cluster_id = known_id or self._new_id
         wanted = streams(self._settings, cluster_id)
         drifts = diff(wanted, {name: info.config for name, info in found.items()})
         lasts = lasting(drifts)
@@ -157,11 +180,12 @@ class _Applier:
             own = tuple(drift for drift in drifts if drift.stream == name)
             if name not in found:
                 first_seq = await self._origin_next(found) if name == subjects.EVENTS else 1
-                lost = format_rfc3339(time.time_ns()) if name == subjects.RECEIPTS and _has_counted(found) else ""
+                is_lost = name == subjects.RECEIPTS and (self._after is not None or _has_counted(found))
+                lost = format_rfc3339(time.time_ns()) if is_lost else ""
                 changes.append(Change(stream=name, action="create", first_seq=first_seq, lost=lost))
             elif own:
                 changes.append(Change(stream=name, action="update", drifts=own))
-        refused = [*await self._lost_origins(found), *refusals(drifts, data_held(found))]
+        refused = [*self._others(known_id), *await self._lost_origins(found), *refusals(drifts, data_held(found))]
         told = tuple(told_lasting(lasts))
         return Plan(cluster_id=cluster_id, changes=tuple(changes), refused=tuple(refused), lasting=told)
 
@@ -265,12 +289,31 @@ class _Applier:
             if hop in subjects.HOPS:
                 frames = await self._last_messages(found, hop, f"fi.{stage}.*")
                 origins += [decode_frame_head(message.data).last for message in frames]
+        if self._after is not None:
+            # No stream ever counted a message for each microsecond since 1970: it is above what other stores have too.
+            origins += [self._after.origin, time.time_ns() // 1000]
         return max(origins, default=0) + 1
+
+    def _others(self, known_id: str | None) -> list[str]:
+        """What stands in the way of going on after stores, or beside one; `known_id`: the servers' cluster's."""
+        if self._after is not None and known_id not in (None, self._after.cluster_id):
+            return [
+                f"the servers have streams, of cluster {known_id}, and the stores of {self._after.cluster_id}: only "
+                "servers without any go on after stores"
+            ]
+        if self._after is not None:
+            return self._after.refusals(self._settings)
+        if self._beside and known_id is None:
+            return [
+                f"the servers have no streams, and the store here is of cluster {self._beside}: put the servers' own "
+                "disks back; if they are lost, go on with --after-stores; for a new cluster choose another directory"
+            ]
+        return []
 
     async def _lost_origins(self, found: dict[str, StreamInfo]) -> list[str]:
         """Nothing says where a new `FI_EVENTS` must begin to count while receipts are lost, or purged, that would."""
         receipts = found.get(subjects.RECEIPTS)
-        if subjects.EVENTS in found or receipts is None:
+        if subjects.EVENTS in found or receipts is None or self._after is not None:
             return []
         metadata, state = receipts.config.metadata or {}, receipts.state
         if META_RECEIPTS_LOST not in metadata and state.messages == state.last_seq:
@@ -279,8 +322,8 @@ class _Applier:
         if told == int(metadata.get(META_PARTITIONS, 0)):
             return []
         return [
-            f"{subjects.EVENTS} is gone, and so are receipts that said how far it had counted: begin a new cluster "
-            "with new store directories; `fictl verify` and `fictl export` read the old ones"
+            f"{subjects.EVENTS} is gone, and so are receipts that said how far it had counted: go on with what the "
+            "stores hold, with `fictl cluster apply --after-stores DIR`"
         ]
 
     async def _last_messages(self, found: dict[str, StreamInfo], stream: str, pattern: str) -> list[StoredMessage]:

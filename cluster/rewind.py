@@ -21,12 +21,13 @@ import msgspec
 from msgspec import UNSET
 
 from cluster.audit import read_partition
+from cluster.retained import is_retained
 from contracts.budgets import REWIND_LOCK, REWIND_LOCK_POLL, REWIND_POLL
 from contracts.errors import ClusterUnavailableError, FencedError, NotOursError, ShardError
-from contracts.events import split_body
+from contracts.events import format_rfc3339
 from contracts.receipts import Receipt, SealRecord, StoreEnd, encode_receipt, first_receipt
 from contracts.statements import Signer
-from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, raw_filter, receipt_subject
+from contracts.subjects import EVENTS, HOPS, INPUT_STREAM, RECEIPTS, STAGES, input_filter, receipt_subject
 from stages.persist.audit import in_force
 from stages.persist.disk import LOCAL_STORE, StoreFiles
 from stages.persist.moved import check_signer, signed
@@ -35,7 +36,6 @@ from stages.persist.rewind import Damage, Place, place_after_seals
 from stages.persist.storedir import HALF_DONE, Store, disk_of
 from stages.runtime.api import Api
 from stages.runtime.checkpoint import last_receipt
-from stages.runtime.messages import StoredMessage
 from stages.runtime.tasks import run_blocking
 from stages.runtime.writer import FencedWriter
 
@@ -177,11 +177,14 @@ class Rewinder:
                 "pause persist`, move, and `fictl resume persist`"
             )
 
-    async def restore(self, partition: int, *, begin_anew: bool = False, dry_run: bool = False) -> Rewind:
+    async def restore(
+        self, partition: int, *, begin_anew: bool = False, accept_loss: bool = False, dry_run: bool = False
+    ) -> Rewind:
         """Writes where a partition of this store goes on, when the cluster lost its receipts.
 
         Args:
             begin_anew: begin the partition, of which the store has no shard; no other store may have one.
+            accept_loss: where `FI_EVENTS` no longer has what comes after whole shards, go on without it.
 
         Raises:
             NotOursError: it has receipts, or a persister works on it.
@@ -211,16 +214,27 @@ class Rewinder:
                     f"partition {partition} cannot begin again from {EVENTS}, which no longer has what was sealed: put "
                     f"{damage.file} right from a copy ({damage.why})"
                 )
+            why = "its receipts were lost" if damage is None else damage.why
+            if damage is not None:
+                await self._check_retained(partition, place, records, damage)
+            elif files and not await is_retained(self._api, partition, place.origin, records.all_seals):
+                with disk_of(store):
+                    place, _ = await run_blocking(partial(self._files.last_place, files, unshown=True))
+                why = f"{why}, and {EVENTS} no longer has what it had accepted of it after {_told_place(place)}"
+                if not accept_loss:
+                    raise ShardError(
+                        f"partition {partition}: {why}. If another store, or a copy, has more of its shards, restore "
+                        "it with those; if none has, go on with --accept-loss; gateways must send again what is newer"
+                    )
             end = StoreEnd(shard=place.shard, commits=place.commits, rows=place.rows)
             with disk_of(store):
                 aside = await run_blocking(partial(self._files.given_up, unseen=True), store, partition, end)
-            await self._check_retained(partition, place, records, damage)
             lost = first_receipt(partition, store.cluster_id, store.store_id, "")
             lost = msgspec.structs.replace(lost, signature=place.signature)
             if not dry_run:
                 await self._go_back(lost, records.last_seq, place, end, aside)
             reached = msgspec.structs.replace(lost, origin=place.origin, persisted=place.tree.size)
-            return self._told(reached, place, "its receipts were lost" if damage is None else damage.why, aside)
+            return self._told(reached, place, why, aside)
 
     async def _move(self, partition: int, dry_run: bool) -> Rewind:
         records = await self._records(partition)
@@ -266,19 +280,9 @@ class Rewinder:
         )
 
     async def _check_retained(self, partition: int, place: Place, records: _Records, damage: Damage | None) -> None:
-        """Holds that `FI_EVENTS` has everything after `place`: it is purged from its beginning only.
-
-        A purge always leaves the message at the origin that it goes up to.
-        """
-        if place.origin:
-            message = await self._api.message_at(EVENTS, place.origin)
-            held = message is not None and message.subject.startswith(raw_filter(partition).removesuffix(">"))
-        elif records.all_seals:
-            first = await self._api.first_message(EVENTS, raw_filter(partition))
-            held = first is not None and begins_with(records.all_seals[0], first)
-        else:
-            held = True
-        if not held:
+        """Holds that `FI_EVENTS` has everything after `place`, if what was committed goes back."""
+        is_back = not records.receipts or place.origin < records.receipts[-1].origin
+        if is_back and not await is_retained(self._api, partition, place.origin, records.all_seals):
             lost = "what its owner held" if damage is None else f"what {damage.file} holds"
             raise ShardError(
                 f"partition {partition} cannot be taken back to origin {place.origin}: {EVENTS} no longer has {lost}. "
@@ -371,19 +375,13 @@ class Rewinder:
             lock.close()
 
 
+def _told_place(place: Place) -> str:
+    """An origin, and when what is there was accepted, where that is known."""
+    return f"origin {place.origin}" + (f" of {format_rfc3339(place.stored_ns)}" if place.stored_ns else "")
+
+
 def _begins(end: StoreEnd) -> bool:
     return end.shard == end.first != FIRST_SHARD and not end.commits
-
-
-def begins_with(seal: SealRecord, message: StoredMessage) -> bool:
-    """Whether the first message that `FI_EVENTS` has of a partition is the first of its first shard too.
-
-    The last one of the shard stays there, whatever is trimmed. It is the first if it holds all that the shard settled.
-    """
-    if message.seq != seal.last_origin or seal.resume is UNSET:
-        return message.seq < seal.last_origin
-    settled = seal.events + seal.resume.duplicates + seal.resume.dead_lettered
-    return seal.shard == FIRST_SHARD and len(split_body(message.data)) == settled
 
 
 async def wait_caught_up(

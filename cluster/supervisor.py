@@ -31,6 +31,9 @@ from contracts.budgets import DIRECTORY_LOCK, SERVER_STOP
 from contracts.errors import FiError, SettingsError
 from contracts.settings import Settings
 from contracts.subjects import STAGES, Stage
+from stages.persist.names import SHARDS
+from stages.persist.remains import Remains, read_remains
+from stages.persist.storedir import STORE_FILE, read_store
 from stages.runtime.connection import connect
 from stages.runtime.pids import process_started
 from stages.runtime.tasks import end_tasks, side_by_side
@@ -73,6 +76,8 @@ class Supervisor:
         on_event: OnEvent = lambda event: None,
         command: StageCommand | None = None,
         wire: Wire = direct,
+        *,
+        after_stores: bool = False,
     ) -> None:
         """Describes a run; `start` begins it.
 
@@ -84,6 +89,7 @@ class Supervisor:
             on_event: told of every start, death and stop.
             command: what to run for a stage process; the default is ``python -m cluster run``.
             wire: how the servers find each other.
+            after_stores: where the servers have no streams, go on with the cluster of the store in `directory`.
 
         Raises:
             SettingsError: more replicas than servers, or more processes of a stage than partitions.
@@ -96,6 +102,7 @@ class Supervisor:
         self._control: ControlServer | None = None
         self._on_event = on_event
         self._command = command or run_command(self.directory)
+        self._after_stores = after_stores
         self._lock = DirectoryLock(self.directory / "lock")
         self._servers: list[Keeper] = []
         self._stages: dict[Stage, list[Keeper]] = {stage: [] for stage in STAGES}
@@ -143,7 +150,8 @@ class Supervisor:
             await side_by_side(*(keeper.start() for keeper in self._servers))
             client = await connect(self.urls, "fi-supervisor")
             try:
-                await apply(client, self.settings)
+                after, beside = await asyncio.to_thread(self._store)
+                await apply(client, self.settings, after=after, beside=beside)
             finally:
                 await client.close()
             await side_by_side(*(self.start_stage(stage) for stage in STAGES))
@@ -155,6 +163,13 @@ class Supervisor:
             self._force.set()
             await self.stop()
             raise
+
+    def _store(self) -> tuple[Remains | None, str]:
+        """What the store says, if its cluster is to be gone on with; and its cluster's id. Raises as `read_remains`."""
+        shards = self.directory / SHARDS
+        if not (shards / STORE_FILE).exists():
+            return None, ""
+        return read_remains([shards]) if self._after_stores else None, read_store(shards).cluster_id
 
     def _is_at_work(self) -> bool:
         """Another supervisor says that it runs what is in the directory, and lives."""

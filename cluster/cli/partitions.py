@@ -167,6 +167,9 @@ def restore(
     begin_anew: Annotated[
         bool, typer.Option("--begin-anew", help="Begin the named partitions, of which no store has a shard.")
     ] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Go on without what neither FI_EVENTS nor the shards have.")
+    ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,6 +183,10 @@ def restore(
     Where several stores have shards of a partition, because it was moved, the one that had it last must be the one to
     restore it: a store that was followed by another is refused once FI_EVENTS no longer holds what came after it.
 
+    Where FI_EVENTS was lost too, it is refused and says after which origin, and when, events may be gone. With
+    --accept-loss the partition goes on with every whole commit that its shards hold; gateways must send again what they
+    sent after that time, and what is stored is told by its event id. Bring shards from copies before, not after.
+
     A backup of FI_RECEIPTS is older than the stores, and persist refuses it: delete such a stream, and begin as above.
 
     Example: fictl partitions restore --shards /var/lib/fi/shards --nats nats://n1:4222 --dry-run
@@ -188,7 +195,9 @@ def restore(
         raise typer.BadParameter("name the partitions that no store has", param_hint="--begin-anew")
 
     _take_back(
-        lambda rewinder, partition: rewinder.restore(partition, begin_anew=begin_anew, dry_run=dry_run),
+        lambda rewinder, partition: rewinder.restore(
+            partition, begin_anew=begin_anew, accept_loss=accept_loss, dry_run=dry_run
+        ),
         partitions,
         directory,
         shards,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -16,6 +17,7 @@ from cluster.cli.common import (
     JsonOption,
     NatsOption,
     SetOption,
+    check_directory,
     connected,
     console,
     find_servers,
@@ -28,16 +30,25 @@ from cluster.cli.common import (
 )
 from cluster.words import expiry
 from contracts.budgets import TOPOLOGY_PLAN
+from stages.persist.names import SHARDS
 
 if TYPE_CHECKING:
     from cluster.apply import Plan
     from cluster.status import ClusterStatus
+    from stages.persist.remains import Remains
+
+
+AfterOption = Annotated[
+    list[Path] | None,
+    typer.Option("--after-stores", metavar="DIR", help="Go on with the cluster of this store; repeatable."),
+]
 
 
 def plan(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     settings: SetOption = None,
+    after_stores: AfterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Shows what `fictl cluster apply` would create or change, field by field. Changes nothing.
@@ -48,12 +59,13 @@ def plan(
     Example: fictl cluster plan --nats nats://10.0.0.1:4222 --set hop_bytes_max=536870912
     """
     servers, wanted = find_servers(directory, nats, settings), find_settings(directory, nats, settings)
+    after, beside = _stores(directory, nats, after_stores)
 
     async def work() -> Plan:
         from cluster.apply import plan as make_plan
 
         async with connected(servers) as client:
-            return await make_plan(client, wanted, wait_s=TOPOLOGY_PLAN.s)
+            return await make_plan(client, wanted, after=after, beside=beside, wait_s=TOPOLOGY_PLAN.s)
 
     with progress_bar("looking"):
         found = run_async(work())
@@ -72,6 +84,7 @@ def apply(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     nats: NatsOption = None,
     settings: SetOption = None,
+    after_stores: AfterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Creates missing streams and changes what may be changed; waits until every replica is current. Safe to repeat.
@@ -80,15 +93,20 @@ def apply(
     would change. A limit that was lowered is told. Exits 1, after everything else was done, when a stream has what no
     server takes back.
 
+    --after-stores is for servers that lost all streams, or FI_EVENTS and receipts, while stores survive: what is made
+    then goes on with the cluster of these stores, and counts above everything that any store of it has. Name all that
+    this host reaches. Persist waits until `fictl partitions restore` was run on each node with a store.
+
     Example: fictl cluster apply --nats nats://10.0.0.1:4222 --nats nats://10.0.0.2:4222
     """
     servers, wanted = find_servers(directory, nats, settings), find_settings(directory, nats, settings)
+    after, beside = _stores(directory, nats, after_stores)
 
     async def work() -> Plan:
         from cluster.apply import apply as apply_plan
 
         async with connected(servers) as client:
-            return await apply_plan(client, wanted)
+            return await apply_plan(client, wanted, after=after, beside=beside)
 
     with progress_bar("applying"):
         done = run_async(work())
@@ -100,6 +118,8 @@ def apply(
         if drift.field == "max_bytes" and not 0 <= drift.found <= drift.wanted:
             said = f"{drift.stream} was lowered from {drift.found} to {drift.wanted} bytes"
             say(f"{said}; if that was not meant, apply again with the settings that its processes have")
+    if after is not None:
+        say("next: `fictl partitions restore --shards DIR` on each node with a store; it says what is gone")
     _tell_lasting(done)
 
 
@@ -127,6 +147,18 @@ def status(
         _show_status(found)
     if not found.healthy:
         raise typer.Exit(NOT_READY)
+
+
+def _stores(directory: Path, nats: list[str] | None, after_stores: list[Path] | None) -> tuple[Remains | None, str]:
+    """What the stores to go on after say, and the cluster of the store of the run in `directory`, if it has one."""
+    from stages.persist.remains import read_remains
+    from stages.persist.storedir import STORE_FILE, read_store
+
+    for path in after_stores or ():
+        check_directory("--after-stores", path)
+    own = directory / SHARDS
+    is_beside = not nats and not after_stores and (own / STORE_FILE).exists()
+    return read_remains(after_stores) if after_stores else None, read_store(own).cluster_id if is_beside else ""
 
 
 def _tell_lasting(found: Plan) -> None:

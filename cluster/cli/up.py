@@ -46,6 +46,9 @@ def up(
     ] = None,
     servers: Annotated[int, typer.Option(min=1, max=9, help="nats-server processes; more than before, not fewer.")] = 3,
     chosen: SetOption = None,
+    after_stores: Annotated[
+        bool, typer.Option("--after-stores", help="If the servers lost all streams: go on with what the store holds.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready and leave it running.")] = False,
 ) -> None:
     """Starts servers and stages in DIR and keeps them running until Ctrl-C or `fictl down`.
@@ -60,7 +63,7 @@ def up(
     settings = given_settings(chosen, defaults=Settings(health_port=0)).settings
     if detach:
         with progress_bar("starting"):
-            _detach(directory, scale, servers, chosen)
+            _detach(directory, scale, servers, chosen, after_stores=after_stores)
         return
 
     from cluster.supervisor import Supervisor
@@ -69,7 +72,7 @@ def up(
     configure_logging("supervisor")
 
     async def serve() -> None:
-        supervisor = Supervisor(directory, settings, counts, servers)
+        supervisor = Supervisor(directory, settings, counts, servers, after_stores=after_stores)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, supervisor.request_stop)
@@ -118,7 +121,7 @@ def parse_scale(option: str, text: str | None) -> dict[Stage, int]:
     return counts
 
 
-def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] | None) -> None:
+def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] | None, *, after_stores: bool) -> None:
     from cluster.state import NotRunningError, read_state
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,6 +129,7 @@ def _detach(directory: Path, scale: str | None, servers: int, chosen: list[str] 
     config = config_option.get()
     command = [sys.executable, "-P", "-m", "cluster", *(["--config", config] if config is not None else [])]
     command += ["up", "--dir", str(directory), "--servers", str(servers), *(["--scale", scale] if scale else [])]
+    command += ["--after-stores"] if after_stores else []
     command += [part for text in chosen or [] for part in ("--set", text)]
     with log_path.open("ab") as log:
         told_before_bytes = log.tell()

@@ -188,7 +188,7 @@ class StoreFiles(NamedTuple):
 
     lock: Callable[[Store, int], Lock]
     shards: Callable[[Path], dict[int, list[ShardFile]]]
-    last_place: Callable[[Sequence[ShardFile]], tuple[Place, Damage | None]]
+    last_place: Callable[..., tuple[Place, Damage | None]]
     last_good_place: Callable[..., tuple[Place, Damage | None]]
     prepare_begin: Callable[..., None]
     begin_at: Callable[..., None]

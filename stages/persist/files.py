@@ -185,6 +185,15 @@ def sync_file(fd: int) -> None:
     os.fsync(fd)
 
 
+def sync_path(path: Path) -> None:
+    """`sync_file` of a closed file: what another process wrote and perhaps did not sync. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(fd)
+    finally:
+        close_file(fd)
+
+
 def sync_dir(path: Path) -> None:
     """Makes the names in directory `path` durable: created, renamed and removed ones.
 

@@ -22,6 +22,7 @@ from contracts.lifecycle import ClosedConsultations
 from contracts.receipts import Receipt, ResumePoint, encode_receipt, first_receipt, place_kept
 from contracts.rules import CLOSED_REMEMBERED_MAX
 from contracts.subjects import EVENTS, RECEIPTS, receipt_subject
+from stages.persist.files import sync_path
 from stages.persist.header import read_live_header, read_sealed_header
 from stages.persist.live import LiveReader
 from stages.persist.names import FIRST_SHARD, ShardFile
@@ -127,13 +128,14 @@ async def begin(
     return first_receipt(partition, store.cluster_id, store.store_id, nonce)
 
 
-def last_place(files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
+def last_place(files: Sequence[ShardFile], *, unshown: bool = False) -> tuple[Place, Damage | None]:
     """Where a partition goes on by its shards alone, and what is wrong with those after it (None: there are none).
 
     Reads and hashes every shard. A live one counts as far as readers were shown it: what a receipt had accepted.
 
     Args:
         files: the partition's, by number.
+        unshown: count every whole commit of a live one, and make it durable: nothing else can give it again.
 
     Raises:
         ShardError: the first goes on from the shards of another store, of which nothing here tells.
@@ -152,7 +154,7 @@ def last_place(files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
             if file.shard != place.shard:
                 raise ShardCorruptError(f"{file.path.parent}: shard {place.shard} is missing")
             is_full = file is not files[-1]
-            place = _after_sealed(place, file) if file.sealed else _after_live(place, file, is_full)
+            place = _after_sealed(place, file) if file.sealed else _after_live(place, file, is_full, unshown=unshown)
         except (ShardError, OSError) as error:
             return place, Damage.by(file, error)
     return place, None
@@ -190,14 +192,16 @@ def _after_sealed(place: Place, file: ShardFile) -> Place:
     )
 
 
-def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
-    """`is_full`: another follows it, so every commit in it was accepted."""
+def _after_live(place: Place, file: ShardFile, is_full: bool, *, unshown: bool) -> Place:
+    """`is_full`: another follows it, so every commit in it was accepted. `unshown`: as for `last_place`."""
     origin, tree, event = place.origin, place.tree.copy(), None
     duplicates, dead_lettered = place.duplicates, place.dead_lettered
     closed = ClosedConsultations(place.closed, CLOSED_REMEMBERED_MAX)
+    if unshown:
+        sync_path(file.path)
     with closing(LiveReader(file.path)) as reader:
         shown, whole, digest = reader.watermark(), 0, sha256()
-        for row, records in reader.scan(None if is_full else shown):
+        for row, records in reader.scan(None if is_full or unshown else shown):
             digest.update(encode_row(row))
             tree.extend(records)
             for event in map(decode_event, records):
@@ -209,5 +213,5 @@ def _after_live(place: Place, file: ShardFile, is_full: bool) -> Place:
         raise ShardCorruptError(f"{file.path}: only {whole} of {shown} committed rows are whole")
     shard, commits = (file.shard + 1, 0) if is_full else (file.shard, whole)
     rows = {**place.rows, file.shard: digest.hexdigest()} if whole else place.rows
-    told = rows, stored_ns_at(origin, event), place.signature
+    told = rows, stored_ns_at(origin, event) if whole else place.stored_ns, place.signature
     return Place(origin, shard, commits, tree, duplicates, dead_lettered, closed.packed, *told)

@@ -129,7 +129,8 @@ def existing_store(directory: Path, cluster_id: str) -> Store:
     if store.cluster_id != cluster_id:
         raise ShardError(
             f"{directory}: belongs to cluster {store.cluster_id}, not to {cluster_id}; "
-            "choose another directory, or connect to its own cluster"
+            "choose another directory, or connect to its own cluster. Did its servers lose their streams, and were new "
+            "ones made? See FiPartitionUnattended in the runbooks"
         )
     return store
 

@@ -82,7 +82,10 @@ async def read_cluster(client: GuardedClient, *, wait_s: float = FIRST_FACTS.s) 
         # What something else than JetStream says to it, nats-py takes apart unguarded.
         except (NatsError, KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, APIError) and error.err_code == NO_STREAM:
-                raise NotAppliedError(f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first") from error
+                raise NotAppliedError(
+                    f"the cluster has no stream {EVENTS}: run `fictl cluster apply` first, with "
+                    "--after-stores if there are stores of it"
+                ) from error
             if isinstance(error, DeniedError):
                 raise unavailable(EVENTS, error) from error
             if now_s() > deadline_s:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
-from cluster.rewind import begins_with
+from cluster.retained import begins_with
 from contracts.receipts import ResumePoint, SealRecord
 from contracts.subjects import EVENTS
 from stages.runtime.messages import StoredMessage

@@ -21,6 +21,7 @@ from contracts.hashing import MerkleFrontier
 from contracts.receipts import StoreEnd, first_receipt
 from contracts.settings import Settings
 from stages.persist import lost, rewind
+from stages.persist.header import WATERMARK_BYTES, read_live_header
 from stages.persist.live import LiveReader
 from stages.persist.lost import last_place
 from stages.persist.names import ShardFile, list_shards
@@ -68,6 +69,14 @@ def test_sealed_and_full_shards_count_whole_and_a_live_one_as_far_as_it_was_show
     assert place.tree.to_bytes() == tree_of(maker, 10)
 
 
+def test_a_live_shard_counts_as_far_as_it_is_whole_where_nothing_else_can_give_that_again(
+    maker: PartitionMaker,
+) -> None:
+    place, damage = last_place(files_of(maker), unshown=True)
+    assert (damage, place.shard, place.commits, place.tree.size) == (None, 3, 3, 15)
+    assert place.tree.to_bytes() == tree_of(maker, 15)
+
+
 def test_the_last_shard_may_be_of_any_kind(maker: PartitionMaker) -> None:
     files_of(maker)[2].path.unlink()
     place, damage = last_place(files_of(maker))
@@ -77,6 +86,19 @@ def test_the_last_shard_may_be_of_any_kind(maker: PartitionMaker) -> None:
     place, damage = last_place(files_of(maker))
     assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 0, 4)
     assert last_place([])[0].shard == 1
+
+
+def test_a_live_shard_of_which_nothing_was_shown_leaves_what_is_known_of_the_place_before_it(
+    maker: PartitionMaker,
+) -> None:
+    files_of(maker)[2].path.unlink()
+    _, full = files_of(maker)
+    with full.path.open("r+b") as file:
+        file.seek(read_live_header(full.path).watermark.offset)
+        file.write(bytes(WATERMARK_BYTES))
+    place, damage = last_place(files_of(maker))
+    assert (damage, place.shard, place.commits, place.tree.size) == (None, 2, 0, 4)
+    assert place.stored_ns == maker.events[3].accepted_ns
 
 
 def test_the_totals_are_those_of_the_record_beside_a_sealed_shard_or_of_the_shard(maker: PartitionMaker) -> None:
