@@ -24,6 +24,7 @@ from contracts.events import decode_event, encode_event
 from contracts.hashing import audit_hash
 from contracts.receipts import Receipt, first_receipt
 from contracts.settings import MIB, Settings
+from stages.persist.check import check_shard
 from stages.persist.core import Group
 from stages.persist.files import write_all_at
 from stages.persist.header import HEADER_BYTES, decode_header, encode_header
@@ -238,6 +239,41 @@ def test_a_tree_that_is_not_that_of_the_events_gets_no_record(store: Store, file
         file.write(encode_header(msgspec.structs.replace(info.header, **{forged: value})))
     with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
         events_of_sealed(info.path)
+
+
+@pytest.mark.parametrize(
+    ("forged", "why"),
+    [
+        ({"first_origin": 2}, "commits cover origins 1-6, the header says 2-6"),
+        ({"last_origin": 7}, "commits cover origins 1-6, the header says 1-7"),
+        ({"timestamp_ns_min": 1}, "header says timestamp_ns_min is 1, the events say"),
+    ],
+)
+def test_a_header_that_says_more_than_its_commits_and_events_gets_no_record(
+    store: Store, files: PartitionFiles, forged: dict[str, int], why: str
+) -> None:
+    files.roll()
+    path = files.seal(files.to_seal[0]).path
+    sum_up(path, **forged)
+    with pytest.raises(ShardCorruptError, match=why):
+        events_of_sealed(path)
+
+
+def test_events_that_all_agrees_with_but_the_root_are_found(store: Store, files: PartitionFiles) -> None:
+    """Somebody changed one, its hash, each column and checksum, and left the tree as it was committed."""
+    files.roll()
+    (job,) = files.to_seal
+    root, frontier = files.frontier.root().hex(), files.frontier.to_bytes()
+    forge_live(job.path)
+    path = seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=NOW_NS).path
+    with h5py.File(path, "r+") as file:
+        file.attrs["root"] = root
+        file["merkle/after"][...] = np.frombuffer(frontier, "u1").reshape(-1, 32)
+    sum_up(path, root=root, frontier=frontier)
+    (finding,) = check_shard(path).findings
+    assert (finding.where, finding.what[-64:]) == ("merkle", root)
+    with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
+        events_of_sealed(path)
 
 
 @pytest.mark.parametrize(("forge", "why"), FORGED)
