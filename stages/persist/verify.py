@@ -12,6 +12,7 @@ import contextlib
 import os
 import queue
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -393,9 +394,14 @@ class _Worker:
         with self._starting:
             if self._killed:
                 raise ShardError("the verification was ended")
-            self._process = subprocess.Popen(
-                READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _READER_ENVIRONMENT
-            )
+            # A terminal gives Ctrl-C to both: this process ends the other one, which would print where it was.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._process = subprocess.Popen(
+                    READER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _READER_ENVIRONMENT
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return self._process
 
     @staticmethod

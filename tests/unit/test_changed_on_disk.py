@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from contracts.events import decode_event, encode_event
 from contracts.hashing import audit_hash
 from contracts.receipts import Receipt, first_receipt
 from contracts.settings import MIB, Settings
+from stages.persist.check import check_shard
 from stages.persist.core import Group
 from stages.persist.files import write_all_at
 from stages.persist.header import HEADER_BYTES, decode_header, encode_header
@@ -108,20 +110,47 @@ def forge_attribute(path: Path) -> None:
     sum_up(path)
 
 
+def forge_commits(path: Path) -> None:
+    """Says that it is of more commits than its rows are."""
+    sum_up(path, commits=4)
+
+
+def forge_place(path: Path) -> None:
+    """Has who looks for an event's id, to tell whether it was there before, look where it is not."""
+    with path.open("r+b") as file:
+        areas = decode_header(file.read(HEADER_BYTES), path).areas
+        ids = msgspec.structs.replace(areas["by_event_id/ids"], offset=file.seek(0, os.SEEK_END))
+        file.write(b"\xff" * ids.bytes)
+    sum_up(path, areas=areas | {"by_event_id/ids": ids})
+
+
+def forge_records(old: bytes, new: bytes, path: Path) -> None:
+    """Puts in the records' place what is no event, or one that no column holds."""
+    with h5py.File(path, "r+") as file:
+        records = file["records"][()].tobytes()
+        assert old in records
+        file["records"][...] = np.frombuffer(records.replace(old, new), "u1")
+    sum_up(path)
+
+
 FORGED = [
+    (forge_commits, "commits are 3, the header says 4"),
+    (forge_place, "header does not place the arrays where they are"),
+    (partial(forge_records, b"\xdc\x00\x14", b"\xc1\x00\x14"), "holds what is no event"),
+    (partial(forge_records, b"hospital-norte", "hospital-norñ".encode()), "is not a site or type of 1 to"),
     (forge_sealed, "its events are not those under the root that it says"),
     (forge_times, "differs from the events' records; it was changed since it was sealed"),
     (forge_attribute, "attribute root is 1111"),
 ]
 
 
-def sum_up(path: Path) -> None:
-    """Makes the file's own checksum right again."""
+def sum_up(path: Path, **said: Any) -> None:
+    """Makes the file's own checksum right again; `said` of its header differs."""
     data = path.read_bytes()
     digest = hashlib.sha256(data[HEADER_BYTES:]).hexdigest()
     header = decode_header(data[:HEADER_BYTES], path)
     with path.open("r+b") as file:
-        file.write(encode_header(msgspec.structs.replace(header, body_sha256=digest, file_bytes=len(data))))
+        file.write(encode_header(msgspec.structs.replace(header, body_sha256=digest, file_bytes=len(data), **said)))
 
 
 @pytest.mark.parametrize("how", ["removed", "an older copy"])
@@ -200,15 +229,51 @@ def test_the_live_form_stays_until_the_sealed_one_is_known_to_be_what_was_commit
     assert "are not those that were committed" in damage.why
 
 
-@pytest.mark.parametrize("forged", ["root", "frontier"])
+@pytest.mark.parametrize("forged", ["root", "frontier", "tree_size"])
 def test_a_tree_that_is_not_that_of_the_events_gets_no_record(store: Store, files: PartitionFiles, forged: str) -> None:
     files.roll()
     info = files.seal(files.to_seal[0])
-    value = "11" * 32 if forged == "root" else bytes(len(info.header.frontier))
+    # Trees of 5 and 6 events have frontiers of the same length, and the root does not tell them apart.
+    value = {"root": "11" * 32, "frontier": bytes(len(info.header.frontier)), "tree_size": 5}[forged]
     with info.path.open("r+b") as file:
         file.write(encode_header(msgspec.structs.replace(info.header, **{forged: value})))
     with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
         events_of_sealed(info.path)
+
+
+@pytest.mark.parametrize(
+    ("forged", "why"),
+    [
+        ({"first_origin": 2}, "commits cover origins 1-6, the header says 2-6"),
+        ({"last_origin": 7}, "commits cover origins 1-6, the header says 1-7"),
+        ({"timestamp_ns_min": 1}, "header says timestamp_ns_min is 1, the events say"),
+    ],
+)
+def test_a_header_that_says_more_than_its_commits_and_events_gets_no_record(
+    store: Store, files: PartitionFiles, forged: dict[str, int], why: str
+) -> None:
+    files.roll()
+    path = files.seal(files.to_seal[0]).path
+    sum_up(path, **forged)
+    with pytest.raises(ShardCorruptError, match=why):
+        events_of_sealed(path)
+
+
+def test_events_that_all_agrees_with_but_the_root_are_found(store: Store, files: PartitionFiles) -> None:
+    """Somebody changed one, its hash, each column and checksum, and left the tree as it was committed."""
+    files.roll()
+    (job,) = files.to_seal
+    root, frontier = files.frontier.root().hex(), files.frontier.to_bytes()
+    forge_live(job.path)
+    path = seal(job.path, commits=job.commits, frontier=job.frontier, sealed_ns=NOW_NS).path
+    with h5py.File(path, "r+") as file:
+        file.attrs["root"] = root
+        file["merkle/after"][...] = np.frombuffer(frontier, "u1").reshape(-1, 32)
+    sum_up(path, root=root, frontier=frontier)
+    (finding,) = check_shard(path).findings
+    assert (finding.where, finding.what[-64:]) == ("merkle", root)
+    with pytest.raises(ShardCorruptError, match="are not those under the root that it says"):
+        events_of_sealed(path)
 
 
 @pytest.mark.parametrize(("forge", "why"), FORGED)

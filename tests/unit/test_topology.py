@@ -9,6 +9,7 @@ import pytest
 from nats.js.api import StorageType, StreamConfig, StreamInfo, StreamSource, StreamState
 
 from cluster.topology import (
+    CONTROL_HISTORY,
     Drift,
     Remedy,
     data_held,
@@ -22,6 +23,7 @@ from cluster.topology import (
 )
 from contracts import subjects
 from contracts.settings import Settings
+from stages.runtime.facts import META_PARTITIONS
 
 SETTINGS = Settings()
 ID = "0" * 32
@@ -77,6 +79,7 @@ def test_buckets_are_what_any_key_value_client_expects() -> None:
         assert (bucket.allow_msg_ttl, bucket.allow_rollup_hdrs, bucket.deny_delete) == (True, True, True)
         assert bucket.subjects == [f"$KV.{name.removeprefix('KV_')}.>"]
     assert by_name()[subjects.MEMBERS].max_msgs_per_subject == 1
+    assert by_name()[subjects.CONTROL].max_msgs_per_subject == CONTROL_HISTORY > 1
 
 
 def test_a_bucket_without_expiry_of_keys_is_repaired() -> None:
@@ -124,6 +127,11 @@ def test_a_missing_stream_is_no_drift() -> None:
         ("retention", "interest", Drift(subjects.SEGMENT, "retention", "limits", "interest")),
         ("no_ack", True, Drift(subjects.SEGMENT, "no_ack", False, True)),
         ("sources", [StreamSource(name="x")], Drift(subjects.SEGMENT, "sources", [], ["x"])),
+        ("mirror", StreamSource(name="x"), Drift(subjects.SEGMENT, "mirror", [], ["x"])),
+        ("max_msg_size", 9, Drift(subjects.SEGMENT, "max_msg_size", -1, 9)),
+        ("max_msgs_per_subject", 9, Drift(subjects.SEGMENT, "max_msgs_per_subject", -1, 9)),
+        ("discard_new_per_subject", True, Drift(subjects.SEGMENT, "discard_new_per_subject", False, True)),
+        ("subject_delete_marker_ttl", 9.0, Drift(subjects.SEGMENT, "subject_delete_marker_ttl", None, 9.0)),
     ],
 )
 def test_drift_is_shown_field_by_field_and_updated_in_place(field: str, value: object, expected: Drift) -> None:
@@ -163,6 +171,26 @@ def test_what_no_server_takes_back_is_told_with_the_way_out_and_the_rest_is_chan
     assert all(getattr(merged, field) != changes[field] for field in changes.keys() - stays)
 
 
+def test_what_lasts_in_one_stream_does_not_last_in_another() -> None:
+    theirs = found(sealed=True, no_ack=True)
+    theirs[subjects.EVENTS] = theirs[subjects.EVENTS].evolve(no_ack=True, allow_msg_ttl=True)
+    segment, events = told_lasting(lasting(diff(streams(SETTINGS, ID), theirs)))
+    assert segment.startswith("FI_SEGMENT: no_ack is True, sealed is True, and")
+    assert events.startswith("FI_EVENTS: allow_msg_ttl is True, and")
+    assert "`fictl flush` until it exits with 0" in events
+
+
+def test_nobody_deletes_single_messages_of_what_would_not_miss_them() -> None:
+    """A hop misses what is deleted in it."""
+    guarded = {subjects.EVENTS, subjects.RECEIPTS, *subjects.BUCKETS}
+    assert {name for name, config in by_name().items() if config.deny_delete} == guarded
+    open_to_all = {name: config.evolve(deny_delete=False) for name, config in found().items()}
+    drifts = diff(streams(SETTINGS, ID), open_to_all)
+    assert {(drift.stream, drift.field) for drift in drifts} == {(name, "deny_delete") for name in guarded}
+    assert {remedy(drift) for drift in drifts} == {Remedy.UPDATE}
+    assert diff(streams(SETTINGS, ID), found(deny_delete=True)) == []
+
+
 def test_fields_we_do_not_set_are_left_alone() -> None:
     theirs = found(description="watched by operations", max_consumers=7, metadata={"team": "a"})
     wanted = by_name()[subjects.SEGMENT]
@@ -172,8 +200,9 @@ def test_fields_we_do_not_set_are_left_alone() -> None:
 
 
 def test_an_update_carries_our_values_and_none_of_the_servers_own_metadata() -> None:
-    stored = found()[subjects.EVENTS].evolve(max_bytes=1, subject_transform=None)
     wanted = by_name()[subjects.EVENTS]
+    others = {**(wanted.metadata or {}), META_PARTITIONS: "3"}
+    stored = found()[subjects.EVENTS].evolve(max_bytes=1, subject_transform=None, metadata=others)
     merged = merge(stored, wanted)
     assert merged.max_bytes == SETTINGS.events_bytes_max
     assert merged.subject_transform == wanted.subject_transform
@@ -210,3 +239,4 @@ def test_dead_letters_do_not_count_as_partitioned_data() -> None:
 
     held = {subjects.DLQ: info(5), subjects.EVENTS: info(0), subjects.HASH: info(1), subjects.RECEIPTS: info(2)}
     assert data_held(held) == [subjects.HASH, subjects.RECEIPTS]
+    assert data_held({subjects.EVENTS: info(1)}) == [subjects.EVENTS]
