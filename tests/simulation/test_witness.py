@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
+from two_servers import SERVERS, STORED, damage, feed_of, store, taken
 from virtual import Ground, in_virtual_time
 
 from cluster.testing.sim.consumers import Consumer
 from cluster.testing.waiting import until
-from contracts.budgets import WITNESS_LAG, WITNESS_SILENT
+from contracts.budgets import WITNESS_SILENT
 from contracts.events import Event
 from contracts.frames import Frame, encode_frame
 from contracts.subjects import EVENTS, PERSIST, raw_filter
 from stages.hash.core import HashCore
-from stages.runtime.base import InputFeed
 from stages.runtime.checkpoint import Cursor
 from stages.runtime.lane import Lane
 from stages.runtime.messages import StoredMessage
-from stages.runtime.parser import Sink
 from stages.runtime.telemetry import OFF
 from stages.runtime.witness import Witness
-
-SERVERS = ("n1", "n2", "n3")
-STORED = 40
-
-
-def damage(ground: Ground, unreadable: dict[str, set[int]], seed: int = 1) -> list[Consumer]:
-    """Consumers lie on servers by chance; gives all that are made."""
-    rng, made = random.Random(seed), list[Consumer]()
-
-    def place(consumer: Consumer) -> None:
-        consumer.server = rng.choice(SERVERS)
-        consumer.unreadable = unreadable.get(consumer.server, set())
-        made.append(consumer)
-
-    ground.broker.placed = place
-    return made
-
-
-async def store(ground: Ground, count: int) -> None:
-    for number in range(count):
-        await ground.publish("fi.events.clinic-1.c", b"%d" % number)
-
-
-async def taken(feed: InputFeed, until_seq: int) -> list[StoredMessage]:
-    messages: list[StoredMessage] = []
-    async with asyncio.timeout(60):
-        while not messages or messages[-1].seq < until_seq:
-            await feed.reader.wait()
-            messages += feed.reader.take(5, 1 << 20)
-    return messages
-
-
-def feed_of(ground: Ground, nonce: str = "n") -> InputFeed:
-    feed = InputFeed(ground.api, "ingest", 0, nonce, Cursor(), Cursor())
-    feed.reader.start()
-    return feed
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -174,113 +134,6 @@ def test_a_reader_that_begins_again_in_the_middle_leaves_nothing_out() -> None:
                     ground.broker.lose_consumers(0.5, told=False)
         assert [message.seq for message in messages] == list(range(1, STORED + 1))
         assert ground.broker.streams[EVENTS].last_by_subject(raw_filter(0)) is not None
-        await feed.reader.close()
-
-    in_virtual_time(job, pull_batch=8)
-
-
-def test_a_reader_that_has_lagged_reads_from_two_servers_again() -> None:
-    async def job(ground: Ground) -> None:
-        made = damage(ground, {})
-        feed = feed_of(ground)
-        await until(lambda: made, "it reads")
-        await store(ground, STORED)
-        await until(lambda: feed.reader.buffered >= 8, "it is full")
-        # It stands still, as behind a full hop, and what its server has still to give can no longer be read there.
-        await asyncio.sleep(2 * WITNESS_LAG.s)
-        made[0].unreadable = {STORED - 1, STORED - 2}
-        hit = made[0].server
-        damage(ground, {hit: made[0].unreadable})
-        messages: list[StoredMessage] = []
-        async with asyncio.timeout(60):
-            while not messages or messages[-1].seq < STORED:
-                await feed.reader.wait()
-                messages += [m for m in feed.reader.take(3, 1 << 20) if m.seq > feed.cursor.origin]
-                feed.cursor = Cursor(messages[-1].seq)
-        assert [message.seq for message in messages] == list(range(1, STORED + 1))
-        await feed.reader.close()
-
-    in_virtual_time(job, pull_batch=8)
-
-
-def test_what_a_frozen_process_finds_waiting_is_given_without_a_gap_or_not_at_all() -> None:
-    """The first message of it tells that the reader lags, and is read again; so must be what follows."""
-
-    async def job(ground: Ground) -> None:
-        damage(ground, {})
-        client: Any = ground.api.client
-        subscribe_sink, waiting, frozen = client.subscribe_sink, list[Callable[[], None]](), False
-
-        async def held_up(subject: str, sink: Sink) -> object:
-            def take(*message: bytes) -> None:
-                waiting.append(partial(sink, *message))
-                while waiting and not frozen:
-                    waiting.pop(0)()
-
-            return await subscribe_sink(subject, take)
-
-        client.subscribe_sink = held_up
-        feed = feed_of(ground)
-        await store(ground, 3)
-        feed.cursor = Cursor((await taken(feed, 3))[-1].seq)
-        frozen = True
-        await store(ground, 5)
-        await until(lambda: len(waiting) == 5, "all of it waits in the socket")
-        late, feed.reader._clock = feed.reader._clock, lambda: asyncio.get_running_loop().time() + 2 * WITNESS_LAG.s
-        # In one piece: as it is read where the acknowledgement that the lane waits for came before it.
-        frozen = False
-        while waiting:
-            waiting.pop(0)()
-        found = [message.seq for message in feed.reader.take(9, 1 << 20)]
-        assert found == [4, 5, 6, 7, 8][: len(found)]
-        feed.cursor, feed.reader._clock = Cursor(max([3, *found])), late
-        found += [message.seq for message in await taken(feed, 8) if message.seq > feed.cursor.origin]
-        assert found == [4, 5, 6, 7, 8]
-        await feed.reader.close()
-
-    in_virtual_time(job)
-
-
-@pytest.mark.parametrize("idle_s", [0.0, 2 * WITNESS_LAG.s], ids=["ever since", "after a rest"])
-def test_a_reader_that_is_never_far_behind_keeps_to_one_server_however_long_something_waits(idle_s: float) -> None:
-    async def job(ground: Ground) -> None:
-        made = damage(ground, {})
-        feed = feed_of(ground)
-        await until(lambda: made, "it reads")
-        await asyncio.sleep(idle_s)
-        waiting = 0
-        for _ in range(60):
-            await store(ground, 10)
-            # More than it holds: something is always left to deliver.
-            for _ in range(2):
-                await asyncio.sleep(0.1)
-                waiting += feed.reader.pending > 0
-                feed.reader.take(5, 1 << 20)
-        assert waiting > 90
-        assert len(made) == 1
-        await feed.reader.close()
-
-    in_virtual_time(job, pull_batch=8)
-
-
-@pytest.mark.parametrize("server", ["n1", ""])
-def test_where_no_other_server_has_the_stream_a_reader_that_lags_goes_on(server: str) -> None:
-    async def job(ground: Ground) -> None:
-        made: list[Consumer] = []
-
-        def place(consumer: Consumer) -> None:
-            consumer.server = server
-            made.append(consumer)
-
-        ground.broker.placed = place
-        await store(ground, STORED)
-        feed = feed_of(ground)
-        await until(lambda: feed.reader.buffered >= 8, "it is full")
-        # It stands still, as behind a full hop.
-        await asyncio.sleep(2 * WITNESS_LAG.s)
-        before = len(made)
-        assert [message.seq for message in await taken(feed, STORED)] == list(range(1, STORED + 1))
-        assert len(made) == before
         await feed.reader.close()
 
     in_virtual_time(job, pull_batch=8)
