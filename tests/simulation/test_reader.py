@@ -84,6 +84,40 @@ def test_told_to_reopen_it_reads_again_at_once_what_was_not_taken() -> None:
     in_virtual_time(job)
 
 
+def test_a_message_that_is_lost_on_its_way_is_missed_although_none_follows() -> None:
+    async def job(ground: Ground) -> None:
+        reader = reader_of(ground)
+        await ground.publish(SUBJECT, b"1")
+        await until(lambda: reader.buffered == 1, "it reads")
+        ground.broker.lost_deliveries = 1.0
+        await ground.publish(SUBJECT, b"2")
+        await asyncio.sleep(0.1)
+        ground.broker.lost_deliveries = 0.0
+        await until(lambda: reader.buffered == 2, "a heartbeat tells of it")
+        assert reader.opened == 2
+        await reader.close()
+
+    in_virtual_time(job)
+
+
+def test_a_reader_that_wants_another_server_leaves_none_of_its_tries_there_and_wants_it_once() -> None:
+    async def job(ground: Ground) -> None:
+        servers = iter(["n1", "n1", "n2", "n1", "n3", "n1"])
+        ground.broker.placed = lambda consumer: setattr(consumer, "server", next(servers))
+        reader = reader_of(ground)
+        await until(lambda: reader.server == "n1", "it reads")
+        reader.reopen("by hand", on="n3")
+        reader.reopen("and for another reason")
+        await until(lambda: reader.server == "n3", "it reads there")
+        assert [consumer.server for consumer in ground.broker.consumers.values()] == ["n1", "n3"]
+        reader.reopen("by hand")
+        await until(lambda: reader.server == "n1", "any will do")
+        assert reader.opened == 6
+        await reader.close()
+
+    in_virtual_time(job)
+
+
 def test_woken_up_it_waits_for_nothing_once() -> None:
     async def job(ground: Ground) -> None:
         reader = reader_of(ground)
