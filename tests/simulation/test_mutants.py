@@ -71,7 +71,7 @@ MUTANTS = {
     "one-server-is-believed": Mutant("what waits on disk is read from two servers", 200, among=BESIDE_ONE_THAT_HANGS),
     "output-is-not-checked": Mutant("an idle lane looks at its output", 120),
     "overlap-is-not-skipped": Mutant(
-        "rule 1: overlap is skipped event by event", 120, among="all servers restart on a backlog"
+        "rule 1: overlap is skipped event by event", 600, among="all servers restart on a backlog"
     ),
     "persist-skips-nothing": Mutant(
         "rule 4: anything at or below what is committed is skipped", 400, among="all servers restart on a backlog"
