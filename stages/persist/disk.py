@@ -175,6 +175,10 @@ LOCAL: Final = Disk(lock_partition, PartitionFiles.open, probe_disk, partition_s
 """Real files."""
 
 
+class _LastPlace(Protocol):
+    def __call__(self, files: Sequence[ShardFile], *, unshown: bool = False) -> tuple[Place, Damage | None]: ...
+
+
 class StoreFiles(NamedTuple):
     """What taking partitions back asks of a store's files. All of it blocks.
 
@@ -188,7 +192,7 @@ class StoreFiles(NamedTuple):
 
     lock: Callable[[Store, int], Lock]
     shards: Callable[[Path], dict[int, list[ShardFile]]]
-    last_place: Callable[..., tuple[Place, Damage | None]]
+    last_place: _LastPlace
     last_good_place: Callable[..., tuple[Place, Damage | None]]
     prepare_begin: Callable[..., None]
     begin_at: Callable[..., None]

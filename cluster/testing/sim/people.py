@@ -72,14 +72,17 @@ class MemoryStore:
         path = self._disk.store.directory / f"p{partition}-{number}"
         return ShardFile(path, partition, number, self._disk.shards(partition)[number].sealed)
 
-    def _last_place(self, files: Sequence[ShardFile]) -> tuple[Place, Damage | None]:
+    def _last_place(self, files: Sequence[ShardFile], *, unshown: bool = False) -> tuple[Place, Damage | None]:
         walk = _Walk()
         for file in files:
             shard = self._disk.shards(file.partition)[file.shard]
             if file.shard != walk.number:
                 return walk.place, Damage(walk.number, file.path, f"shard {walk.number} is missing")
-            walk.take(shard, len(shard.groups) if file is not files[-1] or shard.sealed else shard.watermark)
-            if file is not files[-1] or shard.sealed:
+            if unshown:
+                shard.durable = len(shard.groups)
+            is_full = file is not files[-1] or shard.sealed
+            walk.take(shard, len(shard.groups) if is_full or unshown else shard.watermark)
+            if is_full:
                 walk.end()
         return walk.place, None
 
