@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 60
 SEEDS_OF_A_KIND = 2
 FOUND = [(1500407, ()), (2001928, ()), (1510020, ("store put back",))]
-"""Old copies of a store that had gone back meanwhile: `rebuild` took them for whole, or never got past one."""
+"""Old copies of a store that had gone back meanwhile: `rebuild` took them for whole, or never got past one. And
+2001928, where `restore` asks for commits that were not shown."""
 SEEDS_SLOW = 1500
 
 

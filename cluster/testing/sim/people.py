@@ -138,6 +138,9 @@ class MemoryStore:
     def _set_aside(self, store: Store, files: Sequence[ShardFile], end: StoreEnd, now_ns: int) -> list[Path]:
         for file in files:
             shards = self._disk.shards(file.partition)
+            if file.shard not in shards:
+                # The store was put back, or taken away, while the verb was at work.
+                raise FileNotFoundError(file.path)
             kept = shards[file.shard].groups[: end.commits] if file.shard == end.shard else []
             del shards[file.shard]
             if kept:
