@@ -89,9 +89,10 @@ def test_a_message_that_is_lost_on_its_way_is_missed_although_none_follows() -> 
         reader = reader_of(ground)
         await ground.publish(SUBJECT, b"1")
         await until(lambda: reader.buffered == 1, "it reads")
+        (consumer,) = ground.broker.consumers.values()
         ground.broker.lost_deliveries = 1.0
         await ground.publish(SUBJECT, b"2")
-        await asyncio.sleep(0.1)
+        await until(lambda: consumer.delivered == 2, "it is lost on its way")
         ground.broker.lost_deliveries = 0.0
         await until(lambda: reader.buffered == 2, "a heartbeat tells of it")
         assert reader.opened == 2
